@@ -1,0 +1,335 @@
+"""Commit shards, one at a time and each whole or not at all, and complete a cache with its index.
+
+Knows nothing of ranks or images: who writes which shard, and in what order, is the caller's business.
+Shapes: n rows (images) of a shard, D embedding width, m captions of a shard.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from siglit.cache.format import (
+    ALIGNMENT,
+    DATASETS,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    CacheError,
+    ShardRecord,
+    content_checksum,
+    describe_shard,
+    differing_fields,
+    find_duplicate_key,
+    fingerprint_json,
+    open_shard,
+    pack_strings,
+    shard_files,
+    shard_fingerprint,
+    shard_name,
+)
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    *,
+    embeddings: np.ndarray,
+    keys: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    langs: Sequence[Sequence[str]] | None = None,
+    labels: Sequence[int | None] | None = None,
+    skipped: Sequence[tuple[str, str]] = (),
+    fingerprint: Mapping[str, Any],
+) -> Path:
+    """Commit one shard: afterwards all of it is on the disk, or nothing.
+
+    The file is built in memory (as large again as the float16 embeddings) and written plainly: HDF5 itself neither
+    explains a full disk nor survives one. Removes index.json, as a cache that still gets shards is not complete.
+
+    Args:
+        folder: the cache; made if it is not there.
+        number: of the shard, from 0; not yet committed.
+        embeddings: (n, D) floats, as the tower gives them; stored as float16. n may be 0.
+        keys: n, different from each other.
+        captions: n times any number of captions, also none.
+        langs: language codes, parallel to `captions`; "" where a caption has none.
+        labels: n class numbers ≥ 0; None where a row has none.
+        skipped: (key, reason) of the images that have no row.
+        fingerprint: what made the embeddings; JSON.
+
+    Returns:
+        The path of the shard.
+
+    Raises:
+        CacheError: the arguments do not fit each other, a value is not finite in float16, a key is there twice, or the
+            shard is committed already.
+        OSError: it could not be written; the text says why in words.
+    """
+    folder = Path(folder)
+    path = folder / shard_name(number)
+    if path.exists():
+        raise CacheError(f"{path} is committed already and is never replaced; leave it out, or delete it first")
+    arrays = {
+        "embedding": _float16(embeddings, keys),
+        **_text_arrays(keys, captions, langs, skipped),
+        "label": _label_array(labels, len(keys)),
+    }
+    image = _hdf5_image(
+        arrays,
+        {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "number": number,
+            "fingerprint": fingerprint_json(fingerprint),
+            "checksum": content_checksum(arrays),
+            "created_by": f"h5py {h5py.__version__}, HDF5 {h5py.version.hdf5_version}",
+        },
+    )
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            _fsync_folder(folder.parent)
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise _explained(error, folder, path.name, len(image)) from error
+    _commit(folder, path.name, image)
+    return path
+
+
+def committed_shards(folder: Path, fingerprint: Mapping[str, Any]) -> set[int]:
+    """The numbers of the shards that are committed, all made with `fingerprint`; empty for a folder that is not there.
+
+    Raises:
+        CacheError: a shard cannot be read, or was made otherwise; the text names the fields, with both values.
+    """
+    shards = shard_files(Path(folder))
+    for path in shards.values():
+        with open_shard(path) as file:
+            differences = differing_fields(shard_fingerprint(file), fingerprint)
+        if differences:
+            raise CacheError(
+                f"{path} was made with other settings: {'; '.join(differences)}. "
+                f"Change the configuration back, or write into another folder, or delete {folder}"
+            )
+    return set(shards)
+
+
+def remove_unfinished(folder: Path) -> int:
+    """Delete what killed writers left (*.tmp*) and return how many files that were.
+
+    Call it before anyone writes: it cannot tell a killed writer's file from a live one's.
+    """
+    rubbish = [path for path in Path(folder).glob("*.tmp*") if path.is_file()]
+    for path in rubbish:
+        path.unlink(missing_ok=True)
+    return len(rubbish)
+
+
+def finish(folder: Path, units: int, fingerprint: Mapping[str, Any]) -> None:
+    """Make the cache complete: check that its shards are all there and fit each other, then write index.json.
+
+    Does nothing to a cache that is complete already. Reads the keys, labels and languages, not the embeddings: what a
+    checksum is for, `EmbeddingCache.verify` does.
+
+    Args:
+        folder: the cache.
+        units: how many shards it has; numbers 0 … units − 1.
+        fingerprint: what all of them were made with.
+
+    Raises:
+        CacheError: a shard is missing, superfluous, damaged, has another fingerprint or width, or shares a key with
+            another.
+        OSError: the index could not be written.
+    """
+    folder = Path(folder)
+    committed = committed_shards(folder, fingerprint)
+    missing, more = sorted(set(range(units)) - committed), sorted(committed - set(range(units)))
+    if missing or units < 1:
+        raise CacheError(
+            f"{folder} is not complete: {len(missing)} of {units} shards are missing, the first is "
+            f"{shard_name(missing[0] if missing else 0)}; run `siglit precompute` again"
+        )
+    if more:
+        raise CacheError(
+            f"{folder} has {units + len(more)} shards, but its source makes {units} (the first too many is "
+            f"{shard_name(more[0])}); write into another folder, or delete this one"
+        )
+    paths = [folder / shard_name(number) for number in range(units)]
+    records = []
+    for path in paths:
+        with open_shard(path) as file:
+            records.append(describe_shard(file, path))
+    dim = _common_dim(folder, records)
+    duplicate = find_duplicate_key(paths)
+    if duplicate:
+        raise CacheError(
+            f"{folder}: {duplicate}, but a key names one image; make the keys of the source unique, "
+            f"delete both shards and run `siglit precompute` again"
+        )
+    index = _index_bytes(records, dim, fingerprint)
+    path = folder / INDEX_NAME
+    if not path.exists() or path.read_bytes() != index:
+        _commit(folder, INDEX_NAME, index)
+
+
+def _float16(embeddings: np.ndarray, keys: Sequence[str]) -> np.ndarray:
+    embeddings = np.asarray(embeddings)
+    if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or len(embeddings) != len(keys):
+        raise CacheError(
+            f"embeddings are {embeddings.dtype} {embeddings.shape}, floats ({len(keys)}, D) were wanted, a row per key"
+        )
+    if embeddings.size == 0 and len(keys):
+        raise CacheError(f"embeddings are {embeddings.shape}: rows without numbers; check the tower's output")
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = np.ascontiguousarray(embeddings, DATASETS["embedding"])
+    if not np.isfinite(stored).all():
+        row, column = np.argwhere(~np.isfinite(stored))[0]
+        raise CacheError(
+            f"the embedding of {keys[row]!r} (row {row}) holds {embeddings[row, column]}, finite values up to 65504 "
+            f"(float16) were wanted; run the tower in float32, or skip this image"
+        )
+    return stored
+
+
+def _text_arrays(
+    keys: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    langs: Sequence[Sequence[str]] | None,
+    skipped: Sequence[tuple[str, str]],
+) -> dict[str, np.ndarray]:
+    counts = [len(group) for group in captions]
+    codes = [""] * sum(counts) if langs is None else [code for group in langs for code in group]
+    if len(captions) != len(keys) or (langs is not None and [len(group) for group in langs] != counts):
+        raise CacheError(
+            f"{len(keys)} keys need as many lists of captions (got {len(counts)}) and languages as captions"
+        )
+    if isinstance(captions, str) or any(isinstance(group, str) for group in captions):
+        raise CacheError("captions are text, a list of captions for every row was wanted; write ['a cat'], not 'a cat'")
+    first_row: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        if first_row.setdefault(key, row) != row:
+            raise CacheError(f"key {key!r} is in row {first_row[key]} and in row {row}; a key names one image")
+    table = ["", *sorted(set(codes) - {""})]
+    if len(table) > np.iinfo(DATASETS["lang_code"]).max:
+        raise CacheError(f"there are {len(table) - 1} languages, 65534 fit; check that langs are codes, not captions")
+    number = {code: position for position, code in enumerate(table)}
+    caption_ptr = np.zeros(len(counts) + 1, DATASETS["caption_ptr"])
+    np.cumsum(counts, out=caption_ptr[1:])
+    arrays = {
+        "caption_ptr": caption_ptr,
+        "lang_code": np.array([number[code] for code in codes], DATASETS["lang_code"]),
+    }
+    texts = {
+        "key": keys,
+        "caption": [caption for group in captions for caption in group],
+        "lang": table,
+        "skipped_key": [key for key, _ in skipped],
+        "skipped_reason": [reason for _, reason in skipped],
+    }
+    for name, strings in texts.items():
+        arrays[f"{name}_bytes"], arrays[f"{name}_offsets"] = pack_strings(strings, name)
+    return arrays
+
+
+def _label_array(labels: Sequence[int | None] | None, rows: int) -> np.ndarray:
+    if labels is None:
+        return np.full(rows, -1, DATASETS["label"])
+    if len(labels) != rows:
+        raise CacheError(f"there are {len(labels)} labels for {rows} rows; give one per row, None where there is none")
+    negative = [label for label in labels if label is not None and label < 0]
+    if negative:
+        raise CacheError(f"a label is {negative[0]}, class numbers from 0 were wanted; give None where there is none")
+    return np.array([-1 if label is None else label for label in labels], DATASETS["label"])
+
+
+def _hdf5_image(arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> memoryview:
+    """The bytes of a shard. The same arguments give the same bytes: no times, a fixed file version, a fixed order."""
+    image = io.BytesIO()
+    with h5py.File(
+        image, "w", libver=("v108", "v108"), alignment_threshold=1, alignment_interval=ALIGNMENT, track_order=False
+    ) as file:
+        file.attrs.update(attributes)
+        for name in DATASETS:
+            # No chunks, maxshape or filters: each of them would make a dataset that cannot be mapped.
+            file.create_dataset(name, data=arrays[name], dtype=DATASETS[name], track_times=False)
+    return image.getbuffer()
+
+
+def _common_dim(folder: Path, records: Sequence[ShardRecord]) -> int:
+    """D of the cache. A shard without rows has no say: who skipped every image may not have known D."""
+    filled = [record for record in records if record.rows]
+    if not filled:
+        return max(record.dim for record in records)
+    for record in filled:
+        if record.dim != filled[0].dim:
+            raise CacheError(
+                f"{folder}: rows have {filled[0].dim} numbers in {filled[0].file}, {record.dim} in {record.file}; "
+                f"delete the shards of the wrong tower and run `siglit precompute` again"
+            )
+    return filled[0].dim
+
+
+def _index_bytes(records: Sequence[ShardRecord], dim: int, fingerprint: Mapping[str, Any]) -> bytes:
+    head = {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "dim": dim,
+        "rows": sum(record.rows for record in records),
+        "captions": sum(record.captions for record in records),
+        "skipped": sum(record.skipped for record in records),
+        "fingerprint": json.loads(fingerprint_json(fingerprint)),
+    }
+    # One shard per line: ten thousand of them stay readable, and comparable with diff.
+    lines = ",\n".join(json.dumps(asdict(record)) for record in records)
+    return f'{json.dumps(head, indent=1)[:-2]},\n "shards": [\n{lines}\n]}}\n'.encode()
+
+
+def _commit(folder: Path, name: str, data: bytes | memoryview) -> None:
+    # The process id alone is not unique where several machines share the folder.
+    temporary = folder / f"{name}.tmp.{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        with open(temporary, "xb", buffering=0) as file:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+        _fsync_folder(folder)
+    except OSError as error:
+        raise _explained(error, folder, name, len(data)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explained(error: OSError, folder: Path, name: str, size: int) -> OSError:
+    """The same error, of the same type, in words that say what to do."""
+    reason = error.strerror or str(error)
+    advice = "see to that and run again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        reason = f"the disk or your quota is full ({free / 1e6:.1f} MB free)"
+        advice = "make room and run again"
+    elif error.errno == errno.EFBIG:
+        reason, advice = "files may not become that large here", "raise `ulimit -f` or make smaller shards"
+    text = f"{name} ({size / 1e6:.1f} MB) could not be written into {folder}: {reason}; {advice}, nothing is lost"
+    return OSError(error.errno, text)

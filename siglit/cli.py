@@ -1,0 +1,171 @@
+"""The `siglit` command: parse, call a stage, print.
+
+Knows the names of the stages and how to report errors; imports a stage, and with it torch, only when that stage runs.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from siglit.config import Experiment
+
+
+class Command(NamedTuple):
+    """One command: what it does, and `module:function` of its stage."""
+
+    help: str
+    stage: str
+    words: str | None = None
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "train and evaluate on a generated set, with no network and no data", "siglit.quickstart:run"
+    ),
+    "precompute": Command("encode images once with the frozen tower into the cache", "siglit.precompute:run"),
+    "tokenizer train": Command("train a SentencePiece vocabulary on the captions", "siglit.tokenizer_training:run"),
+    "train": Command("train the text tower on the cache", "siglit.training:run"),
+    "eval-retrieval": Command("report Recall@K of images and captions", "siglit.evaluate:run"),
+    "search": Command("find the images for a sentence: siglit search WORDS -c FILE", "siglit.search:run", "query"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the work failed, 2 the input or the configuration is wrong."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    if debug:
+        words.remove("--debug")
+    sys.exit(_run(words, debug))
+
+
+def _run(words: list[str], debug: bool) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if words[0] == "--version":
+        import siglit
+
+        print(f"siglit {siglit.__version__}")
+        return 0
+    name = next((c for c in COMMANDS if words[: len(c.split())] == c.split()), None)
+    if name is None:
+        return _fail(f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)}", 2)
+    from siglit.cache import CacheError
+    from siglit.errors import UserError
+
+    try:
+        experiment, extra, as_yaml = _parse(name, words[len(name.split()) :])
+        stage = _stage(COMMANDS[name].stage)
+        if name in ("train", "quickstart"):
+            _keep(as_yaml, experiment)
+        result = stage(experiment, **extra)
+        _print(str(result))
+    except (UserError, CacheError) as error:
+        return _report(error, str(error), 2, debug)
+    except PermissionError as error:
+        return _report(error, f"no permission to use {error.filename}: {error.strerror}", 2, debug)
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # jsonargparse leaves this way after --help and --print_config
+        return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        where = "" if debug else " (add --debug for the traceback)"
+        return _report(error, f"{type(error).__name__}: {error}{where}", 1, debug)
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    table = "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
+    return (
+        "usage: siglit COMMAND -c EXPERIMENT.yaml [--section.field VALUE ...]\n\n"
+        f"{table}\n\n"
+        "  siglit COMMAND --help       every field with its unit and default\n"
+        "  siglit COMMAND -c FILE --print_config   the whole experiment as it would run\n"
+        "  --debug                     show the traceback of an error\n"
+    )
+
+
+def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], str]:
+    from jsonargparse import (  # type: ignore[attr-defined]
+        ActionConfigFile,
+        ArgumentParser,
+        set_parsing_settings,
+    )
+
+    from siglit.config import Experiment
+    from siglit.errors import UserError
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=f"siglit {name}", description=COMMANDS[name].help, exit_on_error=False)
+    positional = COMMANDS[name].words
+    if positional:
+        parser.add_argument(positional, type=str, help="what to look for")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="the experiment file")
+    parser.add_class_arguments(Experiment)
+    if name == "quickstart" and not _names_config(words):
+        words = ["-c", str(packaged_config("quickstart.yaml")), *words]
+    try:
+        parsed = parser.parse_args(words)
+        ready = parser.instantiate_classes(parsed)
+    except Exception as error:
+        if isinstance(error, SystemExit):
+            raise
+        raise UserError(" ".join(str(error).split())) from error
+    fields = {k: v for k, v in vars(ready).items() if k not in ("config", positional)}
+    extra = {positional: getattr(ready, positional)} if positional else {}
+    as_yaml = parser.dump(parsed, skip_none=True)
+    return Experiment(**fields).with_default_folders(), extra, as_yaml
+
+
+def _keep(as_yaml: str, experiment: "Experiment") -> None:
+    """Leave the experiment as it runs in the run's folder, for the reader of the results and for later commands."""
+    assert experiment.output_dir is not None
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        os.makedirs(experiment.output_dir, exist_ok=True)
+        with open(os.path.join(experiment.output_dir, "experiment.yaml"), "w", encoding="utf-8") as file:
+            file.write(as_yaml)
+
+
+def _names_config(words: list[str]) -> bool:
+    return any(w in ("-c", "--config", "-h", "--help") or w.startswith("--config=") for w in words)
+
+
+def packaged_config(name: str) -> str:
+    """Path of an experiment file: beside the package in a checkout, inside it in a wheel."""
+    here = os.path.dirname(__file__)
+    for folder in (os.path.join(os.path.dirname(here), "configs"), os.path.join(here, "configs")):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return path
+    raise AssertionError(f"{name} is missing from the installation")
+
+
+def _stage(where: str) -> Callable[..., Any]:
+    module, function = where.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _print(text: str) -> None:
+    # Only the first of several processes speaks; a reader such as `head` may have gone.
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        with contextlib.suppress(BrokenPipeError):
+            print(text, flush=True)
+
+
+def _report(error: BaseException, text: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    return _fail(text, code)
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"siglit: {text}", file=sys.stderr)
+    return code

@@ -1,0 +1,246 @@
+"""The experiment: one tree of dataclasses that every command reads.
+
+Holds names, units and defaults, and nothing else: reading YAML is the command's affair, acting on a field is the
+affair of the module that the field belongs to. The text under each field is the help that `siglit COMMAND --help`
+prints.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Format = Literal["csv", "jsonl", "coco", "karpathy", "folder", "parquet", "webdataset", "xm3600", "hub"]
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where a data set lies and how to read it."""
+
+    format: Format
+    """csv, jsonl, coco, karpathy, folder, parquet, webdataset, xm3600 or hub."""
+    path: str
+    """Listing file (csv, jsonl, coco, karpathy, xm3600), folder, or hub name. For parquet and webdataset: a file, a
+    folder, or a pattern with globs, braces ({00000..00012}) and commas. ~ and ${VARIABLES} expand."""
+    images: str | None = None
+    """Folder that relative image paths start from. Default: the listing's folder; xm3600: `images` next to it."""
+    image_column: str | None = None
+    """Column of the image. Default: csv filepath; jsonl image or filepath; folder file_name; parquet and hub image."""
+    caption_column: str | None = None
+    """Column of the captions (a text, or a list of texts), or several, comma-separated. Default: csv title; jsonl
+    caption or title; folder text or caption; parquet and hub caption; webdataset .txt, else caption of the .json."""
+    key_column: str | None = None
+    """Column of the key, which names an image for good. Default: the image's path as written; parquet `<file>:<row>`;
+    hub `<split>:<row>`; webdataset the member's name up to its first dot. (coco, karpathy, xm3600 have their own.)"""
+    label_column: str | None = None
+    """Column of an integer label. Default: none; parquet, hub: `label` if it holds integers; webdataset: .cls."""
+    lang_column: str | None = None
+    """Column of the language: one for all captions of the row, or a list with one per caption."""
+    separator: str | None = None
+    """csv: one character between cells. Default: a comma for .csv, a tab for .tsv and any other name."""
+    split: str | None = None
+    """karpathy: train (with restval), val or test. hub: the split's name. Both need it."""
+    fold: str | None = None
+    """Keep part of the samples, by a hash of the key: 0-8/10 keeps nine tenths, 9/10 the last one. Default: all."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Image–caption samples and how they are decoded."""
+
+    train: SourceSpec
+    """Samples to train on."""
+    val: SourceSpec | None = None
+    """Held-out samples for validation and eval-retrieval; default: none."""
+    workers: int | None = None
+    """Processes that decode images, per device; default: the cores shared out among the devices, at most 16."""
+    max_skipped: float = 0.01
+    """Largest share of images that may be unusable before precompute fails, 0.0–1.0."""
+    max_image_pixels: int = 200_000_000
+    """Images with more pixels than this are skipped as decompression bombs."""
+
+
+@dataclass(frozen=True)
+class ImageTowerConfig:
+    """The frozen image tower: a timm model."""
+
+    model: str = "vit_base_patch16_224.augreg_in21k"
+    """A timm model name with its tag, or `local-dir:FOLDER`, or `hf-hub:OWNER/NAME`."""
+    pretrained: bool = True
+    """Load the weights that the name stands for from the Hub; unused when `weights` is given."""
+    weights: str | None = None
+    """Local weights instead: .safetensors, .pth/.pt (tensors only) or .npz (AugReg)."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm.create_model, such as img_size."""
+    pooling: Literal["tower", "cls", "avg", "map", "cls+avg"] = "tower"
+    """Tokens to one embedding: the tower's own way, class token, patch average, its MAP head, or two side by side."""
+    image_size: int | None = None
+    """Input side in pixels; default: the tower's."""
+    resize: Literal["squash", "crop"] = "squash"
+    """Squash to a square (as SigLIP does), or resize the short side and crop the centre."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None
+    """Resampling filter; default: the tower's."""
+    mean: list[float] | None = None
+    """Pixel mean per channel, on a scale of 0–1; default: the tower's."""
+    std: list[float] | None = None
+    """Pixel standard deviation per channel, on a scale of 0–1; default: the tower's."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward pass; auto: bf16 on CUDA, fp32 elsewhere. Rows are stored as float16 in any case."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The embedding cache and the run that fills it."""
+
+    path: str | None = None
+    """Folder that holds one cache per split; default: cache/<name>."""
+    shard_size: int = 8192
+    """Samples per shard: the unit that is committed, resumed and dealt out to devices (tars: one shard per file)."""
+    batch_size: int = 128
+    """Images per forward pass, per device."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the image tower runs."""
+    devices: int = 1
+    """Devices (or processes on the CPU) that share the shards."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Text to token ids."""
+
+    path: str | None = None
+    """A SentencePiece .model, or a transformers tokenizer (folder or name); default: train one on the captions."""
+    vocab_size: int = 32_000
+    """Pieces of a trained SentencePiece vocabulary; small caption sets end up with fewer."""
+    length: int = 16
+    """Tokens per caption, end-of-sentence included; longer captions are cut."""
+    lowercase: bool = True
+    """Lower-case the text first."""
+    character_coverage: float = 1.0
+    """Share of characters that a trained vocabulary covers, 0.0–1.0; 0.9995 for Chinese and Japanese at scale."""
+
+
+@dataclass(frozen=True)
+class TextTowerConfig:
+    """The text tower: a SigLIP text transformer from random weights."""
+
+    size: Literal["micro", "S", "M", "B", "L12", "L"] = "B"
+    """Preset of width, depth and heads; L12 is the paper's four-chip text tower."""
+    width: int | None = None
+    """Hidden width; default: the preset's."""
+    depth: int | None = None
+    """Layers; default: the preset's."""
+    heads: int | None = None
+    """Attention heads; default: the preset's."""
+    mlp_width: int | None = None
+    """Width of the MLP's hidden layer; default: four times the width."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The sigmoid loss (arXiv:2303.15343, eq. 1)."""
+
+    logit_scale: float = 10.0
+    """Start of t, which multiplies the cosine; t' = log t is learned."""
+    logit_bias: float = -10.0
+    """Start of b, which is added to every logit."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["lion", "adamw"] = "lion"
+    """Lion (timm) or AdamW (torch)."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    weight_decay: float = 1e-7
+    """Decay per step at the peak, in the paper's units (not multiplied by lr), on matrix weights only."""
+    betas: tuple[float, float] | None = None
+    """Momentum coefficients; default: (0.9, 0.99) for Lion, (0.9, 0.95) for AdamW."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0; then a cosine to 0."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training of the text tower on the cache."""
+
+    batch_size: int = 4096
+    """Global batch: pairs over all devices in one step."""
+    steps: int | None = None
+    """Optimiser steps; give this or epochs."""
+    epochs: float | None = None
+    """Passes over the cache, one caption per image and pass; give this or steps."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    devices: int = 1
+    """Devices (or processes on the CPU) that share the global batch."""
+    nodes: int = 1
+    """Machines, started by torchrun or SLURM."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Lightning precision; auto: bf16-mixed on CUDA, 32-true elsewhere."""
+    log_every: int = 10
+    """Steps between rows of metrics.csv."""
+    val_every: int = 500
+    """Steps between validation retrieval and checkpoints; 0: only at the end."""
+    val_rows: int = 5000
+    """Validation during training uses this many held-out images at most; eval-retrieval uses all."""
+    loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Loggers beside metrics.csv, each with its pip extra."""
+    resume: bool = False
+    """Continue from the last checkpoint in the output folder."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of a trained run."""
+
+    checkpoint: str | None = None
+    """Checkpoint to evaluate; default: checkpoints/last.ckpt of the output folder."""
+    split: Literal["val", "train"] = "val"
+    """Cache to evaluate on and to search in."""
+    batch_size: int = 512
+    """Captions per forward pass of the text tower."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the text tower runs."""
+    top_k: int = 10
+    """Answers that `siglit search` prints."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: the same file for every command."""
+
+    data: DataConfig
+    """Image–caption samples."""
+    name: str = "experiment"
+    """Name of the experiment; default folders are named after it."""
+    output_dir: str | None = None
+    """Folder for results; default: runs/<name>."""
+    seed: int = 0
+    """Seed of weights, shuffling and caption choice."""
+    image_tower: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    """The frozen image tower."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """The embedding cache."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Text to token ids."""
+    text_tower: TextTowerConfig = field(default_factory=TextTowerConfig)
+    """The text tower."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The sigmoid loss."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+
+    def with_default_folders(self) -> "Experiment":
+        """Fill the folders that follow from the name."""
+        return replace(
+            self,
+            output_dir=self.output_dir or f"runs/{self.name}",
+            cache=replace(self.cache, path=self.cache.path or f"cache/{self.name}"),
+        )

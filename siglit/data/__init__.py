@@ -1,0 +1,1 @@
+"""From files to samples, and from caches to batches."""

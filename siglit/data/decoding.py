@@ -1,0 +1,109 @@
+"""From units of a source to batches of pixels: decoding and resizing in worker processes, in the source's order.
+
+Knows sources and pictures, not towers or caches. Shapes: N usable images of a batch, H × W the tower's input.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from siglit.data.images import BadImage, decode_image
+from siglit.data.sources import Sample, Source, Unit
+from siglit.errors import UserError
+
+
+@dataclass
+class PixelBatch:
+    """A stretch of one unit: pixels of the usable images, their samples without bytes, and who was left out."""
+
+    unit: int
+    """Number of the unit that the batch belongs to."""
+    last: bool
+    """True for the unit's last batch."""
+    pixels: torch.Tensor
+    """(N, 3, H, W) uint8."""
+    samples: list[Sample] = field(default_factory=list)
+    """N samples, their image emptied."""
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """Key and reason of each image left out."""
+
+
+class UnitPixels(IterableDataset[PixelBatch | UserError]):
+    """Batches of the given units; worker w of V makes every V-th, so that a loader hands them out in order."""
+
+    def __init__(
+        self,
+        source: Source,
+        units: Sequence[Unit],
+        transform: Callable[[Image.Image], torch.Tensor],
+        batch_size: int,
+        max_pixels: int,
+    ):
+        """Decode with `transform`, an RGB picture to (3, H, W) uint8."""
+        self._source, self._units, self._transform = source, units, transform
+        self._batch_size, self._max_pixels = batch_size, max_pixels
+
+    def __iter__(self) -> Iterator[PixelBatch | UserError]:
+        """Yield this worker's batches; a unit without samples gives one empty batch, so that its shard is written too.
+
+        A UserError of the source is handed out instead of raised: a loader would wrap it in the worker's traceback.
+        """
+        worker = get_worker_info()
+        me, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        number = 0
+        for unit in self._units:
+            try:
+                samples = self._source.load(unit)
+            except UserError as error:
+                yield error
+                return
+            starts = range(0, max(1, len(samples)), self._batch_size)
+            for start in starts:
+                if number % workers == me:
+                    yield self._batch(unit.number, start == starts[-1], samples[start : start + self._batch_size])
+                number += 1
+
+    def _batch(self, unit: int, last: bool, samples: Sequence[Sample]) -> PixelBatch:
+        batch, pixels = PixelBatch(unit, last, torch.empty(0)), []
+        for sample in samples:
+            if not sample.captions and sample.label is None:
+                batch.skipped.append((sample.key, "no caption"))
+                continue
+            try:
+                pixels.append(self._transform(decode_image(sample.image_bytes(), self._max_pixels)))
+            except BadImage as error:
+                batch.skipped.append((sample.key, str(error)))
+            except OSError as error:
+                batch.skipped.append((sample.key, f"cannot be read: {error.strerror or error}"))
+            else:
+                batch.samples.append(replace(sample, image=b""))
+        batch.pixels = torch.stack(pixels) if pixels else torch.empty(0, dtype=torch.uint8)
+        return batch
+
+
+def pixel_batches(dataset: UnitPixels, workers: int, pin_memory: bool) -> Iterator[PixelBatch]:
+    """Run a dataset in `workers` processes (0: in this one) and yield its batches in order.
+
+    Raises:
+        UserError: the source found something wrong while reading.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread,
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _one_thread(_: int) -> None:
+    # Each worker owns one core; more threads would fight over it.
+    torch.set_num_threads(1)

@@ -1,0 +1,1 @@
+"""Arrays in, numbers out: retrieval and what a person looks at. The only home of faiss."""

@@ -1,0 +1,153 @@
+"""The text tower, the sigmoid loss and the cache, put together for Lightning.
+
+Knows the experiment; commands and files belong to the stages. Shapes: B pairs per rank, L tokens, D embedding width.
+"""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from siglit.cache import EmbeddingCache
+from siglit.config import Experiment
+from siglit.data.batches import Batch, TrainBatches
+from siglit.data.tokens import token_ids
+from siglit.evaluation.encoding import encode_ids, unit_rows
+from siglit.evaluation.retrieval import retrieval_metrics
+from siglit.loss import sigmoid_loss
+from siglit.models.text_tower import TextTower
+from siglit.models.tokenizer import Tokenizer, load_tokenizer
+from siglit.optim import build_optimizer, cosine_schedule
+from siglit.run import ensure_tokenizer, tokenizer_path
+
+
+class CacheData(pl.LightningDataModule):
+    """Caches and token ids; the first rank trains a missing tokenizer and tokenises while the others wait."""
+
+    tokenizer: Tokenizer
+
+    def __init__(self, experiment: Experiment, train: EmbeddingCache, val: EmbeddingCache | None):
+        """Take opened caches."""
+        super().__init__()
+        self._experiment = experiment
+        self.train, self.val = train, val
+        self._batches: TrainBatches | None = None
+
+    def prepare_data(self) -> None:
+        """Train the tokenizer if there is none, and write the token ids beside the caches."""
+        path = ensure_tokenizer(self._experiment, self.train.iter_captions())
+        token_ids(self.train, load_tokenizer(path, self._experiment.tokenizer))
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer on every rank."""
+        self.tokenizer = load_tokenizer(tokenizer_path(self._experiment), self._experiment.tokenizer)
+
+    def train_dataloader(self) -> TrainBatches:
+        """This rank's part of the global batches."""
+        assert self.trainer is not None
+        if self._batches is None:
+            self._batches = TrainBatches(
+                self.train,
+                token_ids(self.train, self.tokenizer),
+                batch_size=self._experiment.train.batch_size,
+                seed=self._experiment.seed,
+                rank=self.trainer.global_rank,
+                world_size=self.trainer.world_size,
+            )
+        return self._batches
+
+    def val_dataloader(self) -> list[int]:
+        """One empty step when there is something to validate on: the whole set is embedded at once, see the module."""
+        return [] if self.val is None else [0]
+
+    def val_sample(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First rows of the held-out cache: (I, D) unit rows, (T, L) token ids, (T,) image of each text."""
+        assert self.val is not None
+        rows = min(self._experiment.train.val_rows, len(self.val))
+        texts = int(self.val.caption_offsets[rows])
+        captions = [self.val.caption(number) for number in range(texts)]
+        image_of_text = np.repeat(np.arange(rows), np.diff(self.val.caption_offsets[: rows + 1]))
+        return unit_rows(self.val.gather(np.arange(rows))), self.tokenizer(captions), image_of_text
+
+
+class SigLiT(pl.LightningModule):
+    """Locked-image tuning: the text tower learns to meet the cached image embeddings under the sigmoid loss."""
+
+    tower: TextTower
+
+    def __init__(self, experiment: Experiment, total_steps: int):
+        """Take the experiment; the tower is built once the tokenizer is known, in `configure_model`."""
+        super().__init__()
+        self._experiment, self._total_steps = experiment, total_steps
+        # t' and b stay float32 and outside weight decay: bare parameters are never decayed (siglit.optim).
+        self.log_scale = nn.Parameter(torch.tensor(math.log(experiment.loss.logit_scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(float(experiment.loss.logit_bias)))
+        self._description: dict[str, Any] = {}
+        self._val: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def configure_model(self) -> None:
+        """Build the text tower for the tokenizer and the width of the cache."""
+        if hasattr(self, "tower"):
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        built = {
+            "vocab_size": data.tokenizer.vocab_size,
+            "length": data.tokenizer.length,
+            "eos_id": data.tokenizer.eos_id,
+            "pad_id": data.tokenizer.pad_id,
+            "dim": data.train.dim,
+        }
+        self.tower = TextTower(self._experiment.text_tower, **built)
+        self._description = {
+            "text_tower": asdict(self._experiment.text_tower),
+            "built_for": built,
+            "tokenizer": data.tokenizer.fingerprint,
+            "image_tower": data.train.fingerprint["image_tower"],
+        }
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        """Loss of this rank's part of the global batch."""
+        zimg = F.normalize(batch["image"].float(), dim=1)
+        ztxt = F.normalize(self.tower(batch["ids"]).float(), dim=1)
+        loss = sigmoid_loss(zimg, ztxt, self.log_scale.exp(), self.logit_bias)
+        self.log("train/loss", loss, sync_dist=True)
+        self.log_dict(
+            {
+                "train/lr": self.lr_schedulers().get_last_lr()[0],  # type: ignore[union-attr]
+                "train/logit_scale": self.log_scale.detach().exp(),
+                "train/logit_bias": self.logit_bias.detach(),
+            }
+        )
+        return loss
+
+    def validation_step(self, *_: Any) -> None:
+        """Retrieval on the held-out sample: each rank embeds its share of the texts, all ranks get the same figures."""
+        if self._val is None:
+            self._val = self.trainer.datamodule.val_sample()  # type: ignore[attr-defined]
+        zimg, ids, image_of_text = self._val
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        share = -(-len(ids) // ranks)
+        mine = ids[np.minimum(np.arange(rank * share, (rank + 1) * share), len(ids) - 1)]
+        part = encode_ids(self.tower, mine, batch_size=self._experiment.eval.batch_size, device=self.device, quiet=True)
+        gathered = torch.as_tensor(self.all_gather(torch.from_numpy(part).to(self.device)))
+        ztxt = gathered.view(-1, part.shape[1]).cpu().numpy()
+        metrics = retrieval_metrics(zimg, ztxt[: len(ids)], image_of_text)
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, batch_size=1, rank_zero_only=True)
+
+    def configure_optimizers(self) -> Any:
+        """The experiment's optimiser, its rate set anew before every step."""
+        config = self._experiment.optim
+        optimizer = build_optimizer(self, config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: cosine_schedule(step, config.warmup_steps, self._total_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in plain types how to rebuild the tower and which towers and tokenizer it belongs to."""
+        checkpoint["siglit"] = self._description

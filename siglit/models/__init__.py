@@ -1,0 +1,1 @@
+"""The image tower (timm), the text tower and the tokenizer (transformers, sentencepiece)."""

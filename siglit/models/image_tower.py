@@ -1,0 +1,192 @@
+"""The frozen image tower: a timm model, its weights, its pooling and its transform.
+
+Knows nothing of caches or text. Pixels travel as uint8 and are normalised on the tower's device, a quarter of the
+bytes. Shapes: N images, H = W = image_size, T tokens, C tower width, D embedding width (C, or 2 C for `cls+avg`).
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from siglit.config import ImageTowerConfig
+from siglit.errors import UserError
+
+_TOKEN_POOLINGS = ("cls", "avg", "map", "cls+avg")
+
+
+class ImageTower(nn.Module):
+    """A frozen tower with its pooling: uint8 pixels in, embeddings out."""
+
+    def __init__(self, config: ImageTowerConfig):
+        """Build the timm model and load its weights.
+
+        Raises:
+            UserError: the name is unknown, the weights cannot be had or do not fit, or the tower lacks the pooling.
+        """
+        super().__init__()
+        self.config = config
+        # Any: timm models have no common type with forward_features and the like.
+        self.backbone: Any = _build(config)
+        _check_pooling(self.backbone, config)
+        own = timm.data.resolve_model_data_config(self.backbone)
+        # timm's data config does not hear of an img_size given to create_model.
+        built_for = config.model_args.get("img_size") or own["input_size"][-1]
+        self.image_size = int(config.image_size or (built_for if isinstance(built_for, int) else built_for[-1]))
+        self.interpolation = config.interpolation or str(own["interpolation"])
+        self.crop_pct = 1.0 if config.resize == "squash" else float(own["crop_pct"])
+        mean, std = config.mean or list(own["mean"]), config.std or list(own["std"])
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1) * 255, persistent=False)
+        self.requires_grad_(False).eval()
+        self.embedding_width = self._probe()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Embed (N, 3, H, W) uint8 pixels as (N, D), not normalised."""
+        x = (pixels - self.mean) / self.std
+        pooling = self.config.pooling
+        if pooling == "tower":
+            return self.backbone(x)
+        tokens = self.backbone.forward_features(x)  # (N, T, C)
+        if pooling == "map":
+            return self.backbone.fc_norm(self.backbone.attn_pool(tokens))
+        prefix = self.backbone.num_prefix_tokens
+        parts = []
+        if pooling in ("cls", "cls+avg"):
+            parts.append(tokens[:, 0])
+        if pooling in ("avg", "cls+avg"):
+            parts.append(tokens[:, prefix:].mean(1))
+        return torch.cat(parts, dim=1)
+
+    def transform(self) -> Callable[[Image.Image], torch.Tensor]:
+        """Return the function from an RGB picture to (3, H, W) uint8 pixels."""
+        return timm.data.create_transform(
+            input_size=(3, self.image_size, self.image_size),
+            interpolation=self.interpolation,
+            crop_mode="squash" if self.config.resize == "squash" else "center",
+            crop_pct=self.crop_pct,
+            normalize=False,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything about the tower that decides the value of a row, weights included by hash."""
+        weights = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.backbone.state_dict().items()):
+            weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return {
+            "model": self.config.model,
+            "model_args": self.config.model_args,
+            "weights": weights.hexdigest(),
+            "pooling": self.config.pooling,
+            "width": self.embedding_width,
+            "transform": {
+                "image_size": self.image_size,
+                "resize": self.config.resize,
+                "crop_pct": self.crop_pct,
+                "interpolation": self.interpolation,
+                "mean": [round(v / 255, 6) for v in self.mean.flatten().tolist()],
+                "std": [round(v / 255, 6) for v in self.std.flatten().tolist()],
+            },
+        }
+
+    def _probe(self) -> int:
+        blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        try:
+            with torch.inference_mode():
+                shape = self(blank).shape
+        except (AssertionError, RuntimeError) as error:
+            raise UserError(
+                f"{self.config.model} does not take images of {self.image_size} pixels ({_first_line(error)}); "
+                "set image_tower.image_size, or image_tower.model_args.img_size"
+            ) from error
+        if len(shape) != 2:
+            raise UserError(
+                f"{self.config.model} with pooling {self.config.pooling!r} gives {tuple(shape)} instead of one row per "
+                "image; choose another image_tower.pooling or set model_args.global_pool"
+            )
+        return shape[1]
+
+
+def _build(config: ImageTowerConfig) -> nn.Module:
+    known = config.model.startswith(("local-dir:", "hf-hub:", "hf_hub:")) or timm.is_model(config.model.split(".")[0])
+    if not known:
+        near = timm.list_models(f"*{config.model.split('.')[0].split('_')[0]}*")[:5]
+        hint = f"; names like it: {', '.join(near)}" if near else ""
+        raise UserError(f"timm {timm.__version__} has no image tower {config.model!r}{hint}")
+    try:
+        backbone = timm.create_model(
+            config.model,
+            pretrained=config.pretrained and config.weights is None,
+            num_classes=0,
+            **config.model_args,
+        )
+    except TypeError as error:
+        raise UserError(f"{config.model} does not take image_tower.model_args {config.model_args}: {error}") from error
+    except Exception as error:
+        raise UserError(
+            f"cannot load {config.model} ({_first_line(error)}). Without access to the Hub give the weights as a file "
+            "(image_tower.weights: FILE.safetensors) or a folder (image_tower.model: local-dir:FOLDER)"
+        ) from error
+    if config.weights is not None:
+        _load_weights(backbone, config.weights)
+    return backbone
+
+
+def _load_weights(backbone: Any, path: str) -> None:
+    path = os.path.expandvars(os.path.expanduser(path))
+    if not Path(path).is_file():
+        raise UserError(f"image_tower.weights: there is no file {path}")
+    try:
+        if path.endswith((".npz", ".npy")):
+            timm.models.load_checkpoint(backbone, path)
+            return
+        state = timm.models.load_state_dict(path, weights_only=True)
+    except Exception as error:
+        raise UserError(f"cannot read image_tower.weights {path}: {_first_line(error)}") from error
+    # Released checkpoints come in several layouts; each timm architecture knows how to read its own.
+    adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    state = adapt(state, backbone) if adapt else state
+    heads = backbone.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    state = {k: v for k, v in state.items() if k.rsplit(".", 1)[0] not in heads}
+    wanted = backbone.state_dict()
+    problems = {
+        "missing": [k for k in wanted if k not in state],
+        "not of this model": [k for k in state if k not in wanted],
+        "of another shape": [
+            f"{k} {tuple(state[k].shape)}, not {tuple(v.shape)}"
+            for k, v in wanted.items()
+            if k in state and state[k].shape != v.shape
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(v)} {k}: {', '.join(v[:3])}{' …' * (len(v) > 3)}" for k, v in problems.items() if v)
+        raise UserError(
+            f"the weights {path} do not fit the image tower; {told}. Check image_tower.model and model_args"
+        )
+    backbone.load_state_dict(state)
+
+
+def _check_pooling(backbone: nn.Module, config: ImageTowerConfig) -> None:
+    if config.pooling not in _TOKEN_POOLINGS:
+        return
+    if not hasattr(backbone, "num_prefix_tokens"):
+        raise UserError(f"{config.model} has no tokens to pool; image_tower.pooling must be 'tower'")
+    if config.pooling in ("cls", "cls+avg") and backbone.num_prefix_tokens == 0:
+        raise UserError(f"{config.model} has no class token; image_tower.pooling can be 'tower' or 'avg'")
+    if config.pooling == "map" and getattr(backbone, "attn_pool", None) is None:
+        raise UserError(f"{config.model} has no MAP head; image_tower.pooling can be 'tower', 'cls' or 'avg'")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

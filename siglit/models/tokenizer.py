@@ -1,0 +1,164 @@
+"""Text to token ids: SentencePiece (loaded or trained) or a transformers tokenizer, behind one small interface.
+
+Knows nothing of towers. Ids come as (N, L) int32, always padded to L: the text tower reads padding as text.
+SentencePiece convention (SigLIP's): lower-case, end-of-sentence appended, padding with end-of-sentence, truncation
+keeps it.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import sentencepiece
+
+from siglit.config import TokenizerConfig
+from siglit.errors import UserError
+
+
+class Tokenizer(Protocol):
+    """What batches and the text tower need to know of a tokenizer."""
+
+    vocab_size: int
+    length: int
+    eos_id: int
+    pad_id: int
+    fingerprint: str
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Encode N texts as (N, L) int32."""
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model with SigLIP's conventions."""
+
+    def __init__(self, model: bytes, length: int, lowercase: bool):
+        """Read a serialised SentencePiece model.
+
+        Raises:
+            UserError: the bytes are not a SentencePiece model, or it has no end-of-sentence piece.
+        """
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError("the tokenizer file is not a SentencePiece model") from error
+        self.length, self._lowercase = length, lowercase
+        self.vocab_size = self._pieces.vocab_size()
+        self.eos_id = self.pad_id = self._pieces.eos_id()
+        if self.eos_id < 0:
+            raise UserError("the SentencePiece model has no end-of-sentence piece (eos_id); train one that has")
+        self.fingerprint = _digest(hashlib.blake2b(model).hexdigest(), length, lowercase)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Encode N texts as (N, L) int32."""
+        texts = [t.lower() for t in texts] if self._lowercase else list(texts)
+        ids = np.full((len(texts), self.length), self.pad_id, dtype=np.int32)
+        for row, pieces in zip(ids, self._pieces.encode(texts, num_threads=-1), strict=True):
+            kept = pieces[: self.length - 1]
+            row[: len(kept)] = kept
+        return ids
+
+
+class TransformersTokenizer:
+    """A tokenizer of the transformers library, by folder or Hub name."""
+
+    def __init__(self, name: str, length: int, lowercase: bool):
+        """Load the tokenizer.
+
+        Raises:
+            UserError: there is no such tokenizer, or it has no padding token.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:
+            raise UserError(
+                f"cannot load the tokenizer {name!r} ({str(error).strip().splitlines()[0][:160]}). "
+                "Without access to the Hub give a folder or a SentencePiece .model as tokenizer.path"
+            ) from error
+        eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        eos = eos if eos is not None else self._tokenizer.sep_token_id
+        if pad is None:
+            raise UserError(f"the tokenizer {name!r} has no padding token; choose one that has")
+        self.length, self._lowercase = length, lowercase
+        self.vocab_size = len(self._tokenizer)
+        self.pad_id, self.eos_id = pad, eos if eos is not None else pad
+        vocabulary = json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+        self.fingerprint = _digest(hashlib.blake2b(vocabulary.encode()).hexdigest(), length, lowercase)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Encode N texts as (N, L) int32."""
+        texts = [t.lower() for t in texts] if self._lowercase else list(texts)
+        encoded = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.length)
+        return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+
+def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
+    """Load a SentencePiece `.model` file, or a transformers tokenizer by folder or name.
+
+    Raises:
+        UserError: it cannot be found, read or used.
+    """
+    path = os.path.expandvars(os.path.expanduser(path))
+    if not path.endswith(".model"):
+        return TransformersTokenizer(path, config.length, config.lowercase)
+    try:
+        model = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"there is no tokenizer {path}; train one with `siglit tokenizer train`") from error
+    return SentencePieceTokenizer(model, config.length, config.lowercase)
+
+
+def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> bytes:
+    """Train a unigram SentencePiece model; returns its serialised form.
+
+    The vocabulary has padding 0, end-of-sentence 1 and unknown 2, no begin-of-sentence, and falls back to bytes, so
+    that every text can be written. It is smaller than asked for where the captions do not support more pieces.
+
+    Raises:
+        UserError: there is no caption to learn from, or the vocabulary is too small for the characters.
+    """
+    lower = str.lower if config.lowercase else str
+    sentences = (lower(c).replace("\n", " ") for c in captions)
+    first = next(sentences, None)
+    if first is None:
+        raise UserError("there are no captions to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_chain(first, sentences),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=config.vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=config.character_coverage,
+            byte_fallback=True,
+            # Beyond this many sentences a vocabulary of this size does not change; reading them all costs memory.
+            input_sentence_size=2_000_000,
+            shuffle_input_sentence=True,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            num_threads=1,  # one thread: the same captions give the same model
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"cannot train a tokenizer of {config.vocab_size} pieces: {str(error).strip().splitlines()[-1][-200:]}"
+        ) from error
+    return model.getvalue()
+
+
+def _chain(first: str, rest: Iterable[str]) -> Iterable[str]:
+    yield first
+    yield from rest
+
+
+def _digest(content: str, length: int, lowercase: bool) -> str:
+    return hashlib.blake2b(f"{content} {length} {lowercase}".encode(), digest_size=8).hexdigest()

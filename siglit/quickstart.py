@@ -1,0 +1,111 @@
+"""`siglit quickstart`: the whole way on a generated set, with no network and no data.
+
+Draws the `shapes` set to where the experiment file says its data lie, as any user's data would, then calls the stages.
+"""
+
+import importlib.resources
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from siglit import evaluate, precompute, training
+from siglit import run as run_folder
+from siglit.config import Experiment
+from siglit.data import shapes
+from siglit.errors import UserError
+from siglit.evaluation.encoding import encode_ids
+from siglit.evaluation.gallery import Answer, draw_gallery
+from siglit.evaluation.retrieval import nearest_images
+from siglit.progress import Meter
+
+_TRAIN_IMAGES, _VAL_IMAGES = 8000, 1000
+_QUERIES, _ANSWERS = 8, 5
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """What the quickstart came to."""
+
+    retrieval: evaluate.RetrievalResult
+    folder: str
+    picture: str
+    seconds: float
+
+    def __str__(self) -> str:
+        """The table, what to look at and what to do next."""
+        return (
+            f"\n{self.retrieval}\n\nDone in {self.seconds:.0f} s. Look at {self.picture}, and search:\n"
+            f'  siglit search "a small red circle above a blue square" -c {self.folder}/experiment.yaml'
+        )
+
+
+def run(experiment: Experiment) -> QuickstartResult:
+    """Draw, embed, train, evaluate, and leave a picture of queries with their top five images.
+
+    Raises:
+        UserError: the experiment file is not one of the generated set.
+    """
+    begun = time.monotonic()
+    if experiment.data.val is None or experiment.image_tower.weights is None:
+        raise UserError(
+            "quickstart needs an experiment with data.val and image_tower.weights, like configs/quickstart.yaml"
+        )
+    asset = importlib.resources.files("siglit") / "assets" / "shapes_vit.safetensors"
+    weights = Path(experiment.image_tower.weights)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    weights.write_bytes(asset.read_bytes())
+    scenes = shapes.draw_scenes(_TRAIN_IMAGES + _VAL_IMAGES, experiment.seed)
+    _draw(Path(experiment.data.train.path), scenes[:_TRAIN_IMAGES], (experiment.seed, 0))
+    _draw(Path(experiment.data.val.path), scenes[_TRAIN_IMAGES:], (experiment.seed, 1))
+    print(precompute.run(experiment), flush=True)
+    print(training.run(experiment), flush=True)
+    result = evaluate.run(experiment)
+    folder = run_folder.output_dir(experiment)
+    picture = folder / "retrieval.png"
+    _gallery(experiment, Path(experiment.data.val.path).parent).save(picture)
+    return QuickstartResult(result, str(folder), str(picture), time.monotonic() - begun)
+
+
+def _draw(listing: Path, scenes: Iterable[shapes.Scene], seed: tuple[int, int]) -> None:
+    """Draw pictures and a JSON-lines listing, which is written last and makes the set complete."""
+    if listing.exists():
+        return
+    scenes = list(scenes)
+    pictures = listing.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    lines = []
+    with Meter(f"drawing {listing}", len(scenes), "images") as meter:
+        for number, scene in enumerate(scenes):
+            name = f"{pictures.name}/{number:05d}.png"
+            shapes.draw_image(scene, (*seed, number)).save(listing.parent / name)
+            lines.append(json.dumps({"image": name, "caption": shapes.captions(scene)}))
+            meter.advance(1)
+    unfinished = listing.with_suffix(".tmp")
+    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(unfinished, listing)
+
+
+def _gallery(experiment: Experiment, pictures: Path) -> Image.Image:
+    cache = run_folder.open_cache(experiment, "val")
+    trained = run_folder.load_trained(experiment, cache)
+    asked = np.linspace(0, len(cache) - 1, _QUERIES).astype(int)
+    queries = [cache.captions(int(row))[i % 5] for i, row in enumerate(asked)]
+    ztxt = encode_ids(
+        trained.tower, trained.tokenizer(queries), batch_size=_QUERIES, device=torch.device("cpu"), quiet=True
+    )
+    scores, found = nearest_images(run_folder.image_index(experiment, cache), ztxt, _ANSWERS)
+    rows = []
+    for number, query in enumerate(queries):
+        answers = []
+        for score, row in zip(scores[number], found[number], strict=True):
+            with Image.open(pictures / cache.keys[int(row)]) as image:
+                answers.append(Answer(image.convert("RGB"), float(score), right=row == asked[number]))
+        rows.append((query, answers))
+    return draw_gallery(f"Unseen captions and the best {_ANSWERS} of {len(cache):,} unseen images", rows)

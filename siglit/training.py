@@ -1,0 +1,220 @@
+"""`siglit train`: trains the text tower on the cache.
+
+Sets up Lightning and the run's folder; what is trained is `siglit.lightning_module`.
+"""
+
+import csv
+import logging
+import math
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import DDPStrategy
+
+from siglit import run as run_folder
+from siglit.config import Experiment
+from siglit.errors import UserError
+from siglit.lightning_module import CacheData, SigLiT
+from siglit.progress import Meter
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run came to."""
+
+    steps: int
+    examples_seen: int
+    seconds: float
+    examples_per_second: float
+    metrics: dict[str, float]
+    """Last logged values, "train/loss" and "val/text_to_image/R@1" among them."""
+    checkpoint: str
+
+    def __str__(self) -> str:
+        """Two lines for a person."""
+        told = ", ".join(f"{name} {value:.4g}" for name, value in sorted(self.metrics.items()))
+        return (
+            f"trained {self.steps:,} steps on {self.examples_seen:,} pairs in {self.seconds:.0f} s "
+            f"({self.examples_per_second:,.0f} pairs/s): {self.checkpoint}\n{told}"
+        )
+
+
+def run(experiment: Experiment) -> TrainResult:
+    """Train as the experiment says and write checkpoints, metrics.csv and summary.json into the run's folder.
+
+    Raises:
+        UserError: caches, tokenizer or settings are not fit to train on.
+    """
+    _quiet_lightning()
+    train = run_folder.open_cache(experiment, "train")
+    val = run_folder.open_cache(experiment, "val") if experiment.data.val is not None else None
+    if val is not None and val.fingerprint["image_tower"] != train.fingerprint["image_tower"]:
+        raise UserError(
+            f"{train.path} and {val.path} were made by different image towers; run `siglit precompute` again"
+        )
+    folder = run_folder.output_dir(experiment)
+    steps = _total_steps(experiment, int((train.caption_offsets[1:] > train.caption_offsets[:-1]).sum()))
+    last = folder / "checkpoints" / "last.ckpt"
+    resuming = experiment.train.resume and last.exists()
+    if last.exists() and not resuming and run_folder.is_first_process():
+        raise UserError(
+            f"{folder} holds the checkpoints of an earlier run; continue it with --train.resume true, "
+            "or choose another --output_dir"
+        )
+    pl.seed_everything(experiment.seed, verbose=False)
+    data = CacheData(experiment, train, val)
+    module = SigLiT(experiment, steps)
+    trainer = _trainer(experiment, folder, steps, keep_rows=resuming)
+    begun = time.monotonic()
+    trainer.fit(module, datamodule=data, ckpt_path=str(last) if resuming else None, weights_only=True)
+    seconds = time.monotonic() - begun
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    trainer.save_checkpoint(last)
+    taken = trainer.global_step
+    progress = next(c for c in trainer.callbacks if isinstance(c, TrainProgress))  # type: ignore[attr-defined]
+    result = TrainResult(
+        steps=taken,
+        examples_seen=taken * experiment.train.batch_size,
+        seconds=round(seconds, 2),
+        examples_per_second=round(progress.rate, 1),
+        metrics={k: float(v) for k, v in trainer.logged_metrics.items()},
+        checkpoint=str(last),
+    )
+    if trainer.is_global_zero:
+        run_folder.add_to_summary(experiment, "train", asdict(result))
+    return result
+
+
+class TrainProgress(pl.Callback):
+    """Shows examples, examples/s and the time left."""
+
+    def __init__(self, batch_size: int, total_steps: int):
+        """Count in examples of the global batch."""
+        self._batch_size, self._total_steps = batch_size, total_steps
+        self._meter: Meter | None = None
+        self.rate = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin at the step the run goes on from."""
+        done = trainer.global_step * self._batch_size
+        self._meter = Meter(
+            "training",
+            self._total_steps * self._batch_size,
+            "examples",
+            start=done,
+            quiet=not trainer.is_global_zero,
+        ).__enter__()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch; the loss is read only when it has just been logged, for reading it waits for the device."""
+        assert self._meter is not None
+        shown = {k: float(v) for k, v in trainer.logged_metrics.items() if k in ("train/loss", "val/text_to_image/R@1")}
+        note = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
+        self._meter.advance(self._batch_size, f"step {trainer.global_step}  {note}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the rate."""
+        self._close(None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Put the terminal right again."""
+        self._close(type(exception))
+
+    def _close(self, kind: type[BaseException] | None) -> None:
+        if self._meter is not None:
+            self.rate = self._meter.rate
+            self._meter.__exit__(kind, None, None)
+            self._meter = None
+
+
+def _total_steps(experiment: Experiment, rows: int) -> int:
+    train = experiment.train
+    if (train.steps is None) == (train.epochs is None):
+        raise UserError("say how long to train: give either train.steps or train.epochs")
+    steps = train.steps if train.steps is not None else math.floor(train.epochs * (rows // train.batch_size))  # type: ignore[operator]
+    if rows >= train.batch_size and steps < 1:
+        raise UserError(f"the experiment comes to {steps} training steps; raise train.steps or train.epochs")
+    return steps
+
+
+def _trainer(experiment: Experiment, folder: Path, steps: int, *, keep_rows: bool) -> pl.Trainer:
+    train = experiment.train
+    several = train.devices * train.nodes > 1
+    precision = train.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if train.accelerator != "cpu" and torch.cuda.is_available() else "32-true"
+    every = min(train.val_every or steps, steps)
+    checkpoints = ModelCheckpoint(
+        dirpath=folder / "checkpoints",
+        filename="last",
+        every_n_train_steps=every,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    return pl.Trainer(
+        accelerator=train.accelerator,
+        devices=train.devices,
+        num_nodes=train.nodes,
+        strategy=DDPStrategy(gradient_as_bucket_view=True) if several else "auto",
+        precision=precision,
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=min(train.log_every, steps),
+        gradient_clip_val=experiment.optim.clip or None,
+        use_distributed_sampler=False,
+        callbacks=[checkpoints, TrainProgress(train.batch_size, steps)],
+        logger=_loggers(experiment, folder, keep_rows=keep_rows),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _loggers(experiment: Experiment, folder: Path, *, keep_rows: bool) -> list[Logger]:
+    table = CSVLogger(folder, name="", version="")
+    earlier = folder / "metrics.csv"
+    if keep_rows and earlier.exists() and run_folder.is_first_process():
+        with earlier.open(newline="") as file:
+            rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+        # Opening the logger for writing deletes the file; the rows so far are handed back to it.
+        table.experiment.metrics.extend(rows)
+    loggers: list[Logger] = [table]
+    try:
+        if "tensorboard" in experiment.train.loggers:
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+        if "wandb" in experiment.train.loggers:
+            from lightning.pytorch.loggers import WandbLogger
+
+            loggers.append(WandbLogger(name=experiment.name, save_dir=folder))
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"train.loggers: {error}; install the extra, such as pip install 'siglit[tensorboard]'"
+        ) from error
+    return loggers
+
+
+def _quiet_lightning() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for harmless in (
+        "Experiment logs directory",  # its rows are kept, see _loggers
+        "Checkpoint directory .* exists and is not empty",
+        ".*does not have many workers",
+        ".*The number of training batches .* is smaller than the logging interval",
+        ".*has no `lr_scheduler.step",
+    ):
+        warnings.filterwarnings("ignore", message=harmless)
