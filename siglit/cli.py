@@ -68,8 +68,9 @@ def _run(words: list[str], debug: bool) -> int:
         _print(str(result))
     except (UserError, CacheError) as error:
         return _report(error, str(error), 2, debug)
-    except PermissionError as error:
-        return _report(error, f"no permission to use {error.filename}: {error.strerror}", 2, debug)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _report(error, f"{where}{error.strerror or error}", 2, debug)
     except KeyboardInterrupt:
         print("stopped; what was finished is kept", file=sys.stderr)
         return 130

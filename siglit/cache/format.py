@@ -39,6 +39,7 @@ DATASETS: dict[str, np.dtype[Any]] = {
 }
 """Every dataset of a shard and its type, in the order in which they are written and enter the checksum."""
 _DESCRIBED_LENGTH = 200
+_REMAKE_SHARD = "delete it and run `siglit precompute` again"
 
 
 class CacheError(ValueError):
@@ -181,66 +182,67 @@ def open_shard(path: Path) -> h5py.File:
     """Open a committed shard for reading; the caller closes it.
 
     Raises:
-        CacheError: it is missing, no HDF5 file, not a shard, of a newer version, or laid out otherwise.
+        CacheError: it is missing, no HDF5 file, not a shard, or of a newer version.
     """
     if not path.is_file():
         raise CacheError(f"{path} is missing; run `siglit precompute` again, it makes the missing shards")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise CacheError(
-            f"{path} cannot be read as HDF5 ({error}); delete it and run `siglit precompute` again"
-        ) from None
+        raise CacheError(f"{path} cannot be read as HDF5 ({error}); {_REMAKE_SHARD}") from None
     try:
-        _check_layout(file, path)
-    except BaseException:
+        name, version = file.attrs["format"], int(file.attrs["version"])
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         file.close()
-        raise
+        raise CacheError(f"{path} is no shard of a cache ({error}); {_REMAKE_SHARD}") from None
+    if name != FORMAT_NAME or version > FORMAT_VERSION:
+        file.close()
+        raise CacheError(
+            f"{path} has format {name!r}, version {version}; this siglit reads {FORMAT_NAME!r} up to version "
+            f"{FORMAT_VERSION}: update siglit"
+        )
     return file
 
 
-def _check_layout(file: h5py.File, path: Path) -> None:
-    try:
-        name, version = file.attrs["format"], int(file.attrs["version"])
-        if version > FORMAT_VERSION:
-            raise CacheError(
-                f"{path} has format version {version}, this siglit reads up to {FORMAT_VERSION}; update siglit"
-            )
-        odd = [
-            dataset
-            for dataset, dtype in DATASETS.items()
-            if file[dataset].dtype != dtype or file[dataset].chunks is not None or file[dataset].external
-        ]
-    except (KeyError, OSError, RuntimeError, TypeError) as error:
-        raise CacheError(
-            f"{path} is no shard of a cache ({error}); delete it and run `siglit precompute` again"
-        ) from None
-    if name != FORMAT_NAME or odd:
-        wrong = f"dataset {odd[0]!r} has another type or is chunked" if odd else f"its format is {name!r}"
-        raise CacheError(f"{path} is no shard of a cache: {wrong}; delete it and run `siglit precompute` again")
-
-
 def shard_fingerprint(file: h5py.File) -> dict[str, Any]:
-    """The fingerprint that an open shard carries."""
-    fingerprint: dict[str, Any] = json.loads(file.attrs["fingerprint"])
+    """The fingerprint that an open shard carries.
+
+    Raises:
+        CacheError: it carries none.
+    """
+    try:
+        fingerprint: dict[str, Any] = json.loads(file.attrs["fingerprint"])
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise CacheError(f"{file.filename} has no fingerprint ({error}); {_REMAKE_SHARD}") from None
     return fingerprint
 
 
 def describe_shard(file: h5py.File, path: Path) -> ShardRecord:
-    """The index entry of an open shard, from what the file says of itself; the checksum is the stored one."""
-    labels, codes = file["label"][()], file["lang_code"][()]
-    return ShardRecord(
-        file=path.name,
-        size=path.stat().st_size,
-        rows=len(file["embedding"]),
-        dim=file["embedding"].shape[1],
-        captions=len(codes),
-        skipped=len(file["skipped_key_offsets"]) - 1,
-        labelled=int((labels >= 0).sum()),
-        with_lang=int((codes > 0).sum()),
-        checksum=str(file.attrs["checksum"]),
-        datasets={name: [file[name].id.get_offset(), *file[name].shape] for name in DATASETS},
-    )
+    """The index entry of an open shard, from what the file says of itself; the checksum is the stored one.
+
+    Raises:
+        CacheError: a dataset is missing, cannot be read, or is laid out so that it cannot be mapped.
+    """
+    try:
+        labels, codes = file["label"][()], file["lang_code"][()]
+        stored = {name: file[name] for name in DATASETS}
+        for name, dataset in stored.items():
+            if dataset.dtype != DATASETS[name] or dataset.chunks is not None or dataset.external:
+                raise TypeError(f"dataset {name!r} has another type, or is not contiguous")
+        return ShardRecord(
+            file=path.name,
+            size=path.stat().st_size,
+            rows=len(stored["embedding"]),
+            dim=stored["embedding"].shape[1],
+            captions=len(codes),
+            skipped=len(stored["skipped_key_offsets"]) - 1,
+            labelled=int((labels >= 0).sum()),
+            with_lang=int((codes > 0).sum()),
+            checksum=str(file.attrs["checksum"]),
+            datasets={name: [dataset.id.get_offset(), *dataset.shape] for name, dataset in stored.items()},
+        )
+    except (IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise CacheError(f"{path} is no shard of a cache ({error}); {_REMAKE_SHARD}") from None
 
 
 def shard_problems(path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any]) -> list[str]:
@@ -305,7 +307,7 @@ def _partitions(offsets: np.ndarray, length: int) -> bool:
 def find_duplicate_key(paths: Sequence[Path]) -> str | None:
     """Look for a key that two rows of a cache share.
 
-    Holds 8 bytes per row: 64-bit hashes are sorted, and only keys whose hashes meet are compared as text.
+    Holds 16 bytes per row at most: 64-bit hashes are sorted, and only keys whose hashes meet are compared as text.
 
     Args:
         paths: all its shards, readable.
@@ -313,11 +315,7 @@ def find_duplicate_key(paths: Sequence[Path]) -> str | None:
     Returns:
         A text that names the key, both shards and both rows; None if all keys differ.
     """
-    counts = [len(shard_keys(path)) for path in paths]
-    hashes = np.empty(sum(counts), np.uint64)
-    for end, path in zip(np.cumsum(counts).tolist(), paths, strict=True):
-        values = _hash_keys(shard_keys(path))
-        hashes[end - len(values) : end] = values
+    hashes = np.concatenate([_hash_keys(shard_keys(path)) for path in paths]) if paths else np.empty(0, np.uint64)
     hashes.sort()
     met = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     seen: dict[str, tuple[Path, int]] = {}

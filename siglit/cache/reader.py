@@ -221,8 +221,8 @@ class EmbeddingCache:
         """All shards as one array, so that a batch is one fancy index however many shards it comes from.
 
         The array spans the addresses from the lowest map to the highest, in steps that every row begins on. What lies
-        between the maps is never touched: only indices of rows are ever put in. Taking from each shard in turn costs a
-        fifth with 64 shards and several times as much with thousands.
+        between the maps is never touched: only indices of rows are ever put in. Taking from each shard in turn reached
+        0.8 of the speed of one array with 64 shards of 8192 × 768, and its cost grows with their number.
 
         Returns:
             (steps,) rows as opaque items of 2 D bytes; (shards,) index of row 0 if the shard went on to the left until

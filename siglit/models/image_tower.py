@@ -5,7 +5,6 @@ bytes. Shapes: N images, H = W = image_size, T tokens, C tower width, D embeddin
 """
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 
 from siglit.config import ImageTowerConfig
 from siglit.errors import UserError
+from siglit.paths import expand
 
 _TOKEN_POOLINGS = ("cls", "avg", "map", "cls+avg")
 
@@ -143,7 +143,7 @@ def _build(config: ImageTowerConfig) -> nn.Module:
 
 
 def _load_weights(backbone: Any, path: str) -> None:
-    path = os.path.expandvars(os.path.expanduser(path))
+    path = expand(path, "image_tower.weights")
     if not Path(path).is_file():
         raise UserError(f"image_tower.weights: there is no file {path}")
     try:

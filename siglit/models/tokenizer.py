@@ -8,7 +8,6 @@ keeps it.
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +17,7 @@ import sentencepiece
 
 from siglit.config import TokenizerConfig
 from siglit.errors import UserError
+from siglit.paths import expand
 
 
 class Tokenizer(Protocol):
@@ -104,7 +104,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
     Raises:
         UserError: it cannot be found, read or used.
     """
-    path = os.path.expandvars(os.path.expanduser(path))
+    path = expand(path, "tokenizer.path")
     if not path.endswith(".model"):
         return TransformersTokenizer(path, config.length, config.lowercase)
     try:
@@ -115,7 +115,10 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
 
 
 def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> bytes:
-    """Train a unigram SentencePiece model; returns its serialised form.
+    """Train a byte-pair SentencePiece model; returns its serialised form.
+
+    Byte pairs and not unigrams: on a few thousand captions of few words the unigram trainer keeps half of the words in
+    pieces (seen: 17 pieces for "a photo of an airplane" after ten distinct captions, 5 with byte pairs).
 
     The vocabulary has padding 0, end-of-sentence 1 and unknown 2, no begin-of-sentence, and falls back to bytes, so
     that every text can be written. It is smaller than asked for where the captions do not support more pieces.
@@ -133,7 +136,7 @@ def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> byt
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_chain(first, sentences),
             model_writer=model,
-            model_type="unigram",
+            model_type="bpe",
             vocab_size=config.vocab_size,
             hard_vocab_limit=False,
             character_coverage=config.character_coverage,

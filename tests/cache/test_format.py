@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -38,7 +39,7 @@ def write_two(folder: Path) -> list[np.ndarray]:
 
 def readme_text_list(file: h5py.File, name: str) -> list[str]:
     offsets = file[f"{name}_offsets"][:]
-    return [file[f"{name}_bytes"][a:b].tobytes().decode() for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [file[f"{name}_bytes"][a:b].tobytes().decode() for a, b in pairwise(offsets)]
 
 
 def test_plain_h5py_reads_what_the_readme_says(tmp_path):
@@ -131,7 +132,7 @@ def test_no_changed_byte_anywhere_passes_for_other_content(tmp_path):
     path = tmp_path / "shard-000000.h5"
     whole = path.read_bytes()
     used = np.flatnonzero(np.frombuffer(whole, np.uint8))
-    for position in np.random.default_rng(1).choice(used, 150, replace=False).tolist():
+    for position in np.random.default_rng(1).choice(used, 60, replace=False).tolist():
         changed = bytearray(whole)
         changed[position] ^= 0x10
         path.write_bytes(changed)

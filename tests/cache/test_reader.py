@@ -1,9 +1,11 @@
 """The reader: everything comes back as it went in, from anywhere, and a wrong cache is called wrong."""
 
+import gc
 import json
 import os
 import pickle
 import resource
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -147,9 +149,9 @@ def test_reading_does_not_use_hdf5(folder, monkeypatch):
         raise AssertionError("h5py was used")
 
     monkeypatch.setattr(h5py, "File", fail)
-    test = EmbeddingCache(folder)
-    test.gather(np.arange(9))
-    assert (list(test.keys), test.captions(0), test.skipped) == (KEYS, CAPTIONS[0], SKIPPED)
+    cache = EmbeddingCache(folder)
+    cache.gather(np.arange(9))
+    assert (list(cache.keys), cache.captions(0), cache.skipped) == (KEYS, CAPTIONS[0], SKIPPED)
 
 
 def test_pickling_carries_no_maps_and_survives_another_folder(folder, monkeypatch):
@@ -171,7 +173,10 @@ def test_use_after_fork(folder):
     """A child reads on with the maps of its parent, and maps what the parent had not."""
     cache = EmbeddingCache(folder)
     cache.gather(np.array([0]))
-    child = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of any fork beside threads, and BLAS has threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         same = np.array_equal(cache.gather(np.array([8, 0, 6])), EMBEDDINGS[[8, 0, 6]].astype(np.float16))
         os._exit(0 if same and cache.captions(8) == CAPTIONS[8] else 1)
@@ -192,8 +197,10 @@ def test_more_shards_than_files_may_be_open(tmp_path):
         write_shard(tmp_path, number, embeddings=np.ones((1, 2)), keys=[str(number)], captions=[[]], fingerprint={})
     finish(tmp_path, 40, {})
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_now = max(int(name) for name in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 10, before[1]))
+    gc.collect()
+    taken = {int(name) for name in os.listdir("/proc/self/fd")}
+    tenth_free = sorted(set(range(1000)) - taken)[10]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (tenth_free, before[1]))
     try:
         assert EmbeddingCache(tmp_path).gather(np.arange(40)).shape == (40, 2)
     finally:
@@ -201,10 +208,10 @@ def test_more_shards_than_files_may_be_open(tmp_path):
 
 
 def test_a_cache_that_is_not_there_or_not_complete_says_so(tmp_path, folder):
-    with pytest.raises(CacheError, match="there is no cache at .*absent"):
+    with pytest.raises(CacheError, match=r"there is no cache at .*absent"):
         EmbeddingCache(tmp_path / "absent")
     (folder / "index.json").unlink()
-    with pytest.raises(CacheError, match="not complete: 5 shards are there.*run `siglit precompute` again"):
+    with pytest.raises(CacheError, match=r"not complete: 5 shards are there.*run `siglit precompute` again"):
         EmbeddingCache(folder)
 
 
@@ -214,7 +221,7 @@ def test_a_cache_that_is_not_there_or_not_complete_says_so(tmp_path, folder):
         (lambda index: index.update(version=2), "format version 2, this siglit reads up to 1; update siglit"),
         (lambda index: index.update(format="other"), "not the index of a cache"),
         (lambda index: index.pop("shards"), "damaged.*delete it"),
-        (lambda index: index["shards"].pop(), "damaged|totals"),
+        (lambda index: index["shards"].pop(0), "its totals are not its shards"),
         (lambda index: index["shards"][0].update(more=1), "damaged"),
         (lambda index: index["shards"][0]["datasets"].pop("label"), "damaged"),
         (lambda index: index["shards"][0]["datasets"]["label"].__setitem__(0, 5000), "grid"),
@@ -222,10 +229,7 @@ def test_a_cache_that_is_not_there_or_not_complete_says_so(tmp_path, folder):
 )
 def test_a_wrong_index_is_refused(folder, change, text):
     index = json.loads((folder / "index.json").read_text())
-    if text == "damaged|totals":
-        index["shards"].pop(0)
-    else:
-        change(index)
+    change(index)
     (folder / "index.json").write_text(json.dumps(index))
     with pytest.raises(CacheError, match=text):
         EmbeddingCache(folder)
@@ -279,7 +283,8 @@ def test_verify_finds_swapped_missing_and_stray_shards(folder):
     (folder / "swap").rename(folder / "shard-000002.h5")
     (folder / "shard-000003.h5").rename(folder / "shard-000009.h5")
     problems = "\n".join(EmbeddingCache(folder).verify())
-    assert "shard-000000.h5: it was written as shard 2" in problems or "checksum is" in problems
+    for number, other in ((0, 2), (2, 0)):
+        assert f"shard-00000{number}.h5: it was written as shard {other}" in problems
     assert "shard-000003.h5 is missing" in problems
     assert "shard-000009.h5 is not in index.json" in problems
 
