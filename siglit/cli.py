@@ -115,14 +115,14 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
         words = ["-c", str(packaged_config("quickstart.yaml")), *words]
     try:
         parsed = parser.parse_args(words)
-        ready = parser.instantiate_classes(parsed)
+        ready = parser.instantiate(parsed)
     except Exception as error:
         if isinstance(error, SystemExit):
             raise
         raise UserError(" ".join(str(error).split())) from error
     fields = {k: v for k, v in vars(ready).items() if k not in ("config", positional)}
     extra = {positional: getattr(ready, positional)} if positional else {}
-    as_yaml = parser.dump(parsed, skip_none=True)
+    as_yaml = parser.dump(parsed, skip_unset=True)
     return Experiment(**fields).with_default_folders(), extra, as_yaml
 
 
@@ -140,9 +140,9 @@ def _names_config(words: list[str]) -> bool:
 
 
 def packaged_config(name: str) -> str:
-    """Path of an experiment file: beside the package in a checkout, inside it in a wheel."""
+    """Path of an experiment file: inside the package in a wheel, beside it in a checkout."""
     here = os.path.dirname(__file__)
-    for folder in (os.path.join(os.path.dirname(here), "configs"), os.path.join(here, "configs")):
+    for folder in (os.path.join(here, "configs"), os.path.join(os.path.dirname(here), "configs")):
         path = os.path.join(folder, name)
         if os.path.exists(path):
             return path

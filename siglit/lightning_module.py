@@ -17,6 +17,7 @@ from siglit.cache import EmbeddingCache
 from siglit.config import Experiment
 from siglit.data.batches import Batch, TrainBatches
 from siglit.data.tokens import token_ids
+from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids, unit_rows
 from siglit.evaluation.retrieval import retrieval_metrics
 from siglit.loss import sigmoid_loss
@@ -62,8 +63,8 @@ class CacheData(pl.LightningDataModule):
         return self._batches
 
     def val_dataloader(self) -> list[int]:
-        """One empty step when there is something to validate on: the whole set is embedded at once, see the module."""
-        return [] if self.val is None else [0]
+        """One empty step: the whole set is embedded at once, see the module."""
+        return [0]
 
     def val_sample(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """First rows of the held-out cache: (I, D) unit rows, (T, L) token ids, (T,) image of each text."""
@@ -108,6 +109,8 @@ class SigLiT(pl.LightningModule):
             "built_for": built,
             "tokenizer": data.tokenizer.fingerprint,
             "image_tower": data.train.fingerprint["image_tower"],
+            "batch_size": self._experiment.train.batch_size,
+            "seed": self._experiment.seed,
         }
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
@@ -147,6 +150,20 @@ class SigLiT(pl.LightningModule):
             optimizer, lambda step: cosine_schedule(step, config.warmup_steps, self._total_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with a run that was another.
+
+        Raises:
+            UserError: the checkpoint's towers, tokenizer, batch size or seed are not the experiment's.
+        """
+        made = checkpoint.get("siglit", {})
+        for name, asked in self._description.items():
+            if made.get(name) != asked:
+                raise UserError(
+                    f"cannot resume: the checkpoint was made with {name} {made.get(name)}, the experiment asks for "
+                    f"{asked}; change it back, or choose another --output_dir"
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in plain types how to rebuild the tower and which towers and tokenizer it belongs to."""

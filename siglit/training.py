@@ -171,6 +171,7 @@ def _trainer(experiment: Experiment, folder: Path, steps: int, *, keep_rows: boo
         max_epochs=-1,
         val_check_interval=every,
         check_val_every_n_epoch=None,
+        limit_val_batches=0 if experiment.data.val is None else 1,
         num_sanity_val_steps=0,
         log_every_n_steps=min(train.log_every, steps),
         gradient_clip_val=experiment.optim.clip or None,
@@ -215,6 +216,6 @@ def _quiet_lightning() -> None:
         "Checkpoint directory .* exists and is not empty",
         ".*does not have many workers",
         ".*The number of training batches .* is smaller than the logging interval",
-        ".*has no `lr_scheduler.step",
+        ".*LeafSpec.* is deprecated",
     ):
         warnings.filterwarnings("ignore", message=harmless)

@@ -82,12 +82,25 @@ class TrainBatches:
             yield self._batch(picked, chance)
 
     def state_dict(self) -> dict[str, int]:
-        """Position: the pass, and the batches of it that were handed out."""
-        return {"epoch": self.epoch, "consumed": self.consumed}
+        """Position: the pass, and the batches of it that were handed out; and what the order was drawn from."""
+        return {"epoch": self.epoch, "consumed": self.consumed, **self._order()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position."""
+        """Go on from a position; the number of ranks may be another.
+
+        Raises:
+            UserError: the position counts other batches than these.
+        """
+        for name, here in self._order().items():
+            if state[name] != here:
+                raise UserError(
+                    f"the checkpoint was made with {name} {state[name]}, but it is {here} now: the batches would be "
+                    "others. Resume with the same, or start anew with another --output_dir"
+                )
         self.epoch, self.consumed = state["epoch"], state["consumed"]
+
+    def _order(self) -> dict[str, int]:
+        return {"train.batch_size": self._global, "seed": self._seed, "number of captioned images": len(self._rows)}
 
     def _batch(self, picked: np.ndarray, chance: np.ndarray) -> Batch:
         rows = self._rows[picked]

@@ -5,6 +5,7 @@ Knows sources and pictures, not towers or caches. Shapes: N usable images of a b
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from PIL import Image
@@ -29,6 +30,11 @@ class PixelBatch:
     """N samples, their image emptied."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Key and reason of each image left out."""
+
+    def pin_memory(self) -> Self:
+        """Pin the pixels; a loader asks for it by this name, and leaves a class without it in pageable memory."""
+        self.pixels = self.pixels.pin_memory()
+        return self
 
 
 class UnitPixels(IterableDataset[PixelBatch | UserError]):

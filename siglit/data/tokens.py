@@ -26,16 +26,13 @@ def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
     path = Path(cache.path) / f"tokens-{tokenizer.fingerprint}-{cache.digest[:16]}.npy"
     if path.exists():
         return np.load(path, mmap_mode="r")
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+    dtype: type = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     shape = (cache.num_captions, tokenizer.length)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        ids = (
-            np.lib.format.open_memmap(unfinished, "w+", dtype=dtype, shape=shape)
-            if shape[0]
-            else np.empty(shape, dtype)
-        )
+        ids = _new_file(unfinished, dtype, shape) if shape[0] else np.empty(shape, dtype)
     except OSError as error:
+        unfinished.unlink(missing_ok=True)
         warnings.warn(
             f"cannot keep token ids in {cache.path} ({error.strerror}); they are made anew each time", stacklevel=2
         )
@@ -48,6 +45,15 @@ def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
     finally:
         unfinished.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r") if path.exists() else ids
+
+
+def _new_file(path: Path, dtype: type, shape: tuple[int, int]) -> np.memmap:
+    ids = np.lib.format.open_memmap(path, "w+", dtype=dtype, shape=shape)
+    # The file is sparse so far, and writing one through a map kills the process (SIGBUS) when the disk is full.
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return ids
 
 
 def _fill(ids: np.ndarray, cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:

@@ -11,6 +11,9 @@ import faiss
 import numpy as np
 
 _QUERIES_AT_ONCE = 16_384
+# The same product of unit rows differs by this much at most with its place in a float32 matrix product (seen: 1e-7).
+_TIE = 1e-6
+_NOT_FOUND = np.iinfo(np.int64).max
 
 
 def retrieval_metrics(
@@ -19,8 +22,8 @@ def retrieval_metrics(
     """Recall@K of images → texts and texts → images.
 
     An image query is right at K if any of its texts is among the first K; a text query if its image is. An image
-    without a text asks nothing but can be found. Equal scores count against the model: a wrong answer as good as the
-    right one is ranked before it, so that a collapsed model scores 0 and not 1.
+    without a text asks nothing but can be found. Equal scores (to 1e-6) count against the model: a wrong answer as good
+    as the right one is ranked before it, so that a collapsed model scores 0 and not 1.
 
     Args:
         zimg: (I, D) float32 unit rows.
@@ -122,20 +125,20 @@ def _ranks(
     most_right: int,
     depth: int,
 ) -> np.ndarray:
-    """Count, for each query, the wrong answers that score at least as high as its best right one; `depth` if more.
+    """Count, for each query, the wrong answers that score as high as its best right one; exact below `depth`.
 
     Looking `most_right` deeper than `depth` is enough to be exact under ties: if all that is seen ties with the best
     right answer, at least `depth` of it is wrong.
     """
-    depth = min(depth, len(base))
     seen = min(depth + most_right, len(base))
     ranks = np.empty(len(queries), dtype=np.int64)
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         block = np.ascontiguousarray(queries[start : start + _QUERIES_AT_ONCE])
         scores, found = faiss.knn(block, base, seen, metric=faiss.METRIC_INNER_PRODUCT)
         numbers = np.arange(start, start + len(block))[:, None]
-        hit = right(np.broadcast_to(numbers, found.shape), found)
+        # faiss gives row −1 where it found nothing, as for a query that is not a number: no right answer at any K.
+        hit = right(np.broadcast_to(numbers, found.shape), found) & (found >= 0)
         best = np.where(hit, scores, -np.inf).max(1, keepdims=True)
-        ahead = (~hit & (scores >= best)).sum(1)
-        ranks[start : start + len(block)] = np.where(hit.any(1), np.minimum(ahead, depth), depth)
+        ahead = (~hit & (scores >= best - _TIE)).sum(1)
+        ranks[start : start + len(block)] = np.where(hit.any(1), ahead, _NOT_FOUND)
     return ranks

@@ -4,21 +4,26 @@ Knows nothing of caches or text. Pixels travel as uint8 and are normalised on th
 bytes. Shapes: N images, H = W = image_size, T tokens, C tower width, D embedding width (C, or 2 C for `cls+avg`).
 """
 
+import difflib
 import hashlib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
+from timm.models._hub import load_state_dict_from_path
 from torch import nn
 
 from siglit.config import ImageTowerConfig
 from siglit.errors import UserError
 from siglit.paths import expand
 
+_LOCAL = "local-dir:"
 _TOKEN_POOLINGS = ("cls", "avg", "map", "cls+avg")
 
 
@@ -43,6 +48,8 @@ class ImageTower(nn.Module):
         self.interpolation = config.interpolation or str(own["interpolation"])
         self.crop_pct = 1.0 if config.resize == "squash" else float(own["crop_pct"])
         mean, std = config.mean or list(own["mean"]), config.std or list(own["std"])
+        if len(mean) != 3 or len(std) != 3:
+            raise UserError(f"image_tower.mean and std need a number for each of 3 channels, got {mean} and {std}")
         self.mean: torch.Tensor
         self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
@@ -58,7 +65,7 @@ class ImageTower(nn.Module):
             return self.backbone(x)
         tokens = self.backbone.forward_features(x)  # (N, T, C)
         if pooling == "map":
-            return self.backbone.fc_norm(self.backbone.attn_pool(tokens))
+            return self.backbone.forward_head(tokens, pre_logits=True)
         prefix = self.backbone.num_prefix_tokens
         parts = []
         if pooling in ("cls", "cls+avg"):
@@ -118,15 +125,18 @@ class ImageTower(nn.Module):
 
 
 def _build(config: ImageTowerConfig) -> nn.Module:
-    known = config.model.startswith(("local-dir:", "hf-hub:", "hf_hub:")) or timm.is_model(config.model.split(".")[0])
+    folder = config.model.removeprefix(_LOCAL) if config.model.startswith(_LOCAL) else None
+    name = config.model if folder is None else _LOCAL + (folder := expand(folder, "image_tower.model"))
+    known = config.model.startswith((_LOCAL, "hf-hub:", "hf_hub:")) or timm.is_model(config.model.split(".")[0])
     if not known:
-        near = timm.list_models(f"*{config.model.split('.')[0].split('_')[0]}*")[:5]
-        hint = f"; names like it: {', '.join(near)}" if near else ""
-        raise UserError(f"timm {timm.__version__} has no image tower {config.model!r}{hint}")
+        near = difflib.get_close_matches(config.model.split(".")[0], timm.list_models(), n=5)
+        hint = f"names like it: {', '.join(near)}" if near else "see timm.list_models()"
+        raise UserError(f"timm {timm.__version__} has no image_tower.model {config.model!r}; {hint}")
     try:
         backbone = timm.create_model(
-            config.model,
-            pretrained=config.pretrained and config.weights is None,
+            name,
+            # timm lets missing tensors of a folder pass, as there is no head; `_load_weights` does not.
+            pretrained=config.pretrained and config.weights is None and folder is None,
             num_classes=0,
             **config.model_args,
         )
@@ -138,24 +148,30 @@ def _build(config: ImageTowerConfig) -> nn.Module:
             "(image_tower.weights: FILE.safetensors) or a folder (image_tower.model: local-dir:FOLDER)"
         ) from error
     if config.weights is not None:
-        _load_weights(backbone, config.weights)
+        path = expand(config.weights, "image_tower.weights")
+        if not Path(path).is_file():
+            raise UserError(f"image_tower.weights: there is no file {path}")
+        _load_weights(backbone, path)
+    elif folder is not None and config.pretrained:
+        _load_weights(backbone, folder)
     return backbone
 
 
 def _load_weights(backbone: Any, path: str) -> None:
-    path = expand(path, "image_tower.weights")
-    if not Path(path).is_file():
-        raise UserError(f"image_tower.weights: there is no file {path}")
     try:
-        if path.endswith((".npz", ".npy")):
+        if path.endswith(".npz"):
+            _check_depth(backbone, path)
             timm.models.load_checkpoint(backbone, path)
             return
-        state = timm.models.load_state_dict(path, weights_only=True)
+        read = load_state_dict_from_path if Path(path).is_dir() else timm.models.load_state_dict
+        state = read(path, weights_only=True)
+        # Released checkpoints come in several layouts; each timm architecture knows how to read its own.
+        adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+        state = adapt(state, backbone) if adapt else state
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"cannot read image_tower.weights {path}: {_first_line(error)}") from error
-    # Released checkpoints come in several layouts; each timm architecture knows how to read its own.
-    adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    state = adapt(state, backbone) if adapt else state
+        raise UserError(f"cannot read the weights {path} into the image tower: {_first_line(error)}") from error
     heads = backbone.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     state = {k: v for k, v in state.items() if k.rsplit(".", 1)[0] not in heads}
@@ -177,12 +193,27 @@ def _load_weights(backbone: Any, path: str) -> None:
     backbone.load_state_dict(state)
 
 
+def _check_depth(backbone: Any, path: str) -> None:
+    """Refuse a .npz of another depth: timm reads as many blocks as the tower has and leaves the rest."""
+    with np.load(path) as arrays:
+        numbered = {m[1] for name in arrays.files if (m := re.search(r"Transformer/encoderblock_(\d+)/", name))}
+        stacked = [n for n in arrays.files if n.endswith("Transformer/encoderblock/LayerNorm_0/scale")]
+        depth = arrays[stacked[0]].shape[0] if stacked else len(numbered)
+    if depth and depth != len(backbone.blocks):
+        raise UserError(
+            f"the weights {path} do not fit the image tower; they have {depth} blocks, not {len(backbone.blocks)}. "
+            "Check image_tower.model and model_args"
+        )
+
+
 def _check_pooling(backbone: nn.Module, config: ImageTowerConfig) -> None:
     if config.pooling not in _TOKEN_POOLINGS:
         return
     if not hasattr(backbone, "num_prefix_tokens"):
         raise UserError(f"{config.model} has no tokens to pool; image_tower.pooling must be 'tower'")
-    if config.pooling in ("cls", "cls+avg") and backbone.num_prefix_tokens == 0:
+    # A register token stands in the same place; num_prefix_tokens counts both.
+    holder = getattr(backbone, "embeds", backbone)
+    if config.pooling in ("cls", "cls+avg") and getattr(holder, "cls_token", None) is None:
         raise UserError(f"{config.model} has no class token; image_tower.pooling can be 'tower' or 'avg'")
     if config.pooling == "map" and getattr(backbone, "attn_pool", None) is None:
         raise UserError(f"{config.model} has no MAP head; image_tower.pooling can be 'tower', 'cls' or 'avg'")

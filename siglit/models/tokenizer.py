@@ -43,9 +43,10 @@ class SentencePieceTokenizer:
             UserError: the bytes are not a SentencePiece model, or it has no end-of-sentence piece.
         """
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            # Zero bytes would pass for no model given.
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
         except RuntimeError as error:
-            raise UserError("the tokenizer file is not a SentencePiece model") from error
+            raise UserError("this is not a SentencePiece model; give one, or train one") from error
         self.length, self._lowercase = length, lowercase
         self.vocab_size = self._pieces.vocab_size()
         self.eos_id = self.pad_id = self._pieces.eos_id()
@@ -78,7 +79,7 @@ class TransformersTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             raise UserError(
-                f"cannot load the tokenizer {name!r} ({str(error).strip().splitlines()[0][:160]}). "
+                f"cannot load the tokenizer {name!r} ({(str(error).strip() or type(error).__name__).splitlines()[0][:160]}). "
                 "Without access to the Hub give a folder or a SentencePiece .model as tokenizer.path"
             ) from error
         eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
@@ -88,14 +89,19 @@ class TransformersTokenizer:
         self.length, self._lowercase = length, lowercase
         self.vocab_size = len(self._tokenizer)
         self.pad_id, self.eos_id = pad, eos if eos is not None else pad
-        vocabulary = json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
-        self.fingerprint = _digest(hashlib.blake2b(vocabulary.encode()).hexdigest(), length, lowercase)
+        self.fingerprint = _digest(hashlib.blake2b(self._rules().encode()).hexdigest(), length, lowercase)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Encode N texts as (N, L) int32."""
         texts = [t.lower() for t in texts] if self._lowercase else list(texts)
         encoded = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.length)
         return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+    def _rules(self) -> str:
+        """All that decides the ids: two tokenizers can share a vocabulary and cut words in other places."""
+        fast = getattr(self._tokenizer, "backend_tokenizer", None)
+        rules = fast.to_str() if fast is not None else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+        return f"{rules} {self._tokenizer.padding_side} {self._tokenizer.truncation_side} {self.pad_id}"
 
 
 def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
@@ -111,7 +117,12 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
         model = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"there is no tokenizer {path}; train one with `siglit tokenizer train`") from error
-    return SentencePieceTokenizer(model, config.length, config.lowercase)
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    try:
+        return SentencePieceTokenizer(model, config.length, config.lowercase)
+    except UserError as error:
+        raise UserError(f"tokenizer.path {path}: {error}") from error
 
 
 def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> bytes:

@@ -1,0 +1,106 @@
+"""Small real inputs: pictures with captions in a CSV, and a tiny tower with weights in a file."""
+
+import os
+
+# Before any import that reads it: no test may reach for the Hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
+TOWER = {
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
+}
+
+
+def siglit(*words, cwd, check=None, env=None, **options):
+    """Run the command as a user would, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "siglit", *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+    if check is not None:
+        assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def make_pictures(folder, count, seed=0, start=0):
+    """Write `count` pictures of one colour each with noise, and a CSV of two captions a picture."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    lines = ["filepath,title"]
+    for number in range(start, start + count):
+        name = list(COLOURS)[number % len(COLOURS)]
+        pixels = np.clip(np.array(COLOURS[name]) + rng.normal(0, 12, (40, 48, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number:04d}.png")
+        lines += [f"images/{number:04d}.png,a {name} square", f"images/{number:04d}.png,picture {number} is {name}"]
+    return lines
+
+
+@pytest.fixture(scope="session")
+def tower_weights(tmp_path_factory):
+    """A tiny ViT's random weights in a safetensors file."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = timm.create_model(TOWER["model"], num_classes=10, **TOWER["model_args"])
+    path = tmp_path_factory.mktemp("tower") / "tower.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path, tower_weights):
+    """A folder with train.csv (40 pictures), val.csv (12) and an experiment.yaml that trains in seconds."""
+    (tmp_path / "train.csv").write_text("\n".join(make_pictures(tmp_path, 40)) + "\n")
+    (tmp_path / "val.csv").write_text("\n".join(make_pictures(tmp_path, 12, seed=1, start=40)) + "\n")
+    (tmp_path / "experiment.yaml").write_text(
+        f"""
+name: small
+data:
+  train: {{format: csv, path: train.csv}}
+  val: {{format: csv, path: val.csv}}
+  workers: 1
+image_tower:
+  model: {TOWER["model"]}
+  weights: {tower_weights}
+  model_args: {{img_size: 32, patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}}
+cache: {{shard_size: 8, batch_size: 5, accelerator: cpu}}
+tokenizer: {{vocab_size: 320, length: 8}}
+text_tower: {{width: 32, depth: 1, heads: 2}}
+optim: {{name: adamw, lr: 0.003, warmup_steps: 2}}
+train: {{batch_size: 16, steps: 6, log_every: 2, val_every: 3, accelerator: cpu}}
+eval: {{accelerator: cpu}}
+"""
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def experiment(project, monkeypatch):
+    """The project's experiment, parsed; the test works in its folder."""
+    monkeypatch.chdir(project)
+    return parse("train")
+
+
+def parse(command, *words, config="experiment.yaml"):
+    """Parse a command line as the command does."""
+    from siglit.cli import _parse
+
+    return _parse(command, ["-c", config, *words])[0]

@@ -1,0 +1,153 @@
+"""Batches of pixels keep the source's order, whatever the number of processes, and say what was left out."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
+from siglit.data.sources import FilePart, Sample, Unit
+from siglit.errors import UserError
+
+# Three processes on two cores: slower than two, and as right.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+SIZES = (7, 0, 3, 4)
+
+
+def png(number):
+    """A picture whose every pixel says its number."""
+    file = io.BytesIO()
+    Image.new("RGB", (6, 5), (number, 255 - number, 7)).save(file, "PNG")
+    return file.getvalue()
+
+
+def to_pixels(image):
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+class Numbered:
+    """Units of pictures numbered through; `other` replaces samples by number, `fails` is the unit that raises."""
+
+    name = "numbered"
+
+    def __init__(self, other=None, fails=None, error=UserError):
+        self.other, self.fails, self.error = other or {}, fails, error
+
+    def units(self):
+        stops = np.cumsum(SIZES).tolist()
+        return [Unit(10 + n, f"u{n}", stop - size, stop) for n, (size, stop) in enumerate(zip(SIZES, stops, strict=True))]
+
+    def load(self, unit):
+        if unit.number == self.fails:
+            raise self.error(f"unit {unit.number} is broken")
+        return [
+            self.other.get(n, Sample(f"k{n}", png(n), (f"caption {n}",), ("en",), label=n))
+            for n in range(unit.start, unit.stop)
+        ]
+
+
+def batches(source, workers=0, batch_size=3, max_pixels=1000):
+    dataset = UnitPixels(source, source.units(), to_pixels, batch_size, max_pixels)
+    return list(pixel_batches(dataset, workers, pin_memory=False))
+
+
+def assert_pixels_belong_to_samples(found):
+    for batch in found:
+        assert len(batch.pixels) == len(batch.samples)
+        for pixels, sample in zip(batch.pixels, batch.samples, strict=True):
+            number = int(sample.key[1:])
+            assert pixels.shape == (3, 5, 6)
+            assert (pixels[0] == number).all()
+            assert (pixels[1] == 255 - number).all()
+            assert sample == Sample(f"k{number}", b"", (f"caption {number}",), ("en",), label=number)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_order_and_content_are_the_sources(workers):
+    """Keys in order, pixels with their sample, batches within one unit, its last one marked."""
+    found = batches(Numbered(), workers)
+    assert [(b.unit, b.last, [s.key for s in b.samples]) for b in found] == [
+        (10, False, ["k0", "k1", "k2"]),
+        (10, False, ["k3", "k4", "k5"]),
+        (10, True, ["k6"]),
+        (11, True, []),
+        (12, True, ["k7", "k8", "k9"]),
+        (13, False, ["k10", "k11", "k12"]),
+        (13, True, ["k13"]),
+    ]
+    assert_pixels_belong_to_samples(found)
+    assert all(b.pixels.dtype == torch.uint8 and not b.skipped for b in found)
+
+
+def test_a_unit_of_exact_batches_has_no_empty_one():
+    assert [(b.unit, len(b.samples)) for b in batches(Numbered(), batch_size=7)] == [(10, 7), (11, 0), (12, 3), (13, 4)]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_bad_images_are_listed_and_shift_nobody(tmp_path, workers):
+    other = {
+        1: Sample("cut", png(1)[:60], ("c",)),
+        4: Sample("text", b"not an image", ("c",)),
+        5: Sample("empty", b"", ("c",)),
+        7: Sample("gone", FilePart(str(tmp_path / "gone.png")), ("c",)),
+        8: Sample("large", _large(), ("c",)),
+        9: Sample("alone", b"x", ("c",)),
+    }
+    found = batches(Numbered(other), workers)
+    skipped = {key: reason for batch in found for key, reason in batch.skipped}
+    assert list(skipped) == ["cut", "text", "empty", "gone", "large", "alone"]
+    assert "truncated or broken" in skipped["cut"]
+    assert skipped["empty"] == "zero bytes"
+    assert skipped["gone"] == "cannot be read: No such file or directory"
+    assert "40 x 30 pixels" in skipped["large"]
+    assert all(skipped.values())
+    assert [s.key for b in found for s in b.samples] == [f"k{n}" for n in range(14) if n not in other]
+    assert_pixels_belong_to_samples(found)
+    # A batch of bad images only is still there, with its unit.
+    assert [(b.unit, b.last, len(b.pixels), len(b.skipped)) for b in found if b.unit == 12] == [(12, True, 0, 3)]
+
+
+def _large():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_sample_with_nothing_to_say_is_skipped():
+    """Neither caption nor label; one of them is enough."""
+    other = {
+        0: Sample("nothing", png(0), ()),
+        1: Sample("k1", png(1), ("caption 1",)),
+        2: Sample("k2", png(2), (), label=0),
+    }
+    first = batches(Numbered(other))[0]
+    assert first.skipped == [("nothing", "no caption")]
+    assert [s.key for s in first.samples] == ["k1", "k2"]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_user_error_stays_one_across_processes(workers):
+    """With its text, not wrapped in a worker's traceback; what came before it is still handed out."""
+    dataset = UnitPixels(Numbered(fails=12), Numbered().units(), to_pixels, 3, 1000)
+    stream = pixel_batches(dataset, workers, pin_memory=False)
+    assert [next(stream).unit for _ in range(4)] == [10, 10, 10, 11]
+    with pytest.raises(UserError, match=r"^unit 12 is broken$"):
+        next(stream)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_our_own_mistakes_are_not_hidden(workers):
+    with pytest.raises(KeyError):
+        batches(Numbered(fails=12, error=KeyError), workers)
+
+
+def test_pixels_are_pinned_where_the_loader_is_asked_to(monkeypatch):
+    """A loader pins by the method of that name, and leaves a class without it as it is."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self + 1)
+    batch = PixelBatch(3, True, torch.zeros(2), [], [("k", "r")])
+    pinned = pin_memory(batch)
+    assert pinned.pixels.tolist() == [1, 1]
+    assert (pinned.unit, pinned.last, pinned.skipped) == (3, True, [("k", "r")])

@@ -1,0 +1,127 @@
+"""The command: exit codes, one clear line for what is wrong, and help without waiting for torch."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from siglit.cli import COMMANDS, main
+from tests.conftest import ROOT, siglit
+
+
+def fails(capsys, *words):
+    """Run in this process; return the one line of standard error after checking exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2, lines
+    assert len(lines) == 1, lines
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+def test_help_names_every_command_and_imports_no_heavy_package():
+    code = (
+        "import sys; from siglit.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'timm', 'transformers', 'lightning', 'faiss', 'h5py', 'numpy', 'jsonargparse'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_help_of_a_command_imports_no_torch():
+    code = (
+        "import sys; from siglit.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert not {'torch', 'timm', 'transformers', 'lightning', 'faiss'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--optim.warmup_steps" in done.stdout
+
+
+def test_every_field_has_a_help_text():
+    import dataclasses
+    import inspect
+
+    from siglit import config
+
+    for name, section in inspect.getmembers(config, dataclasses.is_dataclass):
+        source = inspect.getsource(section)
+        for field in dataclasses.fields(section):
+            assert re.search(rf'\n    {field.name}: .*?\n    """\S', source, re.S), f"{name}.{field.name}"
+
+
+def test_unknown_command_names_the_commands(capsys):
+    assert "eval-retrieval" in fails(capsys, "evaluate")
+
+
+def test_print_config_shows_overrides_and_defaults(project, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "-c", "experiment.yaml", "--optim.lr", "0.5", "--print_config"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "lr: 0.5" in shown
+    assert "warmup_steps: 2" in shown
+    assert "logit_bias: -10.0" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--optim.lrr", "1"], "optim.lrr"),
+        (["--optim.lr", "fast"], "optim.lr"),
+        (["--optim.name", "sgdd"], "optim.name"),
+        (["-c", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_wrong_option_is_named(project, capsys, monkeypatch, words, told):
+    monkeypatch.chdir(project)
+    assert told in fails(capsys, "train", "-c", "experiment.yaml", *words)
+
+
+def test_config_typo_is_named(project, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    path = project / "experiment.yaml"
+    path.write_text(path.read_text().replace("warmup_steps", "warm_up_steps"))
+    assert "warm_up_steps" in fails(capsys, "train", "-c", "experiment.yaml")
+
+
+def test_config_that_is_not_yaml(project, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    (project / "experiment.yaml").write_text("name: [unclosed\n")
+    fails(capsys, "train", "-c", "experiment.yaml")
+
+
+def test_yaml_cannot_run_code(project, capsys, monkeypatch):
+    """A python tag in the experiment file is refused, not executed."""
+    monkeypatch.chdir(project)
+    (project / "experiment.yaml").write_text("name: !!python/object/apply:os.mkdir [made]\n")
+    fails(capsys, "train", "-c", "experiment.yaml")
+    assert not (project / "made").exists()
+
+
+def test_a_failure_of_the_work_exits_1_and_debug_shows_where(project, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("siglit.cli._stage", lambda where: lambda experiment: 1 / 0)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "-c", "experiment.yaml"])
+    told = capsys.readouterr().err
+    assert stop.value.code == 1, told
+    assert "ZeroDivisionError" in told
+    assert "Traceback" not in told
+    with pytest.raises(SystemExit):
+        main(["train", "-c", "experiment.yaml", "--debug"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_launchers_are_the_same_command(tmp_path):
+    """`python -m siglit` and the checkout's cli.py answer alike."""
+    by_module = siglit("--version", cwd=tmp_path, check=0).stdout
+    by_file = subprocess.run([sys.executable, ROOT / "cli.py", "--version"], capture_output=True, text=True, check=True)
+    assert by_file.stdout == by_module

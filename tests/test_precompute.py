@@ -1,0 +1,173 @@
+"""Precompute: every row is its image's, whatever is killed, skipped or shared out."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from siglit import precompute
+from siglit.cache import EmbeddingCache
+from siglit.errors import UserError
+from tests.conftest import ROOT, TOWER, parse, siglit
+
+
+def rows_by_key(folder):
+    """{key: (embedding, captions)} of a cache."""
+    cache = EmbeddingCache(folder)
+    rows = cache.gather(np.arange(len(cache)))
+    return {key: (rows[i].tobytes(), tuple(cache.captions(i))) for i, key in enumerate(cache.keys)}
+
+
+def test_rows_are_the_towers_own_output_for_each_key(experiment, tower_weights):
+    """An independent forward pass with timm and PIL alone gives the same rows."""
+    result = precompute.run(experiment)
+    cache = EmbeddingCache("cache/small/train")
+    model = timm.create_model(TOWER["model"], num_classes=0, **TOWER["model_args"]).eval()
+    state = load_file(tower_weights)
+    model.load_state_dict({k: v for k, v in state.items() if not k.startswith("head.")})
+    pixels = [
+        np.asarray(Image.open(key).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)) for key in cache.keys
+    ]
+    x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.inference_mode():
+        wanted = model(x).numpy()
+    np.testing.assert_allclose(cache.gather(np.arange(40)), wanted, atol=2e-3, rtol=2e-3)
+    assert cache.captions(7) == ["a grey square", "picture 7 is grey"]
+    assert result.splits["train"].rows == 40
+    assert EmbeddingCache("cache/small/train").verify() == []
+
+
+def test_summary_has_the_rate_beside_the_towers_own(experiment):
+    precompute.run(experiment)
+    summary = json.loads((precompute.run_folder.output_dir(experiment) / "summary.json").read_text())
+    train = summary["precompute"]["train"]
+    assert train["images_per_second"] > 0
+    assert train["tower_images_per_second"] > 0
+
+
+def test_a_second_run_encodes_nothing(experiment):
+    precompute.run(experiment)
+    before = {p: p.stat().st_mtime_ns for p in EmbeddingCache("cache/small/train").path.iterdir()}
+    assert precompute.run(experiment).splits["train"].encoded_now == 0
+    assert {p: p.stat().st_mtime_ns for p in EmbeddingCache("cache/small/train").path.iterdir()} == before
+
+
+def test_killed_and_restarted_equals_undisturbed(project):
+    """SIGKILL at random moments, then a restart: the same rows by key, byte for byte."""
+    siglit("precompute", "-c", "experiment.yaml", "--cache.path", "whole", cwd=project, check=0)
+    chance = random.Random(0)
+    command = [sys.executable, "-m", "siglit", "precompute", "-c", "experiment.yaml", "--cache.path", "killed"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for _ in range(3):
+        process = subprocess.Popen(
+            command, cwd=project, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        seen = time.monotonic()
+        while process.poll() is None and time.monotonic() - seen < 60:
+            if any((project / "killed").glob("*/shard-*.h5")):
+                time.sleep(chance.uniform(0, 0.05))
+                break
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    (project / "killed" / "train").mkdir(parents=True, exist_ok=True)
+    (project / "killed" / "train" / "shard-000001.h5.tmp.99-abc").write_bytes(b"half a shard")
+    siglit("precompute", "-c", "experiment.yaml", "--cache.path", "killed", cwd=project, check=0)
+    for split in ("train", "val"):
+        assert rows_by_key(project / "killed" / split) == rows_by_key(project / "whole" / split)
+    assert not list((project / "killed").rglob("*.tmp*"))
+
+
+def test_two_devices_give_the_same_cache(project):
+    siglit("precompute", "-c", "experiment.yaml", "--cache.path", "one", cwd=project, check=0)
+    siglit("precompute", "-c", "experiment.yaml", "--cache.path", "two", "--cache.devices", "2", cwd=project, check=0)
+    assert rows_by_key(project / "two" / "train") == rows_by_key(project / "one" / "train")
+    assert (project / "two/train/index.json").read_bytes() == (project / "one/train/index.json").read_bytes()
+
+
+def test_bad_images_are_skipped_listed_and_shift_nobody(experiment, project):
+    precompute.run(experiment)
+    good = rows_by_key("cache/small/train")
+    (project / "images/0003.png").write_bytes(b"")
+    (project / "images/0010.png").write_bytes(b"no image at all")
+    (project / "images/0011.png").unlink()
+    whole = (project / "images/0012.png").read_bytes()
+    (project / "images/0012.png").write_bytes(whole[: len(whole) // 2])
+    told = precompute.run(parse("precompute", "--cache.path", "bad", "--data.max_skipped", "0.2"))
+    bad = {f"images/{n:04d}.png" for n in (3, 10, 11, 12)}
+    assert rows_by_key("bad/train") == {k: v for k, v in good.items() if k not in bad}
+    assert {key for key, _ in EmbeddingCache("bad/train").skipped} == bad
+    assert told.splits["train"].skipped == 4
+    with pytest.raises(UserError, match=r"4 of 40 images \(10.0%\).*data.max_skipped"):
+        precompute.run(parse("precompute", "--cache.path", "bad2"))
+
+
+def test_samples_without_a_caption_are_skipped(experiment, project):
+    (project / "train.csv").write_text("filepath,title\nimages/0000.png,a red square\nimages/0001.png,  \n")
+    result = precompute.run(parse("precompute", "--data.max_skipped", "1"))
+    assert result.splits["train"].skipped_by_reason == {"no caption": 1}
+
+
+def test_no_captions_at_all_fails(experiment, project):
+    (project / "train.csv").write_text("filepath,title\nimages/0000.png,\nimages/0001.png,\n")
+    with pytest.raises(UserError, match="no caption"):
+        precompute.run(experiment)
+
+
+def test_an_empty_fold_fails(project, monkeypatch):
+    monkeypatch.chdir(project)
+    (project / "val.csv").write_text("filepath,title\nimages/0000.png,a red square\n")
+    with pytest.raises(UserError, match="empty"):
+        precompute.run(parse("precompute", "--data.val.fold", "0/1000"))
+
+
+def test_a_cache_of_another_tower_is_never_mixed(experiment):
+    precompute.run(experiment)
+    before = rows_by_key("cache/small/train")
+    with pytest.raises(ValueError, match=r"image_tower.pooling: 'tower' here, 'avg' asked for"):
+        precompute.run(parse("precompute", "--image_tower.pooling", "avg"))
+    assert rows_by_key("cache/small/train") == before
+
+
+def test_a_changed_listing_is_noticed(experiment, project):
+    precompute.run(experiment)
+    with (project / "train.csv").open("a") as file:
+        file.write("images/0040.png,one more\n")
+    with pytest.raises(ValueError, match="source"):
+        precompute.run(experiment)
+
+
+@pytest.mark.parametrize("problem", ["full", "read-only"])
+def test_a_folder_that_cannot_be_written_is_one_line(project, problem):
+    """Full disk (a file-size limit stands in for it) and a folder that cannot be made."""
+    import resource
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    (project / "in-the-way").write_text("a file")
+    # No workers: the limit would hit the shared memory that they hand their pixels over in.
+    words = ["--cache.path", "in-the-way/cache"] if problem == "read-only" else ["--data.workers", "0"]
+    options = {"preexec_fn": limit} if problem == "full" else {}
+    done = siglit("precompute", "-c", "experiment.yaml", *words, cwd=project, check=2, **options)
+    assert len([line for line in done.stderr.splitlines() if line.startswith("siglit:")]) == 1
+    assert "Traceback" not in done.stderr
+    assert not list(project.rglob("*.tmp*"))
+
+
+def test_a_tower_the_hub_cannot_give_names_the_local_way(project):
+    done = siglit("precompute", "-c", "experiment.yaml", "--image_tower.weights", "null", cwd=project, check=2)
+    assert "image_tower.weights" in done.stderr
+    assert "local-dir:" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,70 @@
+"""The quickstart runs from a wheel, without the checkout, the network or a prior run, and again after one."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+
+SMALL = (
+    "from siglit import quickstart as q; q._TRAIN_IMAGES, q._VAL_IMAGES = 300, 20; from siglit.cli import main; main()"
+)
+FEW_STEPS = ["--train.steps", "3", "--train.val_every", "0", "--optim.warmup_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built and unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def quickstart(wheel, cwd, *words):
+    """Run the unpacked wheel's quickstart, made small."""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", SMALL, "quickstart", *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(wheel), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_wheel_holds_configs_and_small_assets(wheel):
+    assert (wheel / "siglit/configs/quickstart.yaml").exists()
+    assert (wheel / "siglit/configs/examples/folder.yaml").exists()
+    assert 0 < (wheel / "siglit/assets/shapes_vit.safetensors").stat().st_size <= 3_000_000
+    assert not (wheel / "tests").exists()
+
+
+def test_quickstart_from_the_wheel(wheel, tmp_path):
+    done = quickstart(wheel, tmp_path, *FEW_STEPS)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/quickstart"
+    metrics = json.loads((folder / "retrieval.json").read_text())
+    assert {f"{way}/R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} <= set(metrics)
+    with Image.open(folder / "retrieval.png") as picture:
+        assert picture.size[0] > 800
+    assert str(ROOT) not in (folder / "experiment.yaml").read_text()
+    again = quickstart(wheel, tmp_path, *FEW_STEPS)
+    assert again.returncode == 0, again.stderr
+    found = subprocess.run(
+        [sys.executable, "-P", "-m", "siglit", "search", "a red circle", "-c", "runs/quickstart/experiment.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(wheel)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "val/0" in found.stdout

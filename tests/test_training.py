@@ -1,0 +1,228 @@
+"""Training: two devices are one, a resumed run goes on, and what does not fit is said before anything is lost."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from siglit import evaluate, precompute, search, training
+from siglit.cache import EmbeddingCache
+from siglit.errors import UserError
+from siglit.models.text_tower import TextTower
+from tests.conftest import parse, siglit
+
+
+@pytest.fixture
+def cached(experiment):
+    """The project's experiment with its caches made; figures of the tower are checked in test_precompute."""
+    precompute.run(experiment)
+    return experiment
+
+
+def weights(folder):
+    """State dict of a run's last checkpoint."""
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def losses(folder):
+    """{step: loss} from metrics.csv."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")}
+
+
+def test_training_learns_and_leaves_what_it_promises(cached, project):
+    result = training.run(parse("train", "--train.steps", "60"))
+    folder = project / "runs/small"
+    seen = losses(folder)
+    assert seen[59] < 0.5 * seen[1]
+    assert result.steps == 60
+    assert result.examples_seen == 960
+    assert {"train/loss", "val/text_to_image/R@1", "val/image_to_text/R@10"} <= set(result.metrics)
+    assert json.loads((folder / "summary.json").read_text())["train"]["steps"] == 60
+    assert (folder / "tokenizer.model").exists()
+
+
+def test_the_trained_text_tower_is_what_is_evaluated(cached, project):
+    """retrieval.json equals a plain computation from the checkpoint, the cache and a full score matrix."""
+    training.run(cached)
+    result = evaluate.run(cached)
+    written = json.loads((project / "runs/small/retrieval.json").read_text())
+    assert written["text_to_image/R@1"] == result.metrics["text_to_image/R@1"]
+    cache = EmbeddingCache("cache/small/val")
+    state = torch.load(project / "runs/small/checkpoints/last.ckpt", weights_only=True)
+    tower = TextTower(parse("train").text_tower, **state["siglit"]["built_for"])
+    tower.load_state_dict({k[6:]: v for k, v in state["state_dict"].items() if k.startswith("tower.")})
+    from siglit.run import load_trained
+
+    trained = load_trained(cached, cache)
+    ids = torch.from_numpy(trained.tokenizer([cache.caption(i) for i in range(24)])).long()
+    with torch.inference_mode():
+        ztxt = torch.nn.functional.normalize(tower.eval()(ids), dim=1).numpy()
+    zimg = cache.gather(np.arange(12)).astype(np.float32)
+    zimg /= np.linalg.norm(zimg, axis=1, keepdims=True)
+    scores = ztxt @ zimg.T
+    own = scores[np.arange(24), np.arange(24) // 2]
+    rank = (scores >= own[:, None]).sum(1) - 1
+    for k in (1, 5, 10):
+        assert written[f"text_to_image/R@{k}"] == pytest.approx((rank < k).mean())
+
+
+def test_two_devices_train_like_one(project):
+    """Weights and losses after six DDP steps equal those of one process on the same global batches."""
+    siglit("precompute", "-c", "experiment.yaml", cwd=project, check=0)
+    for devices in (1, 2):
+        words = ["--train.devices", devices, "--output_dir", f"runs/{devices}", "--tokenizer.path", "t.model"]
+        if devices == 1:
+            siglit("tokenizer", "train", "-c", "experiment.yaml", "--output_dir", "tok", cwd=project, check=0)
+            (project / "tok/tokenizer.model").rename(project / "t.model")
+        siglit("train", "-c", "experiment.yaml", *words, cwd=project, check=0)
+    one, two = weights(project / "runs/1"), weights(project / "runs/2")
+    for name in one:
+        # Attention does not depend on the keys' bias: its gradient is rounding noise, which Adam scales up to full steps.
+        if name.endswith("k_proj.bias"):
+            continue
+        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-3, msg=name)
+    assert losses(project / "runs/2") == pytest.approx(losses(project / "runs/1"), rel=1e-4)
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(cached, project, monkeypatch):
+    """Stopped after a checkpoint inside a pass, continued: the same weights, the same rows of metrics.csv."""
+    training.run(parse("train", "--output_dir", "runs/whole"))
+
+    real = training.TrainProgress.on_train_batch_end
+
+    def stop_at_4(self, trainer, *rest):
+        real(self, trainer, *rest)
+        if trainer.global_step == 5:
+            raise RuntimeError("the power went")
+
+    monkeypatch.setattr(training.TrainProgress, "on_train_batch_end", stop_at_4)
+    with pytest.raises(RuntimeError, match="power"):
+        training.run(parse("train", "--output_dir", "runs/broken"))
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+    training.run(parse("train", "--output_dir", "runs/broken", "--train.resume", "true"))
+    whole, broken = weights(project / "runs/whole"), weights(project / "runs/broken")
+    for name in whole:
+        assert torch.equal(whole[name], broken[name]), name
+    assert losses(project / "runs/broken") == losses(project / "runs/whole")
+
+
+def test_an_earlier_run_is_not_overwritten(cached):
+    training.run(cached)
+    with pytest.raises(UserError, match="--train.resume true"):
+        training.run(cached)
+
+
+def test_a_run_is_not_resumed_as_another(cached):
+    training.run(cached)
+    with pytest.raises(UserError, match="cannot resume.*text_tower"):
+        training.run(parse("train", "--train.resume", "true", "--text_tower.depth", "2"))
+    with pytest.raises(UserError, match="cannot resume.*batch_size"):
+        training.run(parse("train", "--train.resume", "true", "--train.batch_size", "8"))
+
+
+def test_training_without_a_cache_says_how_to_make_it(experiment):
+    with pytest.raises(UserError, match="siglit precompute"):
+        training.run(experiment)
+
+
+def test_training_on_another_towers_cache_names_the_field(cached):
+    with pytest.raises(UserError, match=r"image_tower.pooling: 'tower' here, 'avg' asked for"):
+        training.run(parse("train", "--image_tower.pooling", "avg"))
+
+
+def test_training_on_other_weights_is_noticed(cached, project, tower_weights):
+    """The weights file is compared by content where it is there, and not asked for where it is not."""
+    other = project / "other.safetensors"
+    other.write_bytes(tower_weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match="weights_file"):
+        training.run(parse("train", "--image_tower.weights", str(other)))
+    training.run(parse("train", "--image_tower.weights", str(project / "not-on-this-machine.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--train.batch_size", "64"], "lower train.batch_size"),
+        (["--train.epochs", "2"], "either train.steps or train.epochs"),
+        (["--text_tower.heads", "5"], "heads"),
+        (["--tokenizer.path", "missing.model"], "missing.model"),
+        (["--tokenizer.vocab_size", "100"], "tokenizer"),
+        (["--train.loggers", "[wandb]"], "siglit"),
+    ],
+)
+def test_settings_that_cannot_work_are_told(cached, words, told):
+    with pytest.raises(UserError, match=told):
+        training.run(parse("train", *words))
+
+
+def test_the_tokenizer_of_other_settings_is_not_taken(cached):
+    training.run(cached)
+    with pytest.raises(UserError, match="vocab_size 320"):
+        training.run(parse("train", "--train.resume", "true", "--tokenizer.vocab_size", "330"))
+
+
+def test_evaluation_refuses_what_does_not_belong_together(cached, project):
+    with pytest.raises(UserError, match="siglit train"):
+        evaluate.run(cached)
+    training.run(cached)
+    with pytest.raises(UserError, match="another tokenizer"):
+        evaluate.run(parse("eval-retrieval", "--tokenizer.length", "9"))
+    precompute.run(
+        parse("precompute", "--cache.path", "avg", "--image_tower.image_size", "32", "--image_tower.std", "[1,1,1]")
+    )
+    with pytest.raises(UserError, match="trained on embeddings of"):
+        evaluate.run(parse("eval-retrieval", "--cache.path", "avg", "--image_tower.std", "[1,1,1]"))
+
+
+def test_a_checkpoint_is_never_unpickled(cached, project):
+    """A file with code in it is refused, and the code does not run."""
+
+    class Code:
+        def __reduce__(self):
+            return (open, (str(project / "ran"), "w"))
+
+    torch.save({"siglit": Code()}, project / "evil.ckpt")
+    with pytest.raises(UserError, match="evil.ckpt is not a checkpoint"):
+        evaluate.run(parse("eval-retrieval", "--eval.checkpoint", "evil.ckpt"))
+    assert not (project / "ran").exists()
+
+
+def test_search_finds_what_was_trained(cached, project):
+    experiment = parse("train", "--train.steps", "60")
+    training.run(experiment)
+    result = search.run(experiment, "a red square")
+    assert len(result.keys) == 10
+    assert result.scores == sorted(result.scores, reverse=True)
+    best = [int(key[-8:-4]) % 4 for key in result.keys[:3]]
+    assert best == [0, 0, 0], "red pictures come first"
+    assert (project / "runs/small").glob("images-val-*.faiss")
+    with pytest.raises(UserError, match="empty"):
+        search.run(experiment, "  ")
+
+
+def test_languages_are_told_apart(tmp_path, monkeypatch, tower_weights, project):
+    """An XM3600 set gives a table by language with the average."""
+    monkeypatch.chdir(project)
+    names = ("red", "green", "blue", "grey")
+    german = dict(zip(names, ("rot", "grün", "blau", "grau"), strict=True))
+    with (project / "captions.jsonl").open("w") as file:
+        for n in range(40):
+            colour = names[n % 4]
+            record = {"image/key": f"{n:04d}", "image/locale": "en", "en": {"caption": [f"{colour} {n}"]}}
+            if n < 30:
+                record["de"] = {"caption": [f"{german[colour]} {n}"]}
+            file.write(json.dumps(record) + "\n")
+    words = ["--data.train.format", "xm3600", "--data.train.path", "captions.jsonl", "--eval.split", "train"]
+    experiment = parse("train", *words, "--data.val", "null")
+    precompute.run(experiment)
+    training.run(experiment)
+    result = evaluate.run(experiment)
+    assert list(result.by_language) == ["de", "en", "average"]
+    for name in ("image_to_text/R@1", "text_to_image/R@10"):
+        mean = (result.by_language["de"][name] + result.by_language["en"][name]) / 2
+        assert result.by_language["average"][name] == pytest.approx(mean)
+    assert "average" in str(result)
