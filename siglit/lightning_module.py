@@ -21,6 +21,7 @@ from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids, unit_rows
 from siglit.evaluation.retrieval import retrieval_metrics
 from siglit.loss import sigmoid_loss
+from siglit.loss.exchange import gather_rows
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
 from siglit.optim import build_optimizer, cosine_schedule
@@ -137,10 +138,9 @@ class SigLiT(pl.LightningModule):
         share = -(-len(ids) // ranks)
         mine = ids[np.minimum(np.arange(rank * share, (rank + 1) * share), len(ids) - 1)]
         part = encode_ids(self.tower, mine, batch_size=self._experiment.eval.batch_size, device=self.device, quiet=True)
-        gathered = torch.as_tensor(self.all_gather(torch.from_numpy(part).to(self.device)))
-        ztxt = gathered.view(-1, part.shape[1]).cpu().numpy()
+        ztxt = gather_rows(torch.from_numpy(part).to(self.device)).cpu().numpy()
         metrics = retrieval_metrics(zimg, ztxt[: len(ids)], image_of_text)
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, batch_size=1, rank_zero_only=True)
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """The experiment's optimiser, its rate set anew before every step."""

@@ -76,6 +76,7 @@ def run(experiment: Experiment) -> PrecomputeResult:
     Raises:
         UserError: source, tower or an existing cache do not fit the experiment, or too many images are unusable.
     """
+    run_folder.quiet_lightning()
     config = experiment.cache
     several = config.devices > 1
     fabric = Fabric(
@@ -112,7 +113,7 @@ def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str
     begun = time.monotonic()
     _encode_units(experiment, fabric, source, mine, encoder, path, fingerprint, split)
     seconds = time.monotonic() - begun
-    encoded = sum(fabric.all_gather(torch.tensor([encoder.images])).flatten().tolist())  # type: ignore[union-attr]
+    encoded = int(torch.as_tensor(fabric.all_reduce(torch.tensor(float(encoder.images)), reduce_op="sum")))
     fabric.barrier()
     if fabric.is_global_zero:
         finish(path, len(units), fingerprint)
@@ -181,8 +182,8 @@ def _encode_units(
     )
     batches = pixel_batches(dataset, _workers(experiment), pin_memory=fabric.device.type == "cuda")
     known = sum(u.stop - u.start for u in units)
-    quiet = not fabric.is_global_zero
-    with Meter(f"precompute {split}", known or None, "images", quiet=quiet) as meter:
+    title = f"precompute {split}" + (f" (1 of {fabric.world_size} devices)" if fabric.world_size > 1 else "")
+    with Meter(title, known or None, "images", quiet=not fabric.is_global_zero) as meter:
         for number, of_unit in _by_unit(batches if units else iter(())):
             rows, samples, skipped = [], [], []
             for batch in of_unit:

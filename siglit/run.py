@@ -5,8 +5,10 @@ Knows where a run keeps things; computes nothing.
 
 import hashlib
 import json
+import logging
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,21 @@ from siglit.models.tokenizer import Tokenizer, load_tokenizer, train_sentencepie
 def is_first_process() -> bool:
     """Tell whether this is the first of all processes of the run, also before Lightning has set up the group."""
     return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning says of itself; what matters of a run is said by its stage."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for harmless in (
+        "Experiment logs directory",  # its rows are kept, see siglit.training
+        "Checkpoint directory .* exists and is not empty",
+        ".*does not have many workers",
+        ".*The number of training batches .* is smaller than the logging interval",
+        ".*LeafSpec.* is deprecated",
+        ".*torch.distributed.* is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=harmless)
 
 
 def output_dir(experiment: Experiment) -> Path:

@@ -4,10 +4,8 @@ Sets up Lightning and the run's folder; what is trained is `siglit.lightning_mod
 """
 
 import csv
-import logging
 import math
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +50,12 @@ def run(experiment: Experiment) -> TrainResult:
     Raises:
         UserError: caches, tokenizer or settings are not fit to train on.
     """
-    _quiet_lightning()
+    run_folder.quiet_lightning()
+    if experiment.train.batch_size % (experiment.train.devices * experiment.train.nodes):
+        raise UserError(
+            f"train.batch_size {experiment.train.batch_size} cannot be shared evenly by "
+            f"{experiment.train.devices * experiment.train.nodes} devices"
+        )
     train = run_folder.open_cache(experiment, "train")
     val = run_folder.open_cache(experiment, "val") if experiment.data.val is not None else None
     if val is not None and val.fingerprint["image_tower"] != train.fingerprint["image_tower"]:
@@ -206,16 +209,3 @@ def _loggers(experiment: Experiment, folder: Path, *, keep_rows: bool) -> list[L
             f"train.loggers: {error}; install the extra, such as pip install 'siglit[tensorboard]'"
         ) from error
     return loggers
-
-
-def _quiet_lightning() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for harmless in (
-        "Experiment logs directory",  # its rows are kept, see _loggers
-        "Checkpoint directory .* exists and is not empty",
-        ".*does not have many workers",
-        ".*The number of training batches .* is smaller than the logging interval",
-        ".*LeafSpec.* is deprecated",
-    ):
-        warnings.filterwarnings("ignore", message=harmless)

@@ -38,7 +38,9 @@ def test_only_weights_of_linear_and_convolution_layers_decay():
     assert names(model, decayed) == {"linear.weight", "no_bias.weight", "conv.weight"}
     assert decayed["weight_decay"] == pytest.approx(100)
     assert rest["weight_decay"] == 0
-    assert {"linear.bias", "embedding.weight", "norm.weight", "batch_norm.bias", "log_scale", "probe"} < names(model, rest)
+    assert {"linear.bias", "embedding.weight", "norm.weight", "batch_norm.bias", "log_scale", "probe"} < names(
+        model, rest
+    )
 
 
 @pytest.mark.parametrize(

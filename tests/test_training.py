@@ -80,7 +80,7 @@ def test_two_devices_train_like_one(project):
         siglit("train", "-c", "experiment.yaml", *words, cwd=project, check=0)
     one, two = weights(project / "runs/1"), weights(project / "runs/2")
     for name in one:
-        # Attention does not depend on the keys' bias: its gradient is rounding noise, which Adam scales up to full steps.
+        # Attention does not depend on the keys' bias: its gradient is rounding noise, which Adam scales up to steps.
         if name.endswith("k_proj.bias"):
             continue
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-3, msg=name)

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from siglit.loss.exchange import gather_rows, world
+
 
 def sigmoid_loss(
     zimg: torch.Tensor,
@@ -39,13 +41,8 @@ def sigmoid_loss(
         raise ValueError(
             f"the loss needs two (B, D) tensors of one shape, got {tuple(zimg.shape)} and {tuple(ztxt.shape)}"
         )
-    batch, rank = len(ztxt), 0
-    zimg = zimg.detach()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        rank = dist.get_rank(group)
-        blocks = [torch.empty_like(zimg) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(blocks, zimg.contiguous(), group=group)
-        zimg = torch.cat(blocks)
+    batch, (_, rank) = len(ztxt), world(group)
+    zimg = gather_rows(zimg, group)
     with torch.autocast(ztxt.device.type, enabled=False):
         wide = torch.promote_types(ztxt.dtype, torch.float32)
         logits = ztxt.to(wide) @ zimg.to(wide).T * logit_scale + logit_bias

@@ -78,8 +78,9 @@ class TransformersTokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise UserError(
-                f"cannot load the tokenizer {name!r} ({(str(error).strip() or type(error).__name__).splitlines()[0][:160]}). "
+                f"cannot load the tokenizer {name!r} ({reason}). "
                 "Without access to the Hub give a folder or a SentencePiece .model as tokenizer.path"
             ) from error
         eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id

@@ -72,22 +72,10 @@ def test_the_largest_id_fits(tmp_path):
 
 def test_blocks_do_not_show(cache, monkeypatch):
     monkeypatch.setattr(tokens, "_BLOCK", 2)
-    monkeypatch.setattr(tokens, "Meter", lambda *_, quiet, **__: tokens_meter())
     tokenizer = WordLengths()
     ids = token_ids(cache, tokenizer)
     assert tokenizer.calls == 3
     assert np.array_equal(ids, WordLengths()([text for row in CAPTIONS for text in row]))
-
-
-class tokens_meter:  # noqa: N801 - a stand-in
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def advance(self, units):
-        pass
 
 
 def test_the_file_is_used_again(cache):

@@ -120,7 +120,7 @@ def test_embeddings_that_are_not_numbers_find_nothing():
     ("images", "texts", "image_of_text"), [(0, 2, [0, 0]), (2, 0, []), (2, 2, [0]), (2, 2, [0, 2]), (2, 2, [-1, 0])]
 )
 def test_arrays_that_do_not_fit_raise(images, texts, image_of_text):
-    with pytest.raises(ValueError, match="retrieval needs|must name a row"):
+    with pytest.raises(ValueError, match=r"retrieval needs|must name a row"):
         retrieval_metrics(
             np.ones((images, 3), np.float32), np.ones((texts, 3), np.float32), np.array(image_of_text, np.int64)
         )

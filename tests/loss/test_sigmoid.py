@@ -64,7 +64,7 @@ def mean_gradients(loss, group, through_ddp):
     for name, tensor in result.items():
         if not through_ddp or name == "loss":
             dist.all_reduce(tensor, group=group)
-            tensor /= size
+            tensor.div_(size)
     return result
 
 
@@ -213,5 +213,5 @@ def test_a_step_lowers_the_loss():
         with torch.no_grad():
             for p, q in zip(moved.parameters(), model.parameters(), strict=True):
                 if q is parameter:
-                    p -= 1e-3 * q.grad
+                    p.sub_(1e-3 * q.grad)
         assert moved(zimg, ids) < before

@@ -118,7 +118,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("captions", [[""], ["", "  "]])
     def test_only_blank_captions(self, captions):
-        with pytest.raises(UserError, match="cannot train a tokenizer|no captions"):
+        with pytest.raises(UserError, match=r"cannot train a tokenizer|no captions"):
             train_sentencepiece(captions, CONFIG)
 
     def test_a_vocabulary_too_small_for_the_bytes(self):
