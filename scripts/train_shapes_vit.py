@@ -1,11 +1,12 @@
 """Train the small ViT that ships with siglit for `siglit quickstart`, and write its weights.
 
-    python scripts/train_shapes_vit.py --out siglit/assets/shapes_vit.safetensors --minutes 30
+    python scripts/train_shapes_vit.py --out siglit/assets/shapes_vit.safetensors --minutes 32
 
-The tower learns from attributes, never from sentences: linear heads on its pooled embedding name the layout, the
-number of objects and the colour, shape and size of each; linear heads on its patch tokens name the same of the object
-that lies there, without which the pooled heads take many times longer to start learning. Scenes are drawn afresh all
-the time, from seeds that the quickstart set never uses.
+The tower learns from attributes, never from sentences: linear heads on its pooled embedding name the layout, the number
+of objects and the colour, shape and size of each; linear heads on its patch tokens name the same of the object that lies
+there. Scenes are drawn afresh all the time, from seeds that the quickstart set never uses.
+Measured: 273,024 images in 32 minutes on 2 cores that other work shared; the pooled heads then named every scene of the
+last batch of 128 (whole scenes 1.00 in siglit/assets/shapes_vit.json).
 """
 
 import argparse
@@ -81,7 +82,7 @@ def main() -> None:
     """Train for the given time with a cosine schedule over it; print the accuracies as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=float, default=32)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=10_000_000)
