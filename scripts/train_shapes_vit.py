@@ -3,8 +3,8 @@
     python scripts/train_shapes_vit.py --out siglit/assets/shapes_vit.safetensors --minutes 32
 
 The tower learns from attributes, never from sentences: linear heads on its pooled embedding name the layout, the number
-of objects and the colour, shape and size of each; linear heads on its patch tokens name the same of the object that lies
-there. Scenes are drawn afresh all the time, from seeds that the quickstart set never uses.
+of objects and the colour, shape and size of each; linear heads on its patch tokens name the same of the object that
+lies there. Scenes are drawn afresh all the time, from seeds that the quickstart set never uses.
 Measured: 273,024 images in 32 minutes on 2 cores that other work shared; the pooled heads then named every scene of the
 last batch of 128 (whole scenes 1.00 in siglit/assets/shapes_vit.json).
 """

@@ -5,10 +5,12 @@ Knows the names of the stages and how to report errors; imports a stage, and wit
 
 import contextlib
 import importlib
+import itertools
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -62,9 +64,8 @@ def _run(words: list[str], debug: bool) -> int:
     try:
         experiment, extra, as_yaml = _parse(name, words[len(name.split()) :])
         stage = _stage(COMMANDS[name].stage)
-        if name in ("train", "quickstart"):
-            _keep(as_yaml, experiment)
-        result = stage(experiment, **extra)
+        with _kept(as_yaml, experiment) if name in ("train", "quickstart") else contextlib.nullcontext():
+            result = stage(experiment, **extra)
         _print(str(result))
     except (UserError, CacheError) as error:
         return _report(error, str(error), 2, debug)
@@ -108,31 +109,107 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
     parser = ArgumentParser(prog=f"siglit {name}", description=COMMANDS[name].help, exit_on_error=False)
     positional = COMMANDS[name].words
     if positional:
-        parser.add_argument(positional, type=str, help="what to look for")
+        parser.add_argument(positional, type=str, nargs="+", help="what to look for")
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="the experiment file")
     parser.add_class_arguments(Experiment)
     if name == "quickstart" and not _names_config(words):
         words = ["-c", str(packaged_config("quickstart.yaml")), *words]
     try:
+        _check_files(words)
         parsed = parser.parse_args(words)
+        _check_sections(parsed)
         ready = parser.instantiate(parsed)
     except Exception as error:
         if isinstance(error, SystemExit):
             raise
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(_told(error, words)) from error
     fields = {k: v for k, v in vars(ready).items() if k not in ("config", positional)}
-    extra = {positional: getattr(ready, positional)} if positional else {}
+    extra = {positional: " ".join(getattr(ready, positional))} if positional else {}
     as_yaml = parser.dump(parsed, skip_unset=True)
     return Experiment(**fields).with_default_folders(), extra, as_yaml
 
 
-def _keep(as_yaml: str, experiment: "Experiment") -> None:
-    """Leave the experiment as it runs in the run's folder, for the reader of the results and for later commands."""
+def _check_files(words: list[str]) -> None:
+    """Refuse a key that an experiment file gives twice: YAML would take the last one in silence."""
+    import yaml
+
+    from siglit.errors import UserError
+
+    def look(node: yaml.Node, path: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if key.value in seen:
+                    raise UserError(
+                        f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice; keep one of them"
+                    )
+                seen.add(key.value)
+                look(value, path)
+
+    for option, path in itertools.pairwise(words):
+        if option in ("-c", "--config") and os.path.isfile(path):
+            with open(path, "rb") as file:
+                text = file.read()
+                try:
+                    node = yaml.compose(text, Loader=yaml.SafeLoader)
+                except yaml.YAMLError as error:
+                    hint = "; put quotes around a text with ${...} inside braces" if b"${" in text else ""
+                    raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}{hint}") from error
+            if node is None:
+                raise UserError(f"{path} is empty; it needs at least data.train")
+            look(node, path)
+
+
+def _check_sections(parsed: Any) -> None:
+    from siglit.errors import UserError
+
+    for section in ("image_tower", "cache", "tokenizer", "text_tower", "loss", "optim", "train", "eval"):
+        if parsed.get(section) is None:
+            raise UserError(f"the section {section} is empty; fill it, or remove its line to take the defaults")
+
+
+def _told(error: Exception, words: list[str]) -> str:
+    """The parser's message in one line, with what to do where it does not say."""
+    text = " ".join(str(error).split())
+    # An optional section is a union to the parser, which then tells of every member; the first one's complaint counts.
+    complaint = r"Errors: - (?:Problem with given class_path \S+ )?(.*?)(?: - Expected| Given|$)"
+    union = re.match(rf"(Parser key .*?:).*?{complaint}", text)
+    if union:
+        text = f"{union[1]} {union[2]}"
+    if "are required" in text and not _names_config(words):
+        text += "; give the experiment file with -c FILE"
+    return text
+
+
+@contextlib.contextmanager
+def _kept(as_yaml: str, experiment: "Experiment") -> Iterator[None]:
+    """Leave the experiment as it runs in the run's folder; a run that is refused leaves the earlier one's as it was."""
+    from siglit.errors import UserError
+
     assert experiment.output_dir is not None
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        os.makedirs(experiment.output_dir, exist_ok=True)
-        with open(os.path.join(experiment.output_dir, "experiment.yaml"), "w", encoding="utf-8") as file:
-            file.write(as_yaml)
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        yield
+        return
+    os.makedirs(experiment.output_dir, exist_ok=True)
+    path = os.path.join(experiment.output_dir, "experiment.yaml")
+    earlier = None
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            earlier = file.read()
+    _write(path, as_yaml)
+    try:
+        yield
+    except UserError:
+        if earlier is None:
+            os.unlink(path)
+        else:
+            _write(path, earlier)
+        raise
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _names_config(words: list[str]) -> bool:

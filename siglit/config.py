@@ -5,8 +5,11 @@ affair of the module that the field belongs to. The text under each field is the
 prints.
 """
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from siglit.errors import UserError
 
 Format = Literal["csv", "jsonl", "coco", "karpathy", "folder", "parquet", "webdataset", "xm3600", "hub"]
 
@@ -54,8 +57,8 @@ class DataConfig:
     """Processes that decode images, per device; default: the cores shared out among the devices, at most 16."""
     max_skipped: float = 0.01
     """Largest share of images that may be unusable before precompute fails, 0.0–1.0."""
-    max_image_pixels: int = 200_000_000
-    """Images with more pixels than this are skipped as decompression bombs."""
+    max_image_pixels: int = 178_956_970
+    """Images with more pixels than this are skipped as decompression bombs; Pillow's own limit, and the largest."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,42 @@ class EvalConfig:
     """Answers that `siglit search` prints."""
 
 
+_RANGES = {
+    "1 or more": (
+        lambda v: v >= 1,
+        (
+            "cache.shard_size",
+            "cache.batch_size",
+            "cache.devices",
+            "image_tower.image_size",
+            "tokenizer.vocab_size",
+            "text_tower.width",
+            "text_tower.depth",
+            "text_tower.heads",
+            "text_tower.mlp_width",
+            "train.batch_size",
+            "train.steps",
+            "train.devices",
+            "train.nodes",
+            "train.log_every",
+            "train.val_rows",
+            "eval.batch_size",
+            "eval.top_k",
+            "data.max_image_pixels",
+        ),
+    ),
+    "2 or more, a piece of text and the end of the sentence": (lambda v: v >= 2, ("tokenizer.length",)),
+    "0 or more": (
+        lambda v: v >= 0,
+        ("data.workers", "seed", "optim.weight_decay", "optim.warmup_steps", "optim.clip", "train.val_every"),
+    ),
+    "more than 0": (lambda v: v > 0, ("optim.lr", "loss.logit_scale", "train.epochs")),
+    "between 0 and 1": (lambda v: 0 <= v <= 1, ("data.max_skipped", "tokenizer.character_coverage")),
+    "two numbers from 0 to less than 1": (lambda v: all(0 <= beta < 1 for beta in v), ("optim.betas",)),
+    "three numbers, one per channel": (lambda v: len(v) == 3, ("image_tower.mean", "image_tower.std")),
+}
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One experiment: the same file for every command."""
@@ -236,6 +275,18 @@ class Experiment:
     """Training."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot mean anything.
+
+        Raises:
+            UserError: a field is out of its range; the text names it.
+        """
+        for bound, (holds, fields) in _RANGES.items():
+            for name in fields:
+                value = operator.attrgetter(name)(self)
+                if value is not None and not holds(value):
+                    raise UserError(f"{name} is {value}, but it must be {bound}")
 
     def with_default_folders(self) -> "Experiment":
         """Fill the folders that follow from the name."""

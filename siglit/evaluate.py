@@ -54,7 +54,7 @@ class RetrievalResult:
 
 
 def run(experiment: Experiment) -> RetrievalResult:
-    """Evaluate the run on its cache; write retrieval.json and the index into the run's folder.
+    """Evaluate the run on its cache; write retrieval.json (of the training cache: retrieval-train.json) and the index.
 
     Raises:
         UserError: cache, checkpoint and tokenizer do not fit each other, or the cache has no captions.
@@ -79,7 +79,8 @@ def run(experiment: Experiment) -> RetrievalResult:
         else retrieval.metrics_by_language(zimg, ztxt, image_of_text, np.asarray(langs)),
         label_accuracy=_label_accuracy(cache, zimg, ztxt, ids),
     )
-    run_folder.write_json(run_folder.output_dir(experiment) / "retrieval.json", result.to_json())
+    name = "retrieval.json" if experiment.eval.split == "val" else f"retrieval-{experiment.eval.split}.json"
+    run_folder.write_json(run_folder.output_dir(experiment) / name, result.to_json())
     return result
 
 
@@ -97,6 +98,5 @@ def _label_accuracy(cache: EmbeddingCache, zimg: np.ndarray, ztxt: np.ndarray, i
 
 
 def _device(accelerator: str) -> torch.device:
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise UserError("eval.accelerator is cuda, but this machine has no CUDA device; use cpu or auto")
+    run_folder.check_accelerator("eval.accelerator", accelerator)
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")

@@ -60,7 +60,7 @@ class PrecomputeResult:
         for name, split in self.splits.items():
             rate = (
                 ""
-                if split.images_per_second is None
+                if split.images_per_second is None or split.tower_images_per_second is None
                 else (f", {split.images_per_second:,.0f} images/s (tower alone {split.tower_images_per_second:,.0f})")
             )
             skipped = "".join(f"; {n} skipped: {reason}" for reason, n in split.skipped_by_reason.items())
@@ -77,6 +77,8 @@ def run(experiment: Experiment) -> PrecomputeResult:
         UserError: source, tower or an existing cache do not fit the experiment, or too many images are unusable.
     """
     run_folder.quiet_lightning()
+    run_folder.check_accelerator("cache.accelerator", experiment.cache.accelerator)
+    run_folder.output_dir(experiment)
     config = experiment.cache
     several = config.devices > 1
     fabric = Fabric(
@@ -92,7 +94,11 @@ def run(experiment: Experiment) -> PrecomputeResult:
     tower.to(fabric.device)
     result = PrecomputeResult({split: _split(experiment, fabric, tower, split, s) for split, s in sources.items()})
     if fabric.is_global_zero:
-        run_folder.add_to_summary(experiment, "precompute", asdict(result)["splits"])
+        # A run that found everything done has no rates of its own and keeps those of the one that did it.
+        earlier = run_folder.summary(experiment).get("precompute", {})
+        done = {name: earlier.get(name) for name, split in result.splits.items() if not split.encoded_now}
+        figures = {name: done.get(name) or asdict(split) for name, split in result.splits.items()}
+        run_folder.add_to_summary(experiment, "precompute", figures)
     return result
 
 
@@ -119,6 +125,7 @@ def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str
         finish(path, len(units), fingerprint)
     fabric.barrier()
     cache = EmbeddingCache(path)
+    fabric.barrier()
     _check_skipped(experiment, cache)
     return SplitResult(
         path=str(path),
@@ -257,8 +264,10 @@ def _check_skipped(experiment: Experiment, cache: EmbeddingCache) -> None:
     share = cache.num_skipped / seen
     if share > experiment.data.max_skipped:
         key, reason = cache.skipped[0]
+        # Not complete until the person has decided: nothing trains on it in the meantime.
+        (cache.path / "index.json").unlink(missing_ok=True)
         raise UserError(
             f"{cache.num_skipped} of {seen} images ({share:.1%}) could not be used, more than data.max_skipped "
-            f"({experiment.data.max_skipped:.1%}); the first is {key!r}: {reason}. The rest is in {cache.path}; "
-            "mend the images, or raise data.max_skipped"
+            f"({experiment.data.max_skipped:.1%}); the first is {key!r}: {reason}. The rest is kept in {cache.path}; "
+            "raise data.max_skipped and run again, or mend the images and delete the shards"
         )

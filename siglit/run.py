@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from siglit.cache import CacheError, EmbeddingCache
-from siglit.config import Experiment, ImageTowerConfig, TextTowerConfig
+from siglit.config import Experiment, ImageTowerConfig, SourceSpec, TextTowerConfig
+from siglit.data.sources import source_identity
 from siglit.errors import UserError
 from siglit.evaluation.encoding import unit_rows
 from siglit.evaluation.retrieval import save_index
@@ -36,6 +38,7 @@ def quiet_lightning() -> None:
     """Silence what Lightning says of itself; what matters of a run is said by its stage."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for harmless in (
         "Experiment logs directory",  # its rows are kept, see siglit.training
         "Checkpoint directory .* exists and is not empty",
@@ -47,10 +50,22 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=harmless)
 
 
+def check_accelerator(field: str, accelerator: str) -> None:
+    """Refuse CUDA where there is none.
+
+    Raises:
+        UserError: `field` asks for it in vain.
+    """
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{field} is cuda, but this machine has no CUDA device; use cpu or auto")
+
+
 def output_dir(experiment: Experiment) -> Path:
     """Return the run's folder, made if it is missing."""
     assert experiment.output_dir is not None
     folder = Path(experiment.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, but results need a folder; choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -68,11 +83,15 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(unfinished, path)
 
 
+def summary(experiment: Experiment) -> dict[str, Any]:
+    """Return the run's summary.json, empty if there is none."""
+    path = output_dir(experiment) / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def add_to_summary(experiment: Experiment, command: str, value: Any) -> None:
     """Put one command's figures into the run's summary.json, beside those of the others."""
-    path = output_dir(experiment) / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, {**summary, command: value})
+    write_json(output_dir(experiment) / "summary.json", {**summary(experiment), command: value})
 
 
 def open_cache(experiment: Experiment, split: str) -> EmbeddingCache:
@@ -82,14 +101,30 @@ def open_cache(experiment: Experiment, split: str) -> EmbeddingCache:
         UserError: there is none, or another tower or transform made it.
     """
     path = cache_path(experiment, split)
+    spec = getattr(experiment.data, split)
+    if spec is None:
+        raise UserError(f"data.{split} is not set: there is nothing held out; set it, or choose another eval.split")
     try:
         cache = EmbeddingCache(path)
         cache.check_fingerprint(*_asked_for(experiment.image_tower, cache.fingerprint))
+        _check_source(spec, cache)
     except CacheError as error:
-        raise UserError(f"{error}; run `siglit precompute` with this experiment, or change cache.path") from error
+        raise UserError(str(error)) from error
     if len(cache) == 0:
         raise UserError(f"{path} holds no image; see data.{split} in the experiment")
     return cache
+
+
+def _check_source(spec: SourceSpec, cache: EmbeddingCache) -> None:
+    """See that the cache was made of these samples; a machine without the files can only trust it."""
+    try:
+        asked = source_identity(spec)
+    except UserError as error:
+        if is_first_process():
+            print(f"the source of {cache.path} cannot be compared here: {error}", file=sys.stderr)
+        return
+    if asked is not None:
+        cache.check_fingerprint({"source": asked}, ["source"])
 
 
 def file_hash(path: str) -> str:

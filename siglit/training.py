@@ -56,6 +56,7 @@ def run(experiment: Experiment) -> TrainResult:
             f"train.batch_size {experiment.train.batch_size} cannot be shared evenly by "
             f"{experiment.train.devices * experiment.train.nodes} devices"
         )
+    run_folder.check_accelerator("train.accelerator", experiment.train.accelerator)
     train = run_folder.open_cache(experiment, "train")
     val = run_folder.open_cache(experiment, "val") if experiment.data.val is not None else None
     if val is not None and val.fingerprint["image_tower"] != train.fingerprint["image_tower"]:
@@ -76,13 +77,19 @@ def run(experiment: Experiment) -> TrainResult:
     module = SigLiT(experiment, steps)
     trainer = _trainer(experiment, folder, steps, keep_rows=resuming)
     begun = time.monotonic()
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if resuming else None, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if resuming else None, weights_only=True)
+    except SystemExit as stop:  # how Lightning leaves after Ctrl-C
+        raise (KeyboardInterrupt if trainer.interrupted else stop) from stop
     seconds = time.monotonic() - begun
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    trainer.save_checkpoint(last)
     taken = trainer.global_step
     progress = next(c for c in trainer.callbacks if isinstance(c, TrainProgress))  # type: ignore[attr-defined]
+    if taken > steps:
+        raise UserError(f"{last} has taken {taken} steps, more than the {steps} asked for; choose another --output_dir")
+    earlier = run_folder.summary(experiment).get("train")
+    if progress.first_step in (None, taken) and earlier:
+        return TrainResult(**earlier)
+    trainer.save_checkpoint(last)
     result = TrainResult(
         steps=taken,
         examples_seen=taken * experiment.train.batch_size,
@@ -104,9 +111,11 @@ class TrainProgress(pl.Callback):
         self._batch_size, self._total_steps = batch_size, total_steps
         self._meter: Meter | None = None
         self.rate = 0.0
+        self.first_step: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin at the step the run goes on from."""
+        self.first_step = trainer.global_step
         done = trainer.global_step * self._batch_size
         self._meter = Meter(
             "training",
@@ -122,6 +131,11 @@ class TrainProgress(pl.Callback):
         """Count the batch; the loss is read only when it has just been logged, for reading it waits for the device."""
         assert self._meter is not None
         shown = {k: float(v) for k, v in trainer.logged_metrics.items() if k in ("train/loss", "val/text_to_image/R@1")}
+        if not math.isfinite(shown.get("train/loss", 0.0)):
+            raise RuntimeError(
+                f"the loss is {shown['train/loss']} at step {trainer.global_step}; lower optim.lr, or see whether the "
+                "cache is sound; the last checkpoint is kept"
+            )
         note = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
         self._meter.advance(self._batch_size, f"step {trainer.global_step}  {note}")
 

@@ -166,14 +166,18 @@ def read_jsonl(path: Path, given: Columns, fmt: str = "jsonl") -> list[Row]:
     return _merge(path, (_row(record, columns, path, line) for line, record in _json_lines(path)))
 
 
-def read_folder(folder: Path, given: Columns) -> tuple[Path, list[Row]]:
-    """Rows of an image folder as Hugging Face's `imagefolder` defines it, and the metadata file they come from."""
+def metadata_file(folder: Path) -> Path:
+    """The listing of an image folder as Hugging Face's `imagefolder` defines it."""
     found = [path for path in (folder / "metadata.csv", folder / "metadata.jsonl") if path.is_file()]
     if len(found) != 1:
         state = "has both metadata.csv and metadata.jsonl" if found else "has no metadata.csv or metadata.jsonl"
         raise UserError(f"{folder} {state}; an image folder has one of them, with a column file_name")
-    path = found[0]
-    return path, read_csv(path, given, ",", "folder") if path.suffix == ".csv" else read_jsonl(path, given, "folder")
+    return found[0]
+
+
+def read_folder(path: Path, given: Columns) -> list[Row]:
+    """Rows of an image folder's metadata file."""
+    return read_csv(path, given, ",", "folder") if path.suffix == ".csv" else read_jsonl(path, given, "folder")
 
 
 def read_coco(path: Path) -> list[Row]:

@@ -125,6 +125,34 @@ def open_source(spec: SourceSpec) -> Source:
     return _ListingSource(spec)
 
 
+def source_identity(spec: SourceSpec) -> dict[str, Any] | None:
+    """What `open_source(spec).identity()` gives, without reading a listing; None for the Hub, which would be asked.
+
+    Raises:
+        UserError: there are no such files.
+    """
+    if spec.format == "hub":
+        return None
+    if spec.format in ("parquet", "webdataset"):
+        return _identity(spec, files_of(spec.path, ".tar" if spec.format == "webdataset" else ".parquet"))
+    return _listing_identity(spec, _listing_file(spec))
+
+
+def _listing_file(spec: SourceSpec) -> Path:
+    path = Path(expand(spec.path, "path"))
+    if spec.format == "xm3600" and path.is_dir():
+        path /= "captions.jsonl"
+    if not path.exists():
+        raise UserError(f"there is no {path} (format {spec.format}). Correct path.")
+    return listings.metadata_file(path) if spec.format == "folder" else path
+
+
+def _listing_identity(spec: SourceSpec, path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return _identity(spec, [path]) | {"sha256": digest}
+
+
 class _Fold:
     """The share of keys to keep; sha256, so that a key falls on the same side in every process and version."""
 
@@ -143,11 +171,7 @@ class _ListingSource:
     """csv, jsonl, coco, karpathy, folder and xm3600: the whole listing in memory, each image in a file of its own."""
 
     def __init__(self, spec: SourceSpec) -> None:
-        path = Path(expand(spec.path, "path"))
-        if spec.format == "xm3600" and path.is_dir():
-            path /= "captions.jsonl"
-        if not path.exists():
-            raise UserError(f"there is no {path} (format {spec.format}). Correct path.")
+        path = _listing_file(spec)
         images = Path(expand(spec.images, "images")) if spec.images else path.parent
         rows: list[Row]
         if spec.format == "csv":
@@ -159,8 +183,7 @@ class _ListingSource:
         elif spec.format == "karpathy":
             rows = listings.read_karpathy(path, spec.split)
         elif spec.format == "folder":
-            images = path
-            path, rows = listings.read_folder(path, _columns(spec))
+            rows = listings.read_folder(path, _columns(spec))
         else:
             images = images if spec.images else images / "images"
             rows = listings.read_xm3600(path, images)
@@ -170,9 +193,7 @@ class _ListingSource:
         self._spec, self._path, self._root, self._rows, self._fold = spec, path, str(images), rows, _Fold(spec.fold)
 
     def identity(self) -> dict[str, Any]:
-        with open(self._path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return _identity(self._spec, [self._path]) | {"sha256": digest}
+        return _listing_identity(self._spec, self._path)
 
     def units(self, shard_size: int) -> list[Unit]:
         return _ranges(len(self._rows), shard_size, self._path.name)

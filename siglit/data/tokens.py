@@ -25,7 +25,10 @@ def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
     """
     path = Path(cache.path) / f"tokens-{tokenizer.fingerprint}-{cache.digest[:16]}.npy"
     if path.exists():
-        return np.load(path, mmap_mode="r")
+        try:
+            return np.load(path, mmap_mode="r")
+        except ValueError:
+            path.unlink()  # cut short by a full disk or a crash: made anew
     dtype: type = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     shape = (cache.num_captions, tokenizer.length)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")

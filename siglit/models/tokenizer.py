@@ -8,6 +8,7 @@ keeps it.
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -164,6 +165,12 @@ def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> byt
             minloglevel=2,
         )
     except RuntimeError as error:
+        needed = re.search(r"required_chars\. (\d+) vs (\d+)", str(error))
+        if needed:
+            raise UserError(
+                f"tokenizer.vocab_size is {config.vocab_size}, but the characters of the captions alone need "
+                f"{needed[2]} pieces; raise it, or lower tokenizer.character_coverage"
+            ) from error
         raise UserError(
             f"cannot train a tokenizer of {config.vocab_size} pieces: {str(error).strip().splitlines()[-1][-200:]}"
         ) from error

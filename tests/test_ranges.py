@@ -1,0 +1,148 @@
+"""Numbers that cannot mean anything are refused by name before any work; so are files that say two things."""
+
+import json
+
+import pytest
+
+from siglit import evaluate, precompute, run, training
+from siglit.cli import _parse
+from siglit.errors import UserError
+from tests.conftest import parse, siglit
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("cache.shard_size", "0"),
+        ("cache.batch_size", "-1"),
+        ("cache.devices", "0"),
+        ("train.batch_size", "0"),
+        ("train.devices", "0"),
+        ("train.log_every", "-1"),
+        ("eval.top_k", "0"),
+        ("loss.logit_scale", "0"),
+        ("optim.lr", "-1"),
+        ("optim.betas", "[1.5, 2]"),
+        ("tokenizer.length", "1"),
+        ("text_tower.depth", "0"),
+        ("seed", "-1"),
+        ("data.max_skipped", "2"),
+        ("data.workers", "-1"),
+        ("image_tower.mean", "[0.5]"),
+    ],
+)
+def test_a_number_out_of_range_is_named(experiment, words):
+    with pytest.raises(UserError, match=f"^{words[0]} is .* must be"):
+        parse("train", f"--{words[0]}", words[1])
+
+
+def write(path, text):
+    path.write_text(path.read_text() + text)
+
+
+def test_a_key_given_twice_is_refused(project, monkeypatch):
+    monkeypatch.chdir(project)
+    write(project / "experiment.yaml", "seed: 1\nseed: 2\n")
+    with pytest.raises(UserError, match=r"experiment.yaml, line \d+: seed is given twice"):
+        parse("train")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "experiment.yaml is empty"),
+        ("data: {train: {format: csv, path: ${HOME}/x.csv}}", "quotes"),
+        ("data: {train: {format: csv, path: x.csv}}\ntokenizer:\n", "section tokenizer is empty"),
+        ("data: {train: {format: csv, path: x.csv}, val: x.csv}", "data.val"),
+        ("data: {train: {format: csv, path: x.csv}, val: {format: csv, path: y, colour: 3}}", "colour"),
+    ],
+)
+def test_what_is_wrong_with_an_experiment_file_is_one_short_line(tmp_path, monkeypatch, text, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiment.yaml").write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        parse("train")
+    assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_file_the_option_is_named():
+    with pytest.raises(UserError, match="-c FILE"):
+        _parse("train", [])
+
+
+def test_search_takes_several_words(experiment):
+    assert _parse("search", ["a", "red", "square", "-c", "experiment.yaml"])[1] == {"query": "a red square"}
+
+
+@pytest.mark.parametrize("stage", [precompute, training, evaluate])
+def test_cuda_is_refused_where_there_is_none(experiment, monkeypatch, stage):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if stage is evaluate:
+        precompute.run(experiment)
+        training.run(experiment)
+    section = {precompute: "cache", training: "train", evaluate: "eval"}[stage]
+    with pytest.raises(UserError, match=f"{section}.accelerator is cuda"):
+        stage.run(parse("train", f"--{section}.accelerator", "cuda"))
+
+
+def test_training_notices_that_the_captions_changed(experiment, project):
+    """The cache is of the CSV as it was; where there is no CSV at all, the cache is trusted."""
+    precompute.run(experiment)
+    write(project / "train.csv", "images/0000.png,another caption\n")
+    with pytest.raises(UserError, match="source"):
+        training.run(experiment)
+    (project / "train.csv").unlink()
+    training.run(experiment)
+
+
+def test_too_many_bad_images_leave_a_cache_that_is_not_complete(experiment, project):
+    (project / "images/0000.png").write_bytes(b"")
+    with pytest.raises(UserError, match="max_skipped"):
+        precompute.run(experiment)
+    with pytest.raises(UserError, match="not complete"):
+        training.run(experiment)
+    assert precompute.run(parse("precompute", "--data.max_skipped", "0.1")).splits["train"].encoded_now == 0
+
+
+def test_figures_of_a_finished_run_are_kept(experiment, project):
+    """Repeating a finished precompute or train changes no figure in summary.json."""
+    precompute.run(experiment)
+    result = training.run(experiment)
+    before = run.summary(experiment)
+    precompute.run(experiment)
+    assert training.run(parse("train", "--train.resume", "true")) == result
+    assert run.summary(experiment) == before
+    with pytest.raises(UserError, match="has taken 6 steps, more than the 3"):
+        training.run(parse("train", "--train.resume", "true", "--train.steps", "3"))
+
+
+def test_a_refused_train_leaves_the_record_of_the_real_one(project):
+    siglit("precompute", "-c", "experiment.yaml", cwd=project, check=0)
+    siglit("train", "-c", "experiment.yaml", cwd=project, check=0)
+    record = (project / "runs/small/experiment.yaml").read_text()
+    siglit("train", "-c", "experiment.yaml", "--optim.lr", "9", cwd=project, check=2)
+    assert (project / "runs/small/experiment.yaml").read_text() == record
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(experiment):
+    precompute.run(experiment)
+    with pytest.raises(RuntimeError, match="the loss is nan at step"):
+        training.run(parse("train", "--optim.lr", "1e9", "--optim.clip", "0", "--train.steps", "40"))
+
+
+def test_evaluation_of_the_training_cache_has_a_file_of_its_own(experiment, project):
+    precompute.run(experiment)
+    training.run(experiment)
+    evaluate.run(experiment)
+    held_out = (project / "runs/small/retrieval.json").read_bytes()
+    evaluate.run(parse("eval-retrieval", "--eval.split", "train"))
+    assert (project / "runs/small/retrieval.json").read_bytes() == held_out
+    assert json.loads((project / "runs/small/retrieval-train.json").read_text())["images"] == 40
+
+
+def test_more_devices_than_shards(project):
+    words = ["--cache.devices", "2", "--cache.shard_size", "4000"]
+    done = siglit("precompute", "-c", "experiment.yaml", *words, cwd=project, check=0)
+    assert "TypeError" not in done.stderr
+    assert "40 rows" in done.stdout
