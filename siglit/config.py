@@ -175,6 +175,9 @@ class TrainConfig:
     """Optimiser steps; give this or epochs."""
     epochs: float | None = None
     """Passes over the cache, one caption per image and pass; give this or steps."""
+    shuffle: Literal["auto", "rows", "blocks"] = "auto"
+    """Order of a pass: an exact permutation of the rows, or of blocks of 4096 rows mixed 32 at a time, for caches
+    larger than memory; auto: blocks where the embeddings take more than half of the free memory."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     devices: int = 1

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from siglit.cache import EmbeddingCache
 from siglit.config import Experiment
 from siglit.data.batches import Batch, TrainBatches
+from siglit.data.shuffle import choose_shuffle
 from siglit.data.tokens import token_ids
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids, unit_rows
@@ -39,6 +40,7 @@ class CacheData(pl.LightningDataModule):
         self._experiment = experiment
         self.train, self.val = train, val
         self._batches: TrainBatches | None = None
+        self._chosen, self._reason = "", ""
 
     def prepare_data(self) -> None:
         """Train the tokenizer if there is none, and write the token ids beside the caches."""
@@ -53,15 +55,28 @@ class CacheData(pl.LightningDataModule):
         """This rank's part of the global batches."""
         assert self.trainer is not None
         if self._batches is None:
+            shuffle = self._experiment.train.shuffle
+            # One choice for all ranks: their machines may differ in the memory that is free.
+            chosen, self._reason = self.trainer.strategy.broadcast(choose_shuffle(self.train))
+            self._chosen = chosen if shuffle == "auto" else shuffle
             self._batches = TrainBatches(
                 self.train,
                 token_ids(self.train, self.tokenizer),
                 batch_size=self._experiment.train.batch_size,
                 seed=self._experiment.seed,
+                shuffle=self._chosen,
+                auto_shuffle=shuffle == "auto",
                 rank=self.trainer.global_rank,
                 world_size=self.trainer.world_size,
+                pin_memory=self.trainer.strategy.root_device.type == "cuda",
             )
         return self._batches
+
+    def shuffle_told(self) -> str:
+        """How the rows are shuffled and why, once the position of a resumed run is known."""
+        assert self._batches is not None
+        why = self._reason if self._batches.shuffle == self._chosen else "as before the run was resumed"
+        return f"shuffling {self._batches.shuffle} (train.shuffle {self._experiment.train.shuffle}; {why})"
 
     def val_dataloader(self) -> list[int]:
         """One empty step: the whole set is embedded at once, see the module."""

@@ -5,6 +5,7 @@ Sets up Lightning and the run's folder; what is trained is `siglit.lightning_mod
 
 import csv
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +115,9 @@ class TrainProgress(pl.Callback):
         self.first_step: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin at the step the run goes on from."""
+        """Say how the rows are shuffled; begin at the step the run goes on from."""
+        if trainer.is_global_zero:
+            print(trainer.datamodule.shuffle_told(), file=sys.stderr, flush=True)  # type: ignore[attr-defined]
         self.first_step = trainer.global_step
         done = trainer.global_step * self._batch_size
         self._meter = Meter(

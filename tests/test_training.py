@@ -9,6 +9,7 @@ import torch
 
 from siglit import evaluate, precompute, search, training
 from siglit.cache import EmbeddingCache
+from siglit.data import shuffle
 from siglit.errors import UserError
 from siglit.models.text_tower import TextTower
 from tests.conftest import parse, siglit
@@ -108,6 +109,20 @@ def test_a_resumed_run_equals_an_undisturbed_one(cached, project, monkeypatch):
     for name in whole:
         assert torch.equal(whole[name], broken[name]), name
     assert losses(project / "runs/broken") == losses(project / "runs/whole")
+
+
+def test_the_shuffle_is_chosen_once_said_once_and_kept(cached, project, monkeypatch, capsys):
+    """Too little memory: blocks. More of it when the run is resumed: still blocks."""
+    monkeypatch.setattr(shuffle, "_free_memory", lambda: 7000)
+    training.run(parse("train", "--train.steps", "3", "--train.val_every", "1"))
+    said = [line for line in capsys.readouterr().err.splitlines() if "shuffling" in line]
+    assert said == ["shuffling blocks (train.shuffle auto; 0.00 GB of embeddings, 0.0 GB of memory free)"]
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+    training.run(parse("train", "--train.steps", "6", "--train.val_every", "1", "--train.resume", "true"))
+    assert "shuffling blocks (train.shuffle auto; as before the run was resumed)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="train.shuffle blocks, but it is rows now"):
+        training.run(parse("train", "--train.val_every", "1", "--train.resume", "true", "--train.shuffle", "rows"))
 
 
 def test_an_earlier_run_is_not_overwritten(cached):

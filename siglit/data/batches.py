@@ -1,17 +1,22 @@
 """From caches to training batches: shuffled rows with one caption each, the same global order for any number of ranks.
 
-Knows caches and token ids, not towers. Shapes: B pairs per rank, G = B · W pairs over W ranks, D embedding width, L
-tokens.
+Knows caches and token ids, not towers; the order is drawn in `shuffle.py`. Shapes: B pairs per rank, G = B · W pairs
+over W ranks, D embedding width, L tokens, M captions.
 """
 
 from collections.abc import Iterator
-from typing import TypedDict
+from contextlib import closing
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
 
 from siglit.cache import EmbeddingCache
+from siglit.data.prefetch import Prefetched
+from siglit.data.shuffle import Arrays, BlockShuffle, RowShuffle, Share, choose_captions
 from siglit.errors import UserError
+
+_SHUFFLES: dict[str, type[RowShuffle] | type[BlockShuffle]] = {"rows": RowShuffle, "blocks": BlockShuffle}
 
 
 class Batch(TypedDict):
@@ -30,12 +35,27 @@ class TrainBatches:
 
     Pass e visits the rows in an order drawn from (seed, e) and pairs each with one of its captions, drawn from (seed,
     e, row). The global batch is cut evenly into the ranks' parts and an incomplete last one is dropped: the loss is
-    exact only for equal parts. `state_dict` counts what was handed out, so that a restored loader goes on with the
-    batch that would have followed.
+    exact only for equal parts. A thread gathers two batches ahead. `state_dict` counts the examples that were handed
+    out, never those made ahead, so that a restored loader goes on with the batch that would have followed.
+
+    Attributes:
+        shuffle: "rows" or "blocks".
+        epoch: number of the current pass.
+        examples: handed out of the current pass, over all ranks.
     """
 
     def __init__(
-        self, cache: EmbeddingCache, ids: np.ndarray, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        cache: EmbeddingCache,
+        ids: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: Literal["rows", "blocks"] = "rows",
+        auto_shuffle: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
     ):
         """Prepare the passes.
 
@@ -44,70 +64,79 @@ class TrainBatches:
             ids: (M, L) token ids of all captions.
             batch_size: global batch G.
             seed: seed of order and caption choice.
+            shuffle: an exact permutation of the rows, or of blocks of rows for caches larger than memory; the same on
+                all ranks.
+            auto_shuffle: `shuffle` was chosen, not asked for: a restored position brings its own.
             rank: number of this rank.
             world_size: number of ranks W.
+            pin_memory: hand out page-locked tensors, which CUDA copies while it computes.
 
         Raises:
             UserError: G cannot be divided among the ranks, or the cache has fewer captioned rows than G.
         """
         if batch_size % world_size:
             raise UserError(f"train.batch_size {batch_size} cannot be shared evenly by {world_size} devices")
-        counts = np.diff(cache.caption_offsets)
-        self._rows = np.flatnonzero(counts)
-        if len(self._rows) < batch_size:
+        self._cache, self._ids, self._seed = cache, ids, seed
+        self._share, self._pin = Share(batch_size, rank, world_size), pin_memory
+        self.shuffle, self._auto_shuffle = shuffle, auto_shuffle
+        self._order: RowShuffle | BlockShuffle = _SHUFFLES[shuffle](cache.caption_offsets, seed)
+        self.epoch = self.examples = 0
+        if self._order.count < batch_size:
             raise UserError(
-                f"{cache.path} has {len(self._rows)} images with captions, fewer than one batch; "
-                f"lower train.batch_size from {batch_size} to {len(self._rows)} or less"
+                f"{cache.path} has {self._order.count} images with captions, fewer than one batch; "
+                f"lower train.batch_size from {batch_size} to {self._order.count} or less"
             )
-        self._cache, self._ids = cache, ids
-        self._global, self._local, self._rank = batch_size, batch_size // world_size, rank
-        self._seed, self.epoch, self.consumed = seed, 0, 0
 
     def __len__(self) -> int:
         """Batches in one pass."""
-        return len(self._rows) // self._global
+        return self._order.count // self._share.total
 
     def __iter__(self) -> Iterator[Batch]:
         """Hand out the rest of the current pass, then make the next one current."""
-        order = np.random.default_rng((self._seed, self.epoch, 0)).permutation(len(self._rows))
-        chance = np.random.default_rng((self._seed, self.epoch, 1)).random(len(self._rows), dtype=np.float32)
-        while self.consumed < len(self):
-            start = self.consumed * self._global + self._rank * self._local
-            picked = order[start : start + self._local]
-            self.consumed += 1
-            if self.consumed == len(self):
-                self.epoch, self.consumed = self.epoch + 1, 0
-                yield self._batch(picked, chance)
-                return
-            yield self._batch(picked, chance)
+        with closing(Prefetched(self._batches(self.epoch, self.examples // self._share.total))) as batches:
+            for batch in batches:
+                self.examples += self._share.total
+                # Before the last batch is out: who counts batches never asks for more.
+                if self.examples == len(self) * self._share.total:
+                    self.epoch, self.examples = self.epoch + 1, 0
+                yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Position: the pass, and the batches of it that were handed out; and what the order was drawn from."""
-        return {"epoch": self.epoch, "consumed": self.consumed, **self._order()}
+    def state_dict(self) -> dict[str, Any]:
+        """Position: the pass, and the examples of it that were handed out; and what the order was drawn from."""
+        return {"epoch": self.epoch, "examples": self.examples, **self._drawn_from()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position; the number of ranks may be another.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position; the number of ranks may be another, the global batch may not, not even between passes.
 
         Raises:
             UserError: the position counts other batches than these.
         """
-        for name, here in self._order().items():
-            if state[name] != here:
+        asked = state.get("train.shuffle")
+        if self._auto_shuffle and asked in _SHUFFLES and asked != self.shuffle:
+            self.shuffle, self._order = asked, _SHUFFLES[asked](self._cache.caption_offsets, self._seed)
+        for name, here in self._drawn_from().items():
+            if state.get(name) != here:
                 raise UserError(
-                    f"the checkpoint was made with {name} {state[name]}, but it is {here} now: the batches would be "
-                    "others. Resume with the same, or start anew with another --output_dir"
+                    f"the checkpoint was made with {name} {state.get(name)}, but it is {here} now: the batches would "
+                    "be others. Resume with the same, or start anew with another --output_dir"
                 )
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
+        self.epoch, self.examples = state["epoch"], state["examples"]
 
-    def _order(self) -> dict[str, int]:
-        return {"train.batch_size": self._global, "seed": self._seed, "number of captioned images": len(self._rows)}
-
-    def _batch(self, picked: np.ndarray, chance: np.ndarray) -> Batch:
-        rows = self._rows[picked]
-        first, last = self._cache.caption_offsets[rows], self._cache.caption_offsets[rows + 1]
-        captions = np.minimum(first + (chance[picked] * (last - first)).astype(np.int64), last - 1)
+    def _drawn_from(self) -> dict[str, Any]:
         return {
-            "image": torch.from_numpy(self._cache.gather(rows)),
-            "ids": torch.from_numpy(self._ids[captions].astype(np.int64)),
-            "rows": torch.from_numpy(rows),
+            "train.batch_size": self._share.total,
+            "seed": self._seed,
+            "train.shuffle": self.shuffle,
+            "number of captioned images": self._order.count,
         }
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        def fetch(rows: np.ndarray) -> Arrays:
+            start, end = self._cache.caption_offsets[rows], self._cache.caption_offsets[rows + 1]
+            captions = start + choose_captions(self._seed, epoch, rows, end - start)
+            return {"image": self._cache.gather(rows), "ids": self._ids[captions], "rows": rows}
+
+        for arrays in self._order.batches(epoch, first, self._share, fetch):
+            arrays["ids"] = arrays["ids"].astype(np.int64)
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            yield {name: tensor.pin_memory() if self._pin else tensor for name, tensor in tensors.items()}  # type: ignore[misc]

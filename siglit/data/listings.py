@@ -6,6 +6,7 @@ names file and line.
 """
 
 import csv
+import io
 import json
 import math
 import os
@@ -360,13 +361,14 @@ def _lines(path: Path) -> Iterator[str]:
     """Lines of a UTF-8 file, a byte order mark allowed; decoded one by one so that a bad byte has a line number."""
     offset = 0
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = decode_text(line, f"{path}, line {number}", offset)
-                offset += len(line)
-                yield text.removeprefix("\ufeff") if number == 1 else text
+        # Read at once, as the rows are kept anyway: whoever stops at a bad line leaves no file open.
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Correct path.") from error
+    for number, line in enumerate(io.BytesIO(data), start=1):
+        text = decode_text(line, f"{path}, line {number}", offset)
+        offset += len(line)
+        yield text.removeprefix("\ufeff") if number == 1 else text
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,12 +1,15 @@
 """Training batches: every captioned row once per pass, the same for any number of ranks, continued exactly."""
 
 import itertools
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 from siglit.cache import EmbeddingCache, finish, write_shard
+from siglit.data import shuffle
 from siglit.data.batches import TrainBatches
 from siglit.errors import UserError
 
@@ -118,19 +121,27 @@ def endless(batches):
         yield from batches
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Windows of 9 captioned rows: a batch of 8 begins and ends anywhere in them."""
+    monkeypatch.setattr(shuffle, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(shuffle, "WINDOW_BLOCKS", 3)
+
+
+@pytest.mark.parametrize("order", ["rows", "blocks"])
 @pytest.mark.parametrize("after", [0, 1, 3, 4, 5, 11])
-def test_a_restored_loader_goes_on_exactly(cache, ids, after):
+def test_a_restored_loader_goes_on_exactly(cache, ids, small_blocks, after, order):
     """Within a pass and at its end (there are 4 batches to a pass), also on another number of ranks."""
-    first = loader(cache, ids)
+    first = loader(cache, ids, shuffle=order)
     stream = endless(first)
     taken(itertools.islice(stream, after))
     state = dict(first.state_dict())
     wanted = taken(itertools.islice(stream, 6))
-    second = loader(cache, ids)
+    second = loader(cache, ids, shuffle=order)
     second.load_state_dict(state)
     assert second.state_dict() == state
     assert taken(itertools.islice(endless(second), 6)) == wanted
-    halves = [loader(cache, ids, rank=r, world_size=2) for r in range(2)]
+    halves = [loader(cache, ids, rank=r, world_size=2, shuffle=order) for r in range(2)]
     for half in halves:
         half.load_state_dict(state)
     parts = zip(*(itertools.islice(endless(half), 6) for half in halves), strict=True)
@@ -141,11 +152,16 @@ def test_len_pass_state(cache, ids):
     batches = loader(cache, ids)
     assert len(batches) == len(CAPTIONED) // 8 == 4
     list(batches)
-    assert (batches.epoch, batches.consumed) == (1, 0)
+    assert (batches.epoch, batches.examples) == (1, 0)
 
 
 @pytest.mark.parametrize(
-    ("change", "name"), [({"batch_size": 20}, "train.batch_size 8, but it is 20"), ({"seed": 3}, "seed 0, but it is 3")]
+    ("change", "name"),
+    [
+        ({"batch_size": 20}, "train.batch_size 8, but it is 20"),
+        ({"seed": 3}, "seed 0, but it is 3"),
+        ({"shuffle": "blocks"}, "train.shuffle rows, but it is blocks"),
+    ],
 )
 def test_a_position_among_other_batches_is_refused(cache, ids, change, name):
     """Counted in batches of another size it would be another place, or beyond the end of every pass."""
@@ -153,6 +169,73 @@ def test_a_position_among_other_batches_is_refused(cache, ids, change, name):
     next(iter(first))
     with pytest.raises(UserError, match=name):
         loader(cache, ids, **change).load_state_dict(first.state_dict())
+
+
+def test_a_chosen_shuffle_gives_way_to_the_checkpoints(cache, ids):
+    """Memory may be shorter when a run goes on; its batches must not become others for that."""
+    first = loader(cache, ids)
+    stream = endless(first)
+    next(stream)
+    state, wanted = first.state_dict(), taken(itertools.islice(stream, 5))
+    second = loader(cache, ids, shuffle="blocks", auto_shuffle=True)
+    second.load_state_dict(state)
+    assert second.shuffle == "rows"
+    assert taken(itertools.islice(endless(second), 5)) == wanted
+
+
+def test_what_was_made_ahead_does_not_count(cache, ids):
+    """After one batch the position says 8 examples, though the thread has made three batches."""
+    batches, made = loader(cache, ids), []
+    gather = cache.gather
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "gather", lambda rows: made.append(len(rows)) or gather(rows), raising=True)
+        stream = iter(batches)
+        next(stream)
+        for _ in range(500):
+            if len(made) == 3:
+                break
+            time.sleep(0.01)
+        assert made == [8, 8, 8]
+        assert batches.state_dict()["examples"] == 8
+        stream.close()
+
+
+def test_an_error_of_the_cache_reaches_the_training(cache, ids, monkeypatch):
+    def broken(rows):
+        raise OSError("the disk went")
+
+    batches = loader(cache, ids)
+    monkeypatch.setattr(cache, "gather", broken)
+    with pytest.raises(OSError, match="the disk went"):
+        next(iter(batches))
+    assert batches.state_dict()["examples"] == 0
+
+
+def test_at_most_three_batches_are_added(tmp_path):
+    """One in the taker's hand and three more, temporaries included, at any moment of a pass of slow steps."""
+    rows, dim, size = 16_384, 128, 2048
+    write_shard(
+        tmp_path,
+        0,
+        embeddings=np.ones((rows, dim)),
+        keys=[str(row) for row in range(rows)],
+        captions=[["a"]] * rows,
+        fingerprint={"tower": "none"},
+    )
+    finish(tmp_path, 1, {"tower": "none"})
+    batches = loader(EmbeddingCache(tmp_path), np.zeros((rows, 16), np.uint16), size)
+    whole = size * (dim * 2 + 16 * 8 + 8)
+    list(batches)
+    tracemalloc.start()
+    try:
+        peak = 0
+        for batch in batches:
+            time.sleep(0.02)
+            peak = max(peak, tracemalloc.get_traced_memory()[1])
+            assert len(batch["rows"]) == size
+    finally:
+        tracemalloc.stop()
+    assert 2 * whole < peak < 4 * whole + 4 * rows + 100_000
 
 
 def test_a_batch_that_ranks_cannot_share_evenly(cache, ids):

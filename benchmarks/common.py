@@ -1,0 +1,120 @@
+"""What every benchmark says of itself: hardware, versions, commit; interleaved timing; the table and its JSON.
+
+Knows nothing of what is measured. Contenders take turns in one run, and what counts is the ratio of two of the same
+turn: the machine's other work then meets both.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import siglit
+
+PACKAGES = ("torch", "numpy", "h5py", "timm", "transformers", "pillow", "embedding-reader")
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks share."""
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--json", type=Path, help="write the figures here")
+    made.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads of the main process")
+    return made
+
+
+def stamp() -> dict[str, Any]:
+    """Where and of what this was measured."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "gpu": device,
+        "python": platform.python_version(),
+        "versions": {"siglit": siglit.__version__, **{n: version for n in PACKAGES if (version := _version(n))}},
+        "commit": _commit(),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, before: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
+    """Time each contender `repeats` times, in turns whose order changes; one turn before that does not count.
+
+    Args:
+        contenders: what is timed, by name.
+        repeats: turns.
+        before: called at the beginning of each turn, untimed.
+
+    Returns:
+        Seconds by name, one for each turn.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    for turn in range(repeats + 1):
+        if before is not None:
+            before()
+        random.Random(turn).shuffle(order)
+        for name in order:
+            begun = time.perf_counter()
+            contenders[name]()
+            if turn:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def ratio(upper: list[float], lower: list[float]) -> float:
+    """Median over the turns of upper / lower."""
+    return statistics.median(a / b for a, b in zip(upper, lower, strict=True))
+
+
+def report(title: str, rows: list[tuple[str, str, str]], figures: Mapping[str, Any], path: Path | None) -> None:
+    """Print (what, figure, wanted) as a table with the stamp; write figures and stamp as JSON if a path is given."""
+    made = stamp()
+    gpu = f", {made['gpu']}" if made["gpu"] else ""
+    print(f"{title}\n{made['cores']} cores of {made['cpu']}{gpu}, load {made['load']}, Python {made['python']}")
+    print(", ".join(f"{k} {v}" for k, v in made["versions"].items()) + f"; commit {made['commit'] or 'unknown'}")
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for what, figure, wanted in rows:
+        print(f"  {what:<{widths[0]}}  {figure:>{widths[1]}}" + (f"  (wanted: {wanted})" if wanted else ""))
+    if path is not None:
+        path.write_text(json.dumps({"title": title, **made, **figures}, indent=2) + "\n", encoding="utf-8")
+
+
+def _commit() -> str | None:
+    """Short hash of the checkout, with + if it was changed; None outside of one."""
+    root = Path(__file__).parent.parent
+    try:
+        words = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=+"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii")
+    except OSError:  # not Linux
+        return platform.processor()
+    lines = text.splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
