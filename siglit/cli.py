@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from siglit.config import Experiment
@@ -21,7 +21,11 @@ class Command(NamedTuple):
     help: str
     stage: str
     words: str | None = None
+    arguments: dict[str, dict[str, Any]] | None = None
+    """What argparse is to know of a command that takes folders instead of an experiment."""
 
+
+_CACHE = {"help": "folder of a cache, such as cache/NAME/train"}
 
 COMMANDS = {
     "quickstart": Command(
@@ -32,6 +36,44 @@ COMMANDS = {
     "train": Command("train the text tower on the cache", "siglit.training:run"),
     "eval-retrieval": Command("report Recall@K of images and captions", "siglit.evaluate:run"),
     "search": Command("find the images for a sentence: siglit search WORDS -c FILE", "siglit.search:run", "query"),
+    "cache info": Command("say what a cache holds", "siglit.cache_commands:info", arguments={"path": _CACHE}),
+    "cache verify": Command(
+        "read a cache again: checksums, counts, keys, finite values",
+        "siglit.cache_commands:verify",
+        arguments={
+            "path": _CACHE,
+            "--repair": {"action": "store_true", "help": "delete bad shards, so that precompute makes them again"},
+        },
+    ),
+    "cache skipped": Command(
+        "list the images without a row, as CSV", "siglit.cache_commands:skipped", arguments={"path": _CACHE}
+    ),
+    "cache merge": Command(
+        "put caches of one tower together: siglit cache merge OUT IN IN ...",
+        "siglit.cache_commands:merge",
+        arguments={
+            "out": {"help": "folder of the new cache"},
+            "parts": {"nargs": "+", "help": "folders of complete caches"},
+        },
+    ),
+    "cache export": Command(
+        "write a cache as .npy and parquet, in clip-retrieval's layout",
+        "siglit.cache_exchange:export",
+        arguments={"path": _CACHE, "out": {"help": "new folder"}},
+    ),
+    "cache import": Command(
+        "make a cache of embeddings in .npy and parquet, or in HDF5",
+        "siglit.cache_exchange:import_",
+        arguments={
+            "out": {"help": "folder of the new cache"},
+            "--embeddings": {"required": True, "help": ".npy file (rows, D), folder of them, or HDF5 (`embedding`)"},
+            "--metadata": {"help": "parquet file, or folder with one per .npy file"},
+            "--model": {"required": True, "help": "what made them; compared with image_tower.model"},
+            "--key": {"help": "column that names the image; default: key, else image_path"},
+            "--caption": {"help": "column of a text or a list of texts; default: captions, else caption"},
+            "--label": {"help": "column of a class number; default: label if there"},
+        },
+    ),
 }
 
 
@@ -60,7 +102,13 @@ def _run(words: list[str], debug: bool) -> int:
     from siglit.errors import UserError
 
     try:
-        experiment, extra, as_yaml = _parse(name, words[len(name.split()) :])
+        rest, arguments = words[len(name.split()) :], COMMANDS[name].arguments
+        if arguments is not None:
+            given = _parse_folders(name, rest, arguments)
+            result = _stage(COMMANDS[name].stage)(**given)
+            _print(str(result))
+            return getattr(result, "exit_code", 0)
+        experiment, extra, as_yaml = _parse(name, rest)
         stage = _stage(COMMANDS[name].stage)
         if name in ("train", "quickstart"):
             _keep(as_yaml, experiment)
@@ -86,7 +134,8 @@ def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     table = "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
     return (
-        "usage: siglit COMMAND -c EXPERIMENT.yaml [--section.field VALUE ...]\n\n"
+        "usage: siglit COMMAND -c EXPERIMENT.yaml [--section.field VALUE ...]\n"
+        "       siglit cache COMMAND FOLDER ...\n\n"
         f"{table}\n\n"
         "  siglit COMMAND --help       every field with its unit and default\n"
         "  siglit COMMAND -c FILE --print_config   the whole experiment as it would run\n"
@@ -124,6 +173,21 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
     extra = {positional: getattr(ready, positional)} if positional else {}
     as_yaml = parser.dump(parsed, skip_unset=True)
     return Experiment(**fields).with_default_folders(), extra, as_yaml
+
+
+def _parse_folders(name: str, words: list[str], arguments: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    import argparse
+
+    from siglit.errors import UserError
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{message}; see siglit {name} --help")
+
+    parser = Parser(prog=f"siglit {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    for argument, options in arguments.items():
+        parser.add_argument(argument, **options)
+    return vars(parser.parse_args(words))
 
 
 def _keep(as_yaml: str, experiment: "Experiment") -> None:

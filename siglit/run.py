@@ -205,6 +205,8 @@ def _asked_for(config: ImageTowerConfig, made: dict[str, Any]) -> tuple[dict[str
     Training needs neither the tower nor its weights on the machine, so only what the experiment states is compared; a
     local weights file is compared by hash where it is there.
     """
+    if made["image_tower"].get("imported"):  # nothing but the name is known of what somebody else embedded
+        return {"image_tower": {"model": config.model}}, ["image_tower.model"]
     weights = config.weights and os.path.expandvars(os.path.expanduser(config.weights))
     stated: dict[str, Any] = {"model": config.model, "model_args": config.model_args, "pooling": config.pooling}
     if weights and os.path.isfile(weights):
@@ -217,4 +219,6 @@ def _asked_for(config: ImageTowerConfig, made: dict[str, Any]) -> tuple[dict[str
 
 
 def _tower_words(tower: dict[str, Any]) -> str:
+    if tower.get("imported"):
+        return f"{tower['model']} (imported)"
     return f"{tower['model']} (pooling {tower['pooling']}, weights {tower['weights'][:8]})"
