@@ -119,9 +119,11 @@ def _run(words: list[str], debug: bool) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _report(error, f"{where}{error.strerror or error}", 2, debug)
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        # Ctrl-C reaches all processes of a run.
+        if _is_first_here():
+            print("stopped; what was finished is kept", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     except SystemExit as stop:  # jsonargparse leaves this way after --help and --print_config
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
@@ -220,9 +222,13 @@ def _stage(where: str) -> Callable[..., Any]:
 
 def _print(text: str) -> None:
     # Only the first of several processes speaks; a reader such as `head` may have gone.
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if _is_first_here():
         with contextlib.suppress(BrokenPipeError):
             print(text, flush=True)
+
+
+def _is_first_here() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def _report(error: BaseException, text: str, code: int, debug: bool) -> int:

@@ -99,7 +99,9 @@ class CacheConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the image tower runs."""
     devices: int = 1
-    """Devices (or processes on the CPU) that share the shards."""
+    """Devices (or processes on the CPU) per machine that share the shards."""
+    nodes: int = 1
+    """Machines, started by torchrun or SLURM; they share the folder of the cache."""
 
 
 @dataclass(frozen=True)

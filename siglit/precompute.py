@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,14 +20,15 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 
 from siglit import run as run_folder
-from siglit.cache import EmbeddingCache, committed_shards, finish, remove_unfinished, write_shard
-from siglit.config import Experiment
+from siglit.cache import EmbeddingCache, committed_shards, exclusive, finish, remove_unfinished, write_shard
+from siglit.config import CacheConfig, Experiment
 from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
 from siglit.data.sources import Source, Unit, open_source
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
 from siglit.paths import expand
 from siglit.progress import Meter
+from siglit.stopping import ending_with_first_process, stopping_at_signals
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,23 +79,34 @@ def run(experiment: Experiment) -> PrecomputeResult:
         UserError: source, tower or an existing cache do not fit the experiment, or too many images are unusable.
     """
     run_folder.quiet_lightning()
-    config = experiment.cache
-    several = config.devices > 1
-    fabric = Fabric(
+    first = run_folder.is_first_process()
+    specs = {"train": experiment.data.train, "val": experiment.data.val}
+    sources = {split: open_source(spec) for split, spec in specs.items() if spec is not None}
+    with ExitStack() as stack:
+        stack.enter_context(stopping_at_signals())
+        stack.enter_context(ending_with_first_process(first))
+        # Before the other ranks are started: who is refused leaves alone.
+        for split in sources if first else ():
+            stack.enter_context(exclusive(run_folder.cache_path(experiment, split)))
+        fabric = _fabric(experiment.cache)
+        tower = ImageTower(experiment.image_tower)
+        fabric.launch()
+        tower.to(fabric.device)
+        result = PrecomputeResult({split: _split(experiment, fabric, tower, split, s) for split, s in sources.items()})
+        if fabric.is_global_zero:
+            run_folder.add_to_summary(experiment, "precompute", asdict(result)["splits"])
+    return result
+
+
+def _fabric(config: CacheConfig) -> Fabric:
+    several = config.devices * config.nodes > 1
+    return Fabric(
         accelerator=config.accelerator,
         devices=config.devices,
+        num_nodes=config.nodes,
         # Ranks meet only at the end of a split, however long the slowest takes.
         strategy=DDPStrategy(timeout=timedelta(days=30)) if several else "auto",
     )
-    specs = {"train": experiment.data.train, "val": experiment.data.val}
-    sources = {split: open_source(spec) for split, spec in specs.items() if spec is not None}
-    tower = ImageTower(experiment.image_tower)
-    fabric.launch()
-    tower.to(fabric.device)
-    result = PrecomputeResult({split: _split(experiment, fabric, tower, split, s) for split, s in sources.items()})
-    if fabric.is_global_zero:
-        run_folder.add_to_summary(experiment, "precompute", asdict(result)["splits"])
-    return result
 
 
 def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str, source: Source) -> SplitResult:
@@ -102,7 +115,6 @@ def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str
     precision = _precision(experiment, fabric)
     fingerprint = _fingerprint(experiment, tower, source, precision)
     if fabric.is_global_zero:
-        path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(path)
     fabric.barrier()
     there = committed_shards(path, fingerprint)

@@ -29,7 +29,8 @@ from siglit.models.tokenizer import Tokenizer, load_tokenizer, train_sentencepie
 
 def is_first_process() -> bool:
     """Tell whether this is the first of all processes of the run, also before Lightning has set up the group."""
-    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
+    node = int(os.environ.get("NODE_RANK", "0"))  # all that is set where machines are started by hand
+    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0 and node == 0
 
 
 def quiet_lightning() -> None:

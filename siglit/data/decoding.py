@@ -3,6 +3,7 @@
 Knows sources and pictures, not towers or caches. Shapes: N usable images of a batch, H × W the tower's input.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -102,7 +103,7 @@ def pixel_batches(dataset: UnitPixels, workers: int, pin_memory: bool) -> Iterat
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
     )
     for item in loader:
         if isinstance(item, UserError):
@@ -110,6 +111,8 @@ def pixel_batches(dataset: UnitPixels, workers: int, pin_memory: bool) -> Iterat
         yield item
 
 
-def _one_thread(_: int) -> None:
+def _prepare_worker(_: int) -> None:
+    # Ctrl-C reaches the workers too; it is the affair of the process that they work for.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Each worker owns one core; more threads would fight over it.
     torch.set_num_threads(1)
