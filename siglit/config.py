@@ -102,6 +102,8 @@ class CacheConfig:
     """Devices (or processes on the CPU) per machine that share the shards."""
     nodes: int = 1
     """Machines, started by torchrun or SLURM; they share the folder of the cache."""
+    retry_skipped: bool = False
+    """Make the shards again that list skipped images, as after these were mended."""
 
 
 @dataclass(frozen=True)

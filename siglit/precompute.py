@@ -20,7 +20,16 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 
 from siglit import run as run_folder
-from siglit.cache import EmbeddingCache, committed_shards, exclusive, finish, remove_unfinished, write_shard
+from siglit.cache import (
+    EmbeddingCache,
+    committed_shards,
+    exclusive,
+    finish,
+    remove_shards,
+    remove_unfinished,
+    shards_with_skipped,
+    write_shard,
+)
 from siglit.config import CacheConfig, Experiment
 from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
 from siglit.data.sources import Source, Unit, open_source
@@ -116,6 +125,9 @@ def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str
     fingerprint = _fingerprint(experiment, tower, source, precision)
     if fabric.is_global_zero:
         remove_unfinished(path)
+        if experiment.cache.retry_skipped:
+            committed_shards(path, fingerprint)  # raises before anything of other settings is deleted
+            remove_shards(path, shards_with_skipped(path))
     fabric.barrier()
     there = committed_shards(path, fingerprint)
     mine = [u for u in units if u.number not in there][fabric.global_rank :: fabric.world_size]

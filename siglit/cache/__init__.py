@@ -3,7 +3,7 @@
 Knows files and arrays; knows nothing of towers, configurations or torch. The format is specified in cache/README.md.
 """
 
-from siglit.cache.checking import Problem, find_problems_without_index, remove_shards
+from siglit.cache.checking import Problem, find_problems_without_index, remove_shards, shards_with_skipped
 from siglit.cache.collecting import CacheWriter
 from siglit.cache.format import FORMAT_VERSION, CacheError, differing_fields, shard_files
 from siglit.cache.lock import exclusive
@@ -29,5 +29,6 @@ __all__ = [
     "remove_shards",
     "remove_unfinished",
     "shard_files",
+    "shards_with_skipped",
     "write_shard",
 ]

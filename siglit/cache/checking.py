@@ -73,11 +73,27 @@ def find_problems_without_index(folder: Path) -> list[Problem]:
     return problems + _of_keys(folder, readable)
 
 
+def shards_with_skipped(folder: Path) -> list[Path]:
+    """The committed shards that list images without a row.
+
+    Raises:
+        CacheError: a shard cannot be read.
+    """
+    found = []
+    for path in shard_files(folder).values():
+        with open_shard(path) as file:
+            if describe_shard(file, path).skipped:
+                found.append(path)
+    return found
+
+
 def remove_shards(folder: Path, shards: Sequence[Path]) -> list[str]:
     """Delete shards, and index.json before them, so that the cache never looks complete; return the names.
 
     Call it with the folder locked.
     """
+    if not shards and not (folder / INDEX_NAME).exists():
+        return []
     (folder / INDEX_NAME).unlink(missing_ok=True)
     for path in shards:
         path.unlink(missing_ok=True)
