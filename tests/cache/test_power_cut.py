@@ -52,7 +52,7 @@ class Disk:
                 os.truncate(path, path.stat().st_size // 2)
 
 
-def fill(folder):
+def fill(folder, returned=None):
     remove_unfinished(folder)
     for number in sorted(set(range(SHARDS)) - committed_shards(folder, {"by": "me"})):
         rows = np.random.default_rng(number).standard_normal((4, 8))
@@ -60,6 +60,8 @@ def fill(folder):
         write_shard(
             folder, number, embeddings=rows, keys=keys, captions=[[key] for key in keys], fingerprint={"by": "me"}
         )
+        if returned is not None:
+            returned.add(number)
     finish(folder, SHARDS, {"by": "me"})
 
 
@@ -67,11 +69,13 @@ def fill(folder):
 @pytest.mark.parametrize("moment", range(1 + 3 * (SHARDS + 1)))
 def test_a_power_cut_at_any_moment(tmp_path, monkeypatch, moment):
     fill(tmp_path / "whole")
+    returned = set()
     with monkeypatch.context() as patch:
         disk = Disk(patch, moment)
         with pytest.raises(PowerCut):
-            fill(tmp_path / "cut")
+            fill(tmp_path / "cut", returned)
     disk.lose(tmp_path / "cut")
+    assert committed_shards(tmp_path / "cut", {"by": "me"}) >= returned
     (tmp_path / "cut").mkdir(exist_ok=True)
     fill(tmp_path / "cut")
     assert EmbeddingCache(tmp_path / "cut").verify() == []
