@@ -69,11 +69,9 @@ class PrecomputeResult:
         """One line per split."""
         lines = []
         for name, split in self.splits.items():
-            rate = (
-                ""
-                if split.images_per_second is None
-                else (f", {split.images_per_second:,.0f} images/s (tower alone {split.tower_images_per_second:,.0f})")
-            )
+            rate = "" if split.images_per_second is None else f", {split.images_per_second:,.0f} images/s"
+            if split.tower_images_per_second is not None:
+                rate += f" (tower alone {split.tower_images_per_second:,.0f})"
             skipped = "".join(f"; {n} skipped: {reason}" for reason, n in split.skipped_by_reason.items())
             lines.append(
                 f"{name}: {split.rows:,} rows in {split.path}, {split.encoded_now:,} encoded now{rate}{skipped}"

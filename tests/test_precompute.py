@@ -55,6 +55,12 @@ def test_summary_has_the_rate_beside_the_towers_own(experiment):
     assert train["tower_images_per_second"] > 0
 
 
+def test_a_rank_that_had_nothing_to_do_has_a_result_too():
+    """It knows the rate of all, but not of a tower that it never ran; its failure used to end a run of 4 ranks."""
+    split = precompute.SplitResult("p", 8, 0, {}, 8, 1.0, images_per_second=8.0)
+    assert str(precompute.PrecomputeResult({"val": split})) == "val: 8 rows in p, 8 encoded now, 8 images/s"
+
+
 def test_a_second_run_encodes_nothing(experiment):
     precompute.run(experiment)
     before = {p: p.stat().st_mtime_ns for p in EmbeddingCache("cache/small/train").path.iterdir()}
