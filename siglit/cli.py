@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from siglit.config import Experiment
@@ -23,7 +23,11 @@ class Command(NamedTuple):
     help: str
     stage: str
     words: str | None = None
+    arguments: dict[str, dict[str, Any]] | None = None
+    """What argparse is to know of a command that takes folders instead of an experiment."""
 
+
+_CACHE = {"help": "folder of a cache, such as cache/NAME/train"}
 
 COMMANDS = {
     "quickstart": Command(
@@ -34,6 +38,44 @@ COMMANDS = {
     "train": Command("train the text tower on the cache", "siglit.training:run"),
     "eval-retrieval": Command("report Recall@K of images and captions", "siglit.evaluate:run"),
     "search": Command("find the images for a sentence: siglit search WORDS -c FILE", "siglit.search:run", "query"),
+    "cache info": Command("say what a cache holds", "siglit.cache_commands:info", arguments={"path": _CACHE}),
+    "cache verify": Command(
+        "read a cache again: checksums, counts, keys, finite values",
+        "siglit.cache_commands:verify",
+        arguments={
+            "path": _CACHE,
+            "--repair": {"action": "store_true", "help": "delete bad shards, so that precompute makes them again"},
+        },
+    ),
+    "cache skipped": Command(
+        "list the images without a row, as CSV", "siglit.cache_commands:skipped", arguments={"path": _CACHE}
+    ),
+    "cache merge": Command(
+        "put caches of one tower together: siglit cache merge OUT IN IN ...",
+        "siglit.cache_commands:merge",
+        arguments={
+            "out": {"help": "folder of the new cache"},
+            "parts": {"nargs": "+", "help": "folders of complete caches"},
+        },
+    ),
+    "cache export": Command(
+        "write a cache as .npy and parquet, in clip-retrieval's layout",
+        "siglit.cache_exchange:export",
+        arguments={"path": _CACHE, "out": {"help": "new folder"}},
+    ),
+    "cache import": Command(
+        "make a cache of embeddings in .npy and parquet, or in HDF5",
+        "siglit.cache_exchange:import_",
+        arguments={
+            "out": {"help": "folder of the new cache"},
+            "--embeddings": {"required": True, "help": ".npy file (rows, D), folder of them, or HDF5 (`embedding`)"},
+            "--metadata": {"help": "parquet file, or folder with one per .npy file"},
+            "--model": {"required": True, "help": "what made them; compared with image_tower.model"},
+            "--key": {"help": "column that names the image; default: key, else image_path"},
+            "--caption": {"help": "column of a text or a list of texts; default: captions, else caption"},
+            "--label": {"help": "column of a class number; default: label if there"},
+        },
+    ),
 }
 
 
@@ -62,7 +104,13 @@ def _run(words: list[str], debug: bool) -> int:
     from siglit.errors import UserError
 
     try:
-        experiment, extra, as_yaml = _parse(name, words[len(name.split()) :])
+        rest, arguments = words[len(name.split()) :], COMMANDS[name].arguments
+        if arguments is not None:
+            given = _parse_folders(name, rest, arguments)
+            result = _stage(COMMANDS[name].stage)(**given)
+            _print(str(result))
+            return getattr(result, "exit_code", 0)
+        experiment, extra, as_yaml = _parse(name, rest)
         stage = _stage(COMMANDS[name].stage)
         with _kept(as_yaml, experiment) if name in ("train", "quickstart") else contextlib.nullcontext():
             result = stage(experiment, **extra)
@@ -72,9 +120,11 @@ def _run(words: list[str], debug: bool) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _report(error, f"{where}{error.strerror or error}", 2, debug)
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        # Ctrl-C reaches all processes of a run.
+        if _is_first_here():
+            print("stopped; what was finished is kept", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     except SystemExit as stop:  # jsonargparse leaves this way after --help and --print_config
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
@@ -87,7 +137,8 @@ def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     table = "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
     return (
-        "usage: siglit COMMAND -c EXPERIMENT.yaml [--section.field VALUE ...]\n\n"
+        "usage: siglit COMMAND -c EXPERIMENT.yaml [--section.field VALUE ...]\n"
+        "       siglit cache COMMAND FOLDER ...\n\n"
         f"{table}\n\n"
         "  siglit COMMAND --help       every field with its unit and default\n"
         "  siglit COMMAND -c FILE --print_config   the whole experiment as it would run\n"
@@ -127,6 +178,21 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
     extra = {positional: " ".join(getattr(ready, positional))} if positional else {}
     as_yaml = parser.dump(parsed, skip_unset=True)
     return Experiment(**fields).with_default_folders(), extra, as_yaml
+
+
+def _parse_folders(name: str, words: list[str], arguments: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    import argparse
+
+    from siglit.errors import UserError
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{message}; see siglit {name} --help")
+
+    parser = Parser(prog=f"siglit {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    for argument, options in arguments.items():
+        parser.add_argument(argument, **options)
+    return vars(parser.parse_args(words))
 
 
 def _check_files(words: list[str]) -> None:
@@ -233,9 +299,13 @@ def _stage(where: str) -> Callable[..., Any]:
 
 def _print(text: str) -> None:
     # Only the first of several processes speaks; a reader such as `head` may have gone.
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if _is_first_here():
         with contextlib.suppress(BrokenPipeError):
             print(text, flush=True)
+
+
+def _is_first_here() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def _report(error: BaseException, text: str, code: int, debug: bool) -> int:

@@ -102,7 +102,11 @@ class CacheConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the image tower runs."""
     devices: int = 1
-    """Devices (or processes on the CPU) that share the shards."""
+    """Devices (or processes on the CPU) per machine that share the shards."""
+    nodes: int = 1
+    """Machines, started by torchrun or SLURM; they share the folder of the cache."""
+    retry_skipped: bool = False
+    """Make the shards again that list skipped images, as after these were mended."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,7 @@ _RANGES = {
             "cache.shard_size",
             "cache.batch_size",
             "cache.devices",
+            "cache.nodes",
             "image_tower.image_size",
             "tokenizer.vocab_size",
             "text_tower.width",

@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,14 +20,24 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 
 from siglit import run as run_folder
-from siglit.cache import EmbeddingCache, committed_shards, finish, remove_unfinished, write_shard
-from siglit.config import Experiment
+from siglit.cache import (
+    EmbeddingCache,
+    committed_shards,
+    exclusive,
+    finish,
+    remove_shards,
+    remove_unfinished,
+    shards_with_skipped,
+    write_shard,
+)
+from siglit.config import CacheConfig, Experiment
 from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
 from siglit.data.sources import Source, Unit, open_source
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
 from siglit.paths import expand
 from siglit.progress import Meter
+from siglit.stopping import ending_with_first_process, stopping_at_signals
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,11 +69,9 @@ class PrecomputeResult:
         """One line per split."""
         lines = []
         for name, split in self.splits.items():
-            rate = (
-                ""
-                if split.images_per_second is None or split.tower_images_per_second is None
-                else (f", {split.images_per_second:,.0f} images/s (tower alone {split.tower_images_per_second:,.0f})")
-            )
+            rate = "" if split.images_per_second is None else f", {split.images_per_second:,.0f} images/s"
+            if split.tower_images_per_second is not None:
+                rate += f" (tower alone {split.tower_images_per_second:,.0f})"
             skipped = "".join(f"; {n} skipped: {reason}" for reason, n in split.skipped_by_reason.items())
             lines.append(
                 f"{name}: {split.rows:,} rows in {split.path}, {split.encoded_now:,} encoded now{rate}{skipped}"
@@ -79,27 +88,42 @@ def run(experiment: Experiment) -> PrecomputeResult:
     run_folder.quiet_lightning()
     run_folder.check_accelerator("cache.accelerator", experiment.cache.accelerator)
     run_folder.output_dir(experiment)
-    config = experiment.cache
-    several = config.devices > 1
-    fabric = Fabric(
+    first = run_folder.is_first_process()
+    specs = {"train": experiment.data.train, "val": experiment.data.val}
+    sources = {split: open_source(spec) for split, spec in specs.items() if spec is not None}
+    with ExitStack() as stack:
+        stack.enter_context(stopping_at_signals())
+        stack.enter_context(ending_with_first_process(first))
+        # Before the other ranks are started: who is refused leaves alone.
+        for split in sources if first else ():
+            stack.enter_context(exclusive(run_folder.cache_path(experiment, split)))
+        fabric = _fabric(experiment.cache)
+        tower = ImageTower(experiment.image_tower)
+        fabric.launch()
+        tower.to(fabric.device)
+        result = PrecomputeResult({split: _split(experiment, fabric, tower, split, s) for split, s in sources.items()})
+        if fabric.is_global_zero:
+            _keep_figures(experiment, result)
+    return result
+
+
+def _keep_figures(experiment: Experiment, result: PrecomputeResult) -> None:
+    # A run that found everything done has no rates of its own and keeps those of the one that did it.
+    earlier = run_folder.summary(experiment).get("precompute", {})
+    done = {name: earlier.get(name) for name, split in result.splits.items() if not split.encoded_now}
+    figures = {name: done.get(name) or asdict(split) for name, split in result.splits.items()}
+    run_folder.add_to_summary(experiment, "precompute", figures)
+
+
+def _fabric(config: CacheConfig) -> Fabric:
+    several = config.devices * config.nodes > 1
+    return Fabric(
         accelerator=config.accelerator,
         devices=config.devices,
+        num_nodes=config.nodes,
         # Ranks meet only at the end of a split, however long the slowest takes.
         strategy=DDPStrategy(timeout=timedelta(days=30)) if several else "auto",
     )
-    specs = {"train": experiment.data.train, "val": experiment.data.val}
-    sources = {split: open_source(spec) for split, spec in specs.items() if spec is not None}
-    tower = ImageTower(experiment.image_tower)
-    fabric.launch()
-    tower.to(fabric.device)
-    result = PrecomputeResult({split: _split(experiment, fabric, tower, split, s) for split, s in sources.items()})
-    if fabric.is_global_zero:
-        # A run that found everything done has no rates of its own and keeps those of the one that did it.
-        earlier = run_folder.summary(experiment).get("precompute", {})
-        done = {name: earlier.get(name) for name, split in result.splits.items() if not split.encoded_now}
-        figures = {name: done.get(name) or asdict(split) for name, split in result.splits.items()}
-        run_folder.add_to_summary(experiment, "precompute", figures)
-    return result
 
 
 def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str, source: Source) -> SplitResult:
@@ -108,8 +132,10 @@ def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str
     precision = _precision(experiment, fabric)
     fingerprint = _fingerprint(experiment, tower, source, precision)
     if fabric.is_global_zero:
-        path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(path)
+        if experiment.cache.retry_skipped:
+            committed_shards(path, fingerprint)  # raises before anything of other settings is deleted
+            remove_shards(path, shards_with_skipped(path))
     fabric.barrier()
     there = committed_shards(path, fingerprint)
     mine = [u for u in units if u.number not in there][fabric.global_rank :: fabric.world_size]

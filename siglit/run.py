@@ -31,7 +31,8 @@ from siglit.models.tokenizer import Tokenizer, load_tokenizer, train_sentencepie
 
 def is_first_process() -> bool:
     """Tell whether this is the first of all processes of the run, also before Lightning has set up the group."""
-    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
+    node = int(os.environ.get("NODE_RANK", "0"))  # all that is set where machines are started by hand
+    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0 and node == 0
 
 
 def quiet_lightning() -> None:
@@ -117,6 +118,9 @@ def open_cache(experiment: Experiment, split: str) -> EmbeddingCache:
 
 def _check_source(spec: SourceSpec, cache: EmbeddingCache) -> None:
     """See that the cache was made of these samples; a machine without the files can only trust it."""
+    made = cache.fingerprint.get("source")
+    if not (isinstance(made, dict) and "format" in made and "files" in made):
+        return  # imported or merged: not made of a source of the experiment
     try:
         asked = source_identity(spec)
     except UserError as error:
@@ -240,6 +244,8 @@ def _asked_for(config: ImageTowerConfig, made: dict[str, Any]) -> tuple[dict[str
     Training needs neither the tower nor its weights on the machine, so only what the experiment states is compared; a
     local weights file is compared by hash where it is there.
     """
+    if made["image_tower"].get("imported"):  # nothing but the name is known of what somebody else embedded
+        return {"image_tower": {"model": config.model}}, ["image_tower.model"]
     weights = config.weights and os.path.expandvars(os.path.expanduser(config.weights))
     stated: dict[str, Any] = {"model": config.model, "model_args": config.model_args, "pooling": config.pooling}
     if weights and os.path.isfile(weights):
@@ -252,4 +258,6 @@ def _asked_for(config: ImageTowerConfig, made: dict[str, Any]) -> tuple[dict[str
 
 
 def _tower_words(tower: dict[str, Any]) -> str:
+    if tower.get("imported"):
+        return f"{tower['model']} (imported)"
     return f"{tower['model']} (pooling {tower['pooling']}, weights {tower['weights'][:8]})"

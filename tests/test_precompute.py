@@ -55,6 +55,12 @@ def test_summary_has_the_rate_beside_the_towers_own(experiment):
     assert train["tower_images_per_second"] > 0
 
 
+def test_a_rank_that_had_nothing_to_do_has_a_result_too():
+    """It knows the rate of all, but not of a tower that it never ran; its failure used to end a run of 4 ranks."""
+    split = precompute.SplitResult("p", 8, 0, {}, 8, 1.0, images_per_second=8.0)
+    assert str(precompute.PrecomputeResult({"val": split})) == "val: 8 rows in p, 8 encoded now, 8 images/s"
+
+
 def test_a_second_run_encodes_nothing(experiment):
     precompute.run(experiment)
     before = {p: p.stat().st_mtime_ns for p in EmbeddingCache("cache/small/train").path.iterdir()}
@@ -110,6 +116,61 @@ def test_bad_images_are_skipped_listed_and_shift_nobody(experiment, project):
     assert told.splits["train"].skipped == 4
     with pytest.raises(UserError, match=r"4 of 40 images \(10.0%\).*data.max_skipped"):
         precompute.run(parse("precompute", "--cache.path", "bad2"))
+
+
+def test_retry_makes_only_the_shards_with_skipped_images_again(experiment, project):
+    precompute.run(parse("precompute", "--cache.path", "whole"))
+    mended = {n: (project / f"images/{n:04d}.png").read_bytes() for n in (3, 4, 20)}
+    for number in mended:
+        (project / f"images/{number:04d}.png").write_bytes(b"")
+    words = ["--cache.path", "bad", "--data.max_skipped", "0.2"]
+    precompute.run(parse("precompute", *words))
+    for number in (3, 4):
+        (project / f"images/{number:04d}.png").write_bytes(mended[number])
+    before = {p.name: p.stat().st_mtime_ns for p in (project / "bad/train").iterdir()}
+    assert precompute.run(parse("precompute", *words)).splits["train"].encoded_now == 0
+    told = precompute.run(parse("precompute", *words, "--cache.retry_skipped", "true")).splits["train"]
+    assert (told.encoded_now, told.skipped) == (8 + 7, 1)
+    after = {p.name: p.stat().st_mtime_ns for p in (project / "bad/train").iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {
+        "index.json",
+        "shard-000000.h5",
+        "shard-000002.h5",
+    }
+    good = rows_by_key("whole/train")
+    assert rows_by_key("bad/train") == {k: v for k, v in good.items() if k != "images/0020.png"}
+
+
+def test_retry_deletes_nothing_of_other_settings(experiment, project):
+    (project / "images/0003.png").write_bytes(b"")
+    precompute.run(parse("precompute", "--data.max_skipped", "0.2"))
+    before = rows_by_key("cache/small/train")
+    with pytest.raises(ValueError, match=r"image_tower.pooling"):
+        precompute.run(parse("precompute", "--image_tower.pooling", "avg", "--cache.retry_skipped", "true"))
+    assert rows_by_key("cache/small/train") == before
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker:UserWarning")
+def test_rows_do_not_depend_on_workers_batches_or_processes(project, monkeypatch):
+    """Equal by key to within float16 rounding: 1 or 4 workers, 1 or 2 processes, batches of 1 or 64."""
+    monkeypatch.chdir(project)
+    kinds = [("1", "1", "1"), ("4", "1", "64"), ("1", "2", "64"), ("4", "2", "1")]
+    found = []
+    for number, (workers, devices, batch) in enumerate(kinds):
+        words = ["--cache.path", str(number), "--cache.shard_size", "16", "--cache.batch_size", batch]
+        words += ["--data.workers", workers, "--cache.devices", devices]
+        if devices == "1":
+            precompute.run(parse("precompute", *words))
+        else:
+            siglit("precompute", "-c", "experiment.yaml", *words, cwd=project, check=0)
+        found.append(rows_by_key(f"{number}/train"))
+    for rows in found[1:]:
+        assert rows.keys() == found[0].keys()
+        for key, (row, captions) in rows.items():
+            wanted, wanted_captions = found[0][key]
+            assert captions == wanted_captions
+            got, wanted = np.frombuffer(row, np.float16), np.frombuffer(wanted, np.float16)
+            assert (np.abs(got - wanted) <= np.spacing(np.maximum(np.abs(got), np.abs(wanted)))).all()
 
 
 def test_samples_without_a_caption_are_skipped(experiment, project):

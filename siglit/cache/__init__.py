@@ -3,17 +3,32 @@
 Knows files and arrays; knows nothing of towers, configurations or torch. The format is specified in cache/README.md.
 """
 
-from siglit.cache.format import FORMAT_VERSION, CacheError, differing_fields
+from siglit.cache.checking import Problem, find_problems_without_index, remove_shards, shards_with_skipped
+from siglit.cache.collecting import CacheWriter
+from siglit.cache.format import FORMAT_VERSION, CacheError, differing_fields, shard_files
+from siglit.cache.lock import exclusive
+from siglit.cache.merging import concat, merge
+from siglit.cache.plain_hdf5 import PlainHdf5
 from siglit.cache.reader import EmbeddingCache
 from siglit.cache.writer import committed_shards, finish, remove_unfinished, write_shard
 
 __all__ = [
     "FORMAT_VERSION",
     "CacheError",
+    "CacheWriter",
     "EmbeddingCache",
+    "PlainHdf5",
+    "Problem",
     "committed_shards",
+    "concat",
     "differing_fields",
+    "exclusive",
+    "find_problems_without_index",
     "finish",
+    "merge",
+    "remove_shards",
     "remove_unfinished",
+    "shard_files",
+    "shards_with_skipped",
     "write_shard",
 ]

@@ -12,12 +12,14 @@ import math
 import mmap
 import resource
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
+from siglit.cache.checking import REMAKE, REMAKE_INDEX, REMAKE_SHARD, Problem, find_problems
 from siglit.cache.format import (
     ALIGNMENT,
     DATASETS,
@@ -27,9 +29,7 @@ from siglit.cache.format import (
     CacheError,
     ShardRecord,
     differing_fields,
-    find_duplicate_key,
     shard_files,
-    shard_problems,
     unpack_strings,
 )
 
@@ -54,23 +54,36 @@ class EmbeddingCache:
         self._folder = self.path.absolute()
         index = _read_index(self.path)
         try:
-            self._shards = [ShardRecord(**shard) for shard in index["shards"]]
-            self.dim: int = index["dim"]
-            self.fingerprint: dict[str, Any] = index["fingerprint"]
-            self.num_captions: int = index["captions"]
-            self.num_skipped: int = index["skipped"]
-            self._starts = _starts([shard.rows for shard in self._shards])
-            self._caption_starts = _starts([shard.captions for shard in self._shards])
-            offsets = [shard.datasets[name][0] for shard in self._shards for name in DATASETS]
+            self._take([ShardRecord(**shard) for shard in index["shards"]], index["dim"], index["fingerprint"])
+            self.num_skipped = index["skipped"]
+            totals = index["rows"], index["captions"]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise CacheError(f"{self.path / INDEX_NAME} is damaged ({error!r}); {_REMAKE_INDEX}") from None
-        if (len(self), self.num_captions) != (index.get("rows"), self._caption_starts[-1]):
-            raise CacheError(f"{self.path / INDEX_NAME} is damaged (its totals are not its shards'); {_REMAKE_INDEX}")
+            raise CacheError(f"{self.path / INDEX_NAME} is damaged ({error!r}); {REMAKE_INDEX}") from None
+        if (len(self), self.num_captions) != totals:
+            raise CacheError(f"{self.path / INDEX_NAME} is damaged (its totals are not its shards'); {REMAKE_INDEX}")
+        offsets = (shard.datasets[name][0] for shard in self._shards for name in DATASETS)
         if any(offset is not None and offset % ALIGNMENT for offset in offsets):
             raise CacheError(
                 f"{self.path} has data off the {ALIGNMENT}-byte grid; it was not made by siglit: remake it"
             )
+
+    def _take(self, shards: list[ShardRecord], dim: int, fingerprint: dict[str, Any]) -> None:
+        """Number rows and captions through `shards`, whose files are named from this cache's folder on."""
+        self._shards = shards
+        self.dim = dim
+        self.fingerprint = fingerprint
+        self._starts = _starts([shard.rows for shard in shards])
+        self._caption_starts = _starts([shard.captions for shard in shards])
+        self.num_captions = int(self._caption_starts[-1])
+        self.num_skipped = sum(shard.skipped for shard in shards)
+        for shard in shards:
+            if not shard.datasets.keys() >= DATASETS.keys() or not all(shard.datasets.values()):
+                raise KeyError(f"datasets of {shard.file}")
         self._maps: dict[int, mmap.mmap] = {}
+
+    def located_shards(self) -> list[ShardRecord]:
+        """What is needed to map every shard from anywhere: its record, with the whole path for the file's name."""
+        return [replace(shard, file=str(self._folder / shard.file)) for shard in self._shards]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -86,6 +99,16 @@ class EmbeddingCache:
     def digest(self) -> str:
         """32 hexadecimal digits that depend on all stored data and its order; names files derived from this cache."""
         return hashlib.sha256("\n".join(shard.checksum for shard in self._shards).encode()).hexdigest()[:32]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self._shards)
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        """The files of the shards, in order."""
+        return [self._folder / shard.file for shard in self._shards]
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Copy rows out of the cache, whichever shards they are in.
@@ -196,25 +219,11 @@ class EmbeddingCache:
         Returns:
             One text per problem, with the file and what to do; empty if the cache is sound.
         """
-        problems = []
-        readable = []
-        for number, shard in enumerate(self._shards):
-            try:
-                found = shard_problems(self.path / shard.file, number, shard, self.fingerprint)
-                readable += [] if found else [self.path / shard.file]
-            except CacheError as error:
-                problems.append(str(error))
-            else:
-                problems += [f"{self.path / shard.file}: {text}; {_REMAKE_SHARD}" for text in found]
-        if sum(shard.skipped for shard in self._shards) != self.num_skipped:
-            problems.append(f"{self.path / INDEX_NAME}: counts of skipped images differ; {_REMAKE_INDEX}")
-        known = {shard.file for shard in self._shards}
-        strays = [path for path in shard_files(self.path).values() if path.name not in known]
-        problems += [f"{path} is not in {INDEX_NAME}; delete it if nobody is writing this cache" for path in strays]
-        duplicate = find_duplicate_key(readable)
-        if duplicate:
-            problems.append(f"{self.path}: {duplicate}, but a key names one image; make the keys unique and {_REMAKE}")
-        return problems
+        return [problem.text for problem in self.find_problems()]
+
+    def find_problems(self) -> list[Problem]:
+        """What `verify` finds, with the shards that are at fault."""
+        return find_problems(self.path, self._shards, self.fingerprint, self.num_skipped)
 
     @cached_property
     def _window(self) -> tuple[np.ndarray, np.ndarray, int]:
@@ -254,13 +263,13 @@ class EmbeddingCache:
             with open(path, "rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            advice = "raise `ulimit -n`" if getattr(error, "errno", None) == errno.EMFILE else _REMAKE_SHARD
+            advice = "raise `ulimit -n`" if getattr(error, "errno", None) == errno.EMFILE else REMAKE_SHARD
             raise CacheError(f"{self.path / record.file} cannot be mapped ({error}); {advice}") from None
         # Reading a map beyond the end of its file kills the process.
         if len(mapped) != record.size:
             raise CacheError(
                 f"{self.path / record.file} has {len(mapped)} bytes, {record.size} when the cache was completed; "
-                f"{_REMAKE_SHARD}"
+                f"{REMAKE_SHARD}"
             )
         self._maps[shard] = mapped
         return mapped
@@ -314,24 +323,19 @@ class Keys(Sequence[str]):
         return self._cache._iter_texts("key")
 
 
-_REMAKE = "run `siglit precompute` again"
-_REMAKE_INDEX = f"delete it and {_REMAKE}"
-_REMAKE_SHARD = f"delete this shard and {INDEX_NAME}, then {_REMAKE}"
-
-
 def _read_index(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CacheError(f"there is no cache at {path}; make it with `siglit precompute`, or correct the path")
     file = path / INDEX_NAME
     if not file.is_file():
         there = len(shard_files(path))
-        raise CacheError(f"{path} is not complete: {there} shards are there, but no {INDEX_NAME}; {_REMAKE}")
+        raise CacheError(f"{path} is not complete: {there} shards are there, but no {INDEX_NAME}; {REMAKE}")
     try:
         index = json.loads(file.read_bytes())
     except ValueError as error:
-        raise CacheError(f"{file} is damaged, not JSON ({error}); {_REMAKE_INDEX}") from None
+        raise CacheError(f"{file} is damaged, not JSON ({error}); {REMAKE_INDEX}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT_NAME or not isinstance(index.get("version"), int):
-        raise CacheError(f"{file} is not the index of a cache; correct the path, or {_REMAKE_INDEX}")
+        raise CacheError(f"{file} is not the index of a cache; correct the path, or {REMAKE_INDEX}")
     if index["version"] > FORMAT_VERSION:
         raise CacheError(
             f"{path} has format version {index['version']}, this siglit reads up to {FORMAT_VERSION}; update siglit"

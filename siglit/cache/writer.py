@@ -4,13 +4,8 @@ Knows nothing of ranks or images: who writes which shard, and in what order, is 
 Shapes: n rows (images) of a shard, D embedding width, m captions of a shard.
 """
 
-import contextlib
-import errno
 import io
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from siglit.cache.files import commit, explained, fsync_folder
 from siglit.cache.format import (
     ALIGNMENT,
     DATASETS,
@@ -85,6 +81,13 @@ def write_shard(
         **_text_arrays(keys, captions, langs, skipped),
         "label": _label_array(labels, len(keys)),
     }
+    commit_arrays(folder, number, arrays, fingerprint)
+    return path
+
+
+def commit_arrays(folder: Path, number: int, arrays: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> None:
+    """Commit a shard whose datasets are as they will be stored, such as those of another cache's shard."""
+    name = shard_name(number)
     image = _hdf5_image(
         arrays,
         {
@@ -99,12 +102,11 @@ def write_shard(
     try:
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            _fsync_folder(folder.parent)
+            fsync_folder(folder.parent)
         (folder / INDEX_NAME).unlink(missing_ok=True)
     except OSError as error:
-        raise _explained(error, folder, path.name, len(image)) from error
-    _commit(folder, path.name, image)
-    return path
+        raise explained(error, folder, name, len(image)) from error
+    commit(folder, name, image)
 
 
 def committed_shards(folder: Path, fingerprint: Mapping[str, Any]) -> set[int]:
@@ -180,7 +182,7 @@ def finish(folder: Path, units: int, fingerprint: Mapping[str, Any]) -> None:
     index = _index_bytes(records, dim, fingerprint)
     path = folder / INDEX_NAME
     if not path.exists() or path.read_bytes() != index:
-        _commit(folder, INDEX_NAME, index)
+        commit(folder, INDEX_NAME, index)
 
 
 def _float16(embeddings: np.ndarray, keys: Sequence[str]) -> np.ndarray:
@@ -293,43 +295,3 @@ def _index_bytes(records: Sequence[ShardRecord], dim: int, fingerprint: Mapping[
     # One shard per line: ten thousand of them stay readable, and comparable with diff.
     lines = ",\n".join(json.dumps(asdict(record)) for record in records)
     return f'{json.dumps(head, indent=1)[:-2]},\n "shards": [\n{lines}\n]}}\n'.encode()
-
-
-def _commit(folder: Path, name: str, data: bytes | memoryview) -> None:
-    # The process id alone is not unique where several machines share the folder.
-    temporary = folder / f"{name}.tmp.{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        with open(temporary, "xb", buffering=0) as file:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
-        _fsync_folder(folder)
-    except OSError as error:
-        raise _explained(error, folder, name, len(data)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _explained(error: OSError, folder: Path, name: str, size: int) -> OSError:
-    """The same error, of the same type, in words that say what to do."""
-    reason = error.strerror or str(error)
-    advice = "see to that and run again"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        reason = f"the disk or your quota is full ({free / 1e6:.1f} MB free)"
-        advice = "make room and run again"
-    elif error.errno == errno.EFBIG:
-        reason, advice = "files may not become that large here", "raise `ulimit -f` or make smaller shards"
-    text = f"{name} ({size / 1e6:.1f} MB) could not be written into {folder}: {reason}; {advice}, nothing is lost"
-    return OSError(error.errno, text)

@@ -3,6 +3,8 @@
 Knows sources and pictures, not towers or caches. Shapes: N usable images of a batch, H × W the tower's input.
 """
 
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -102,7 +104,7 @@ def pixel_batches(dataset: UnitPixels, workers: int, pin_memory: bool) -> Iterat
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
     )
     for item in loader:
         if isinstance(item, UserError):
@@ -110,6 +112,15 @@ def pixel_batches(dataset: UnitPixels, workers: int, pin_memory: bool) -> Iterat
         yield item
 
 
-def _one_thread(_: int) -> None:
+def _say_nothing(*_: object) -> None:
+    pass
+
+
+def _prepare_worker(_: int) -> None:
+    # Ctrl-C reaches the workers too; it is the affair of the process that they work for.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker's errors travel to that process with its batches. What would be printed here is the complaint of
+    # multiprocessing's own thread that the other end of its pipe has gone, as it has after Ctrl-C.
+    sys.excepthook = _say_nothing
     # Each worker owns one core; more threads would fight over it.
     torch.set_num_threads(1)

@@ -1,0 +1,56 @@
+"""Read somebody's plain HDF5 file of embeddings, block by block: named datasets with a row for every image.
+
+Knows no cache; it is here because h5py is.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from siglit.cache.format import CacheError
+
+
+class PlainHdf5:
+    """Datasets of one file, side by side.
+
+    Raises:
+        CacheError: it cannot be read, or a dataset is missing or has another number of rows.
+    """
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        """Look at the datasets `names`, of which the first has all the rows (n, …)."""
+        self.path, self._names = path, names
+        with self._file() as file:
+            missing = [name for name in names if not isinstance(file.get(name), h5py.Dataset)]
+            if missing:
+                raise CacheError(f"{path} has no dataset {missing[0]!r}; it has {', '.join(file)}")
+            shapes = {name: file[name].shape for name in names}
+        if len({shape[:1] for shape in shapes.values()}) != 1:
+            raise CacheError(f"{path}: the datasets differ in rows: {shapes}")
+        self.rows: int = shapes[names[0]][0]
+
+    def names(self) -> list[str]:
+        """All datasets at the top of the file."""
+        with self._file() as file:
+            return [name for name in file if isinstance(file[name], h5py.Dataset)]
+
+    def blocks(self, size: int) -> Iterator[dict[str, Any]]:
+        """The rows in order, at most `size` at a time: {name: array, or list of text}."""
+        with self._file() as file:
+            for start in range(0, self.rows, size):
+                yield {name: _values(file[name], start, start + size) for name in self._names}
+
+    def _file(self) -> h5py.File:
+        try:
+            return h5py.File(self.path, "r")
+        except OSError as error:
+            raise CacheError(f"{self.path} cannot be read as HDF5 ({error})") from None
+
+
+def _values(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray | list[Any]:
+    if h5py.check_string_dtype(dataset.dtype) is not None:
+        return dataset.asstr()[start:stop].tolist()
+    return dataset[start:stop]
