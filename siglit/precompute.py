@@ -295,5 +295,5 @@ def _check_skipped(experiment: Experiment, cache: EmbeddingCache) -> None:
         raise UserError(
             f"{cache.num_skipped} of {seen} images ({share:.1%}) could not be used, more than data.max_skipped "
             f"({experiment.data.max_skipped:.1%}); the first is {key!r}: {reason}. The rest is kept in {cache.path}; "
-            "raise data.max_skipped and run again, or mend the images and delete the shards"
+            "raise data.max_skipped and run again, or mend the images and run with --cache.retry_skipped true"
         )

@@ -131,7 +131,7 @@ def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> byt
     """Train a byte-pair SentencePiece model; returns its serialised form.
 
     Byte pairs and not unigrams: on a few thousand captions of few words the unigram trainer keeps half of the words in
-    pieces (seen: 17 pieces for "a photo of an airplane" after ten distinct captions, 5 with byte pairs).
+    pieces (seen: 17 pieces for "a photo of an airplane" after ten distinct captions, 6 with byte pairs).
 
     The vocabulary has padding 0, end-of-sentence 1 and unknown 2, no begin-of-sentence, and falls back to bytes, so
     that every text can be written. It is smaller than asked for where the captions do not support more pieces.
