@@ -92,7 +92,7 @@ class EmbeddingCache:
         return f"EmbeddingCache({str(self.path)!r}: {len(self)} × {self.dim}, {self.num_captions} captions)"
 
     def __getstate__(self) -> dict[str, Any]:
-        lazy = ("_maps", "_window", "caption_offsets", "caption_rows", "labels", "langs", "skipped")
+        lazy = ("_maps", "_window", "_buckets", "caption_offsets", "caption_rows", "labels", "langs", "skipped")
         return {**{name: value for name, value in vars(self).items() if name not in lazy}, "_maps": {}}
 
     @property
@@ -132,7 +132,7 @@ class EmbeddingCache:
             self._check(extreme, len(self), "row")
         rows = rows.astype(np.int64, copy=False)
         window, first, stride = self._window
-        shard = np.searchsorted(self._starts, rows, side="right") - 1
+        shard = self._shards_of(rows)
         return window[first[shard] + rows * stride].view(DATASETS["embedding"]).reshape(-1, self.dim)
 
     @property
@@ -224,6 +224,28 @@ class EmbeddingCache:
     def find_problems(self) -> list[Problem]:
         """What `verify` finds, with the shards that are at fault."""
         return find_problems(self.path, self._shards, self.fingerprint, self.num_skipped)
+
+    def _shards_of(self, rows: np.ndarray) -> np.ndarray:
+        """(k,) shard of each of k rows: looked up for a bucket of rows, then moved on by a step or two.
+
+        A binary search for each row, whose branches nobody can predict, took a tenth of the time of `gather`.
+        """
+        shift, shard_of_bucket, steps = self._buckets
+        if steps > 3:  # shards of very different sizes
+            return np.searchsorted(self._starts, rows, side="right") - 1
+        shards = shard_of_bucket[rows >> shift]
+        for _ in range(steps):
+            shards += rows >= self._starts[shards + 1]
+        return shards
+
+    @cached_property
+    def _buckets(self) -> tuple[int, np.ndarray, int]:
+        """Buckets of 2^shift rows, about as many as shards: shift, shard of each bucket's first row, most steps on."""
+        shift = max(0, (len(self) // len(self._shards)).bit_length() - 1)
+        first = np.arange(0, len(self), 1 << shift)
+        last = np.minimum(first + (1 << shift), len(self)) - 1
+        shards = np.searchsorted(self._starts, np.stack([first, last]), side="right") - 1
+        return shift, shards[0], int((shards[1] - shards[0]).max())
 
     @cached_property
     def _window(self) -> tuple[np.ndarray, np.ndarray, int]:

@@ -122,6 +122,23 @@ def test_gather_equals_indexing_one_array(tmp_path, dim):
         assert (gathered.dtype, gathered.flags.c_contiguous, gathered.flags.writeable) == (np.float16, True, True)
 
 
+@pytest.mark.parametrize("sizes", [(64,) * 5, (60, 64, 58, 64, 3), (1, 0, 500, 0), (1,) * 40 + (1000,), (0, 7)])
+def test_every_row_is_found_whatever_the_sizes_of_the_shards(tmp_path, sizes):
+    """Equal shards, some with skipped images, and sizes so different that buckets do not pay."""
+    data = np.arange(sum(sizes), dtype=np.float16)[:, None]
+    starts = np.cumsum((0, *sizes))
+    for number, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        keys = [str(row) for row in range(start, stop)]
+        write_shard(
+            tmp_path, number, embeddings=data[start:stop], keys=keys, captions=[["a"]] * len(keys), fingerprint={}
+        )
+    finish(tmp_path, len(sizes), {})
+    cache = EmbeddingCache(tmp_path)
+    order = np.random.default_rng(0).permutation(len(data))
+    assert np.array_equal(cache.gather(order), data[order])
+    assert np.array_equal(cache.gather(order.astype(np.uint16)), data[order])
+
+
 @pytest.mark.parametrize("rows", [[-1], [0, 9], [2**40], [0.5], [[1]], [True]])
 def test_a_row_that_is_not_there_is_an_index_error(folder, rows):
     with pytest.raises(IndexError):
