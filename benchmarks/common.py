@@ -17,6 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 import siglit
 
 PACKAGES = ("torch", "numpy", "h5py", "timm", "transformers", "pillow", "embedding-reader")
@@ -77,6 +80,12 @@ def interleaved(
 def ratio(upper: list[float], lower: list[float]) -> float:
     """Median over the turns of upper / lower."""
     return statistics.median(a / b for a, b in zip(upper, lower, strict=True))
+
+
+def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Draw smooth noise, which a JPEG of quality 90 takes about as many bytes for as for a photograph."""
+    coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def report(title: str, rows: list[tuple[str, str, str]], figures: Mapping[str, Any], path: Path | None) -> None:

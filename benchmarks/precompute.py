@@ -15,9 +15,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image
 
-from benchmarks.common import interleaved, parser, ratio, report
+from benchmarks.common import interleaved, parser, picture, ratio, report
 from siglit import precompute
 from siglit.config import CacheConfig, DataConfig, Experiment, ImageTowerConfig, SourceSpec
 from siglit.data.decoding import UnitPixels, pixel_batches
@@ -31,6 +30,7 @@ def main() -> None:
     options.add_argument("--images", type=int, default=512, help="pictures")
     options.add_argument("--width", type=int, default=640, help="pixels across")
     options.add_argument("--height", type=int, default=480, help="pixels down")
+    options.add_argument("--jpeg-draft", action="store_true", help="decode at a reduced scale where it suffices")
     options.add_argument("--model", default="vit_tiny_patch16_224", help="timm model")
     options.add_argument("--batch", type=int, default=64, help="images per forward pass")
     options.add_argument("--shard", type=int, default=256, help="images per shard")
@@ -54,7 +54,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Images/s of precompute and of its halves, and what their ratios come to."""
     draw_pictures(folder, args)
-    tower_config = ImageTowerConfig(model=args.model, pretrained=False)
+    tower_config = ImageTowerConfig(model=args.model, pretrained=False, jpeg_draft=args.jpeg_draft)
     source = SourceSpec(format="csv", path=str(folder / "pictures.csv"))
     tower = ImageTower(tower_config).to(args.accelerator)
     units = open_source(source).units(args.shard)
@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             inside.append(precompute.run(experiment).splits["train"].seconds)
 
     def decode() -> list[torch.Tensor]:
-        dataset = UnitPixels(open_source(source), units, tower.transform(), args.batch, 10**9)
+        dataset = UnitPixels(open_source(source), units, tower.transform(), args.batch, 10**8, tower.draft())
         return [batch.pixels for batch in pixel_batches(dataset, args.workers, args.accelerator == "cuda")]
 
     pixels = decode()
@@ -118,13 +118,11 @@ def timed(function, seconds: list[float]):
 
 
 def draw_pictures(folder: Path, args: argparse.Namespace) -> None:
-    """Write smooth noise as JPEGs of quality 90 and pictures.csv, one caption each."""
+    """Write pictures as JPEGs of quality 90 and pictures.csv, one caption each."""
     rng = np.random.default_rng(0)
     lines = ["filepath,title"]
     for number in range(args.images):
-        coarse = rng.integers(0, 256, (args.height // 8 + 1, args.width // 8 + 1, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((args.width, args.height), Image.Resampling.BICUBIC)
-        picture.save(folder / f"{number}.jpg", quality=90)
+        picture(rng, args.width, args.height).save(folder / f"{number}.jpg", quality=90)
         lines.append(f"{number}.jpg,picture {number}")
     (folder / "pictures.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -79,6 +79,8 @@ class ImageTowerConfig:
     """Input side in pixels; default: the tower's."""
     resize: Literal["squash", "crop"] = "squash"
     """Squash to a square (as SigLIP does), or resize the short side and crop the centre."""
+    jpeg_draft: bool = False
+    """Decode JPEGs of twice the input or more to 1/2, 1/4 or 1/8 of their size: faster, but rows differ slightly."""
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None
     """Resampling filter; default: the tower's."""
     mean: list[float] | None = None

@@ -211,7 +211,12 @@ def _encode_units(
 ) -> None:
     """Encode this rank's units and commit one shard for each."""
     dataset = UnitPixels(
-        source, units, encoder._tower.transform(), experiment.cache.batch_size, experiment.data.max_image_pixels
+        source,
+        units,
+        encoder._tower.transform(),
+        experiment.cache.batch_size,
+        experiment.data.max_image_pixels,
+        encoder._tower.draft(),
     )
     batches = pixel_batches(dataset, _workers(experiment), pin_memory=fabric.device.type == "cuda")
     known = sum(u.stop - u.start for u in units)

@@ -200,6 +200,21 @@ def test_a_cache_of_another_tower_is_never_mixed(experiment):
     assert rows_by_key("cache/small/train") == before
 
 
+def test_a_draft_reads_large_jpegs_at_a_reduced_scale(project, monkeypatch):
+    monkeypatch.chdir(project)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((300, 260)).save("large.jpg")
+    (project / "train.csv").write_text("filepath,title\nlarge.jpg,noise\n")
+    precompute.run(parse("precompute", "--cache.path", "full"))
+    precompute.run(parse("precompute", "--cache.path", "draft", "--image_tower.jpeg_draft", "true"))
+    full, draft = (
+        EmbeddingCache(f"{name}/train").gather(np.arange(1)).astype(np.float32) for name in ("full", "draft")
+    )
+    assert 0 < np.linalg.norm(full - draft) / np.linalg.norm(full) < 0.2
+    with pytest.raises(ValueError, match=r"jpeg_draft: False here, True asked for"):
+        precompute.run(parse("precompute", "--cache.path", "full", "--image_tower.jpeg_draft", "true"))
+
+
 def test_a_changed_listing_is_noticed(experiment, project):
     precompute.run(experiment)
     with (project / "train.csv").open("a") as file:

@@ -49,10 +49,11 @@ class UnitPixels(IterableDataset[PixelBatch | UserError]):
         transform: Callable[[Image.Image], torch.Tensor],
         batch_size: int,
         max_pixels: int,
+        draft: int | None = None,
     ):
-        """Decode with `transform`, an RGB picture to (3, H, W) uint8."""
+        """Decode with `transform`, an RGB picture to (3, H, W) uint8; `max_pixels` and `draft` as `decode_image`."""
         self._source, self._units, self._transform = source, units, transform
-        self._batch_size, self._max_pixels = batch_size, max_pixels
+        self._batch_size, self._max_pixels, self._draft = batch_size, max_pixels, draft
 
     def __iter__(self) -> Iterator[PixelBatch | UserError]:
         """Yield this worker's batches; a unit without samples gives one empty batch, so that its shard is written too.
@@ -81,7 +82,8 @@ class UnitPixels(IterableDataset[PixelBatch | UserError]):
                 batch.skipped.append((sample.key, "no caption"))
                 continue
             try:
-                pixels.append(self._transform(decode_image(sample.image_bytes(), self._max_pixels)))
+                picture = decode_image(sample.image_bytes(), self._max_pixels, self._draft)
+                pixels.append(self._transform(picture))
             except BadImage as error:
                 batch.skipped.append((sample.key, str(error)))
             except OSError as error:

@@ -21,7 +21,7 @@ class BadImage(ValueError):  # noqa: N818 - it describes the image, not our fail
     """The bytes are not an image this project can use; the text is the short reason."""
 
 
-def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int, draft: int | None = None) -> Image.Image:
     """Decode the first frame of an image file to RGB.
 
     Greyscale deeper than 8 bits is scaled to 0…255 (PIL alone would saturate it). No global setting of PIL is changed,
@@ -30,9 +30,11 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     Args:
         data: the whole file.
         max_pixels: largest width × height accepted; compared with the header, before any pixel is decoded.
+        draft: decode JPEGs at the smallest of 1, 1/2, 1/4 and 1/8 of their size that leaves both sides at least this
+            many pixels; None: in full. libjpeg then computes that much less.
 
     Returns:
-        An image of mode RGB, (height, width) as stored.
+        An image of mode RGB, (height, width) as stored, or smaller by the scale that `draft` allows.
 
     Raises:
         BadImage: no bytes, not an image, cut off or broken, or too many pixels.
@@ -44,6 +46,8 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         if width * height > max_pixels:
             raise BadImage(f"{width} x {height} pixels, more than max_pixels = {max_pixels}")
         try:
+            if draft is not None and image.format == "JPEG":
+                image.draft(image.mode, (draft, draft))
             image.load()
             return _to_rgb(image)
         except MemoryError:

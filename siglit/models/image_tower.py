@@ -6,6 +6,7 @@ bytes. Shapes: N images, H = W = image_size, T tokens, C tower width, D embeddin
 
 import difflib
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -84,6 +85,13 @@ class ImageTower(nn.Module):
             normalize=False,
         )
 
+    def draft(self) -> int | None:
+        """Side in pixels that a JPEG decoded at a reduced scale must keep: what `transform` scales its short side to.
+
+        None where pictures are to be decoded in full.
+        """
+        return math.floor(self.image_size / self.crop_pct) if self.config.jpeg_draft else None
+
     def fingerprint(self) -> dict[str, Any]:
         """Everything about the tower that decides the value of a row, weights included by hash."""
         weights = hashlib.blake2b(digest_size=16)
@@ -99,6 +107,7 @@ class ImageTower(nn.Module):
             "transform": {
                 "image_size": self.image_size,
                 "resize": self.config.resize,
+                "jpeg_draft": self.config.jpeg_draft,
                 "crop_pct": self.crop_pct,
                 "interpolation": self.interpolation,
                 "mean": [round(v / 255, 6) for v in self.mean.flatten().tolist()],

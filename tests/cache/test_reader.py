@@ -1,6 +1,7 @@
 """The reader: everything comes back as it went in, from anywhere, and a wrong cache is called wrong."""
 
 import gc
+import itertools
 import json
 import os
 import pickle
@@ -127,7 +128,7 @@ def test_every_row_is_found_whatever_the_sizes_of_the_shards(tmp_path, sizes):
     """Equal shards, some with skipped images, and sizes so different that buckets do not pay."""
     data = np.arange(sum(sizes), dtype=np.float16)[:, None]
     starts = np.cumsum((0, *sizes))
-    for number, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for number, (start, stop) in enumerate(itertools.pairwise(starts)):
         keys = [str(row) for row in range(start, stop)]
         write_shard(
             tmp_path, number, embeddings=data[start:stop], keys=keys, captions=[["a"]] * len(keys), fingerprint={}

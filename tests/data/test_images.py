@@ -41,6 +41,22 @@ def test_rgb_png_keeps_every_pixel():
 
 
 @pytest.mark.parametrize(
+    ("draft", "size"), [(None, (1201, 640)), (321, (1201, 640)), (320, (601, 320)), (224, (601, 320)), (64, (151, 80))]
+)
+def test_a_draft_scales_jpegs_as_far_as_both_sides_stay_large_enough(draft, size):
+    data = encode(noise(size=(1201, 640)), "JPEG")
+    assert decode_image(data, 10**6, draft).size == size
+    assert decode_image(encode(noise("CMYK", (640, 640)), "JPEG"), 10**6, 224).mode == "RGB"
+
+
+def test_a_draft_leaves_other_formats_and_the_limit_of_pixels_alone():
+    image = noise(size=(640, 640))
+    assert np.array_equal(np.asarray(decode_image(encode(image), 10**6, 64)), np.asarray(image))
+    with pytest.raises(BadImage, match="max_pixels"):
+        decode_image(encode(image, "JPEG"), 640 * 640 - 1, 64)
+
+
+@pytest.mark.parametrize(
     ("mode", "fmt"), [("CMYK", "JPEG"), ("L", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("1", "PNG")]
 )
 def test_modes_convert_as_pil_does(mode, fmt):

@@ -353,6 +353,7 @@ class TestFingerprint:
             ({"pooling": "cls+avg"}, "width"),
             ({"interpolation": "bilinear"}, "transform"),
             ({"resize": "crop"}, "transform"),
+            ({"jpeg_draft": True}, "transform"),
             ({"mean": [0.4, 0.5, 0.5]}, "transform"),
             ({"std": [0.4, 0.5, 0.5]}, "transform"),
             ({"model_args": {**SMALL, "qk_norm": True}}, "model_args"),
@@ -364,6 +365,12 @@ class TestFingerprint:
         before = ImageTower(VIT).fingerprint()
         torch.manual_seed(0)
         assert ImageTower(replace(VIT, **change)).fingerprint()[field] != before[field]
+
+    def test_a_draft_keeps_what_the_transform_shrinks_the_short_side_to(self):
+        assert ImageTower(VIT).draft() is None
+        assert ImageTower(replace(VIT, jpeg_draft=True)).draft() == 32
+        cropped = ImageTower(replace(VIT, jpeg_draft=True, resize="crop"))
+        assert cropped.draft() == cropped.transform().transforms[0].size == 35
 
     def test_changes_with_one_bit_of_one_weight(self):
         tower = ImageTower(VIT)
