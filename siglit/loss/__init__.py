@@ -3,5 +3,6 @@
 from siglit.loss.composition import Negatives
 from siglit.loss.module import SigLipLoss
 from siglit.loss.sigmoid import sigmoid_loss
+from siglit.loss.softmax import softmax_loss
 
-__all__ = ["Negatives", "SigLipLoss", "sigmoid_loss"]
+__all__ = ["Negatives", "SigLipLoss", "sigmoid_loss", "softmax_loss"]

@@ -50,6 +50,26 @@ def signed(
     return slope.to(dtype), loss.sum(1), slope.sum(1), (slope * cosines).sum(1)
 
 
+def softmax_slope(
+    cosines: torch.Tensor, scale: torch.Tensor, of_rows: torch.Tensor, of_columns: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slope of the two cross-entropies in each logit, as if no pair belonged together.
+
+    Args:
+        cosines: (r, c), float32 or wider.
+        scale: scalar t.
+        of_rows: (r,) log of the sum of exp(logit) along a row of the global batch.
+        of_columns: (c,) the same down a column.
+        dtype: of the slopes.
+
+    Returns:
+        (r, c) sum of the pair's two probabilities; (r,) sum of slope × cosine.
+    """
+    logits = cosines * scale
+    slope = torch.exp(logits - of_rows[:, None]) + torch.exp(logits - of_columns)
+    return slope.to(dtype), (slope * cosines).sum(1)
+
+
 def _softplus_and_sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not torch.compiler.is_compiling():
         # Each torch function is a pass over memory. Beyond the threshold log(1 + exp x) is x to the last bit.
@@ -61,12 +81,17 @@ def _softplus_and_sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.relu(x) + log1p, torch.where(x >= 0, 1.0, small) / one_more
 
 
+def compiling(pairs: int) -> bool:
+    """Whether a call with so many pairs is compiled."""
+    return pairs >= COMPILE_FROM and not _failures
+
+
 def fused(function: Callable[..., Any], pairs: int) -> Callable[..., Any]:
     """Return `function`, compiled into one kernel if a call has enough pairs and this machine can compile.
 
     A machine that cannot is told once and goes on with the uncompiled function, whose values are the same.
     """
-    return function if _failures or pairs < COMPILE_FROM else functools.partial(_compiled_or_not, function)
+    return functools.partial(_compiled_or_not, function) if compiling(pairs) else function
 
 
 def _compiled_or_not(function: Callable[..., Any], *args: Any) -> Any:

@@ -5,12 +5,11 @@ what is kept for backward is one row per example, never a square of the batch. K
 Shapes: B pairs per rank, W ranks, D embedding width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from siglit.loss.composition import (
@@ -22,8 +21,9 @@ from siglit.loss.composition import (
     least_kept,
     priority_bits,
 )
-from siglit.loss.elementwise import all_negative, fused, signed
-from siglit.loss.exchange import EXCHANGES, Exchange, Visits, disagreement, world
+from siglit.loss.elementwise import all_negative, compiling, fused, signed
+from siglit.loss.exchange import Exchange, Visits, world
+from siglit.loss.function import LossWithGradients, check, scalar
 from siglit.loss.tiles import add_product, cosines, slope_dtype, tiles, wide
 
 
@@ -88,13 +88,16 @@ def sigmoid_loss(
         own_gradient=grad and ztxt.requires_grad,
         visiting_gradient=grad and zimg.requires_grad,
     )
-    _check(zimg, ztxt, plan)
-    dtype = wide(ztxt.dtype)
-    scale, bias = (
-        torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else dtype, device=ztxt.device)
-        for value in (logit_scale, logit_bias)
-    )
-    loss: torch.Tensor = _SigmoidLoss.apply(ztxt, zimg, scale, bias, plan)
+    agreed = "sigmoid", negatives, ambiguous, plan.visiting_gradient, statistics is not None
+    check(zimg, ztxt, group=group, exchange=exchange, chunk_size=chunk_size, ids=ids, agreed=agreed)
+    scalars = scalar(logit_scale, ztxt), scalar(logit_bias, ztxt)
+
+    def compute(
+        own: torch.Tensor, visiting: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        return _Sums(own, visiting, scale, bias, plan).walk()
+
+    loss: torch.Tensor = LossWithGradients.apply(compute, ztxt, zimg, *scalars)
     return loss
 
 
@@ -118,57 +121,29 @@ class _Plan:
         return world(self.group) if self.exchange else (1, 0)
 
 
-class _SigmoidLoss(torch.autograd.Function):
-    """Own rows (texts) against visiting ones (images)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, own: torch.Tensor, visiting: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, plan: _Plan
-    ) -> torch.Tensor:
-        with torch.autocast(own.device.type, enabled=False):
-            dtype = wide(own.dtype)
-            sums = _Sums(own, visiting, scale.detach().to(dtype).reshape(()), bias.detach().to(dtype).reshape(()), plan)
-            sums.walk()
-            loss, *gradients = sums.results()
-        ctx.save_for_backward(*gradients)
-        ctx.like = [(t.dtype, t.shape) for t in (own, visiting, scale, bias)]
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = [
-            (gradient * upstream).to(dtype).reshape(shape) if wanted and gradient is not None else None
-            for gradient, (dtype, shape), wanted in zip(
-                ctx.saved_tensors, ctx.like, ctx.needs_input_grad[:4], strict=True
-            )
-        ]
-        return (*scaled, None)
-
-
 class _Sums:
     """What adds up over the tiles of all visiting blocks."""
 
     def __init__(self, own: torch.Tensor, visiting: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, plan: _Plan):
-        self.own, self.visiting, self.scale, self.bias, self.plan = own, visiting, scale, bias, plan
+        self.own, self.visiting, self.plan = own, visiting, plan
         self.ranks, self.rank = plan.world
         self.batch, self.dtype = len(own), wide(own.dtype)
+        self.scale, self.bias = (value.to(self.dtype).reshape(()) for value in (scale, bias))
         self.pairs = self.batch**2 * self.ranks
         # Of each row, so that no sum grows so large that small terms drown in it: loss, slope, slope × cosine.
         self.rows = own.new_zeros(self.batch, 3, dtype=self.dtype)
         self.own_gradient = torch.zeros_like(own, dtype=self.dtype) if plan.own_gradient else None
-        self.visiting_gradient: torch.Tensor | None = None
         # Of positives, and of all pairs: how many, their logits, their losses.
         self.counted = own.new_zeros(2, 3, dtype=self.dtype)
 
-    def walk(self) -> None:
-        """Meet every block of the global batch."""
+    def walk(self) -> tuple[torch.Tensor | None, ...]:
+        """Meet every block of the global batch; loss, and its gradients in own rows, visiting rows, scale and bias."""
         plan = self.plan
         select = None if plan.negatives is None and not plan.ids else self._selection()
         visits = self._visits()
         for origin, (block, *ids) in visits:
             earned = torch.zeros_like(block, dtype=self.dtype) if plan.visiting_gradient else None
-            for rows, columns in tiles(self.batch, len(block), plan.chunk_size, block.device):
+            for rows, columns in self._tiles(block):
                 found = cosines(self.own[rows], block[columns])
                 if select is None:
                     slope = self._add_plain(found, rows, columns, own_block=origin == self.rank)
@@ -183,21 +158,16 @@ class _Sums:
                 self.counted[1, 1] += together * self.scale + self.bias * self.batch * len(block)
             if earned is not None:
                 visits.give(earned)
-        self.visiting_gradient = visits.collected
         if plan.statistics is not None:
             if select is None:
                 self.counted[1, 0] = self.pairs
             self.counted[1, 2] = self.rows[:, 0].sum()
             self._tell(plan.statistics)
-
-    def results(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Loss, and its gradients in own rows, visiting rows, scale and bias."""
         loss, in_bias, in_scale = (self.rows.sum(0) / self.batch).unbind()
-        factor = self.scale / self.batch
-        for gradient in (self.own_gradient, self.visiting_gradient):
+        for gradient in (self.own_gradient, visits.collected):
             if gradient is not None:
-                gradient.mul_(factor)
-        return loss, self.own_gradient, self.visiting_gradient, in_scale, in_bias
+                gradient.mul_(self.scale / self.batch)
+        return loss, self.own_gradient, visits.collected, in_scale, in_bias
 
     def _add_plain(self, found: torch.Tensor, rows: slice, columns: slice, own_block: bool) -> torch.Tensor:
         """Add a tile whose positives are on the diagonal of the rank's own block; return its slopes."""
@@ -246,7 +216,7 @@ class _Sums:
         def count(prefix: int | None, shift: int) -> torch.Tensor:
             total: torch.Tensor | int = 0
             for origin, (block, *ids) in self._visits():
-                for rows, columns in tiles(self.batch, len(block), self.plan.chunk_size, block.device):
+                for rows, columns in self._tiles(block):
                     found = cosines(self.own[rows], block[columns])
                     tile = self._tile(origin, rows, columns, ids)
                     priority = tile.priority(found, negatives)[select.kinds(found, tile)[1]]
@@ -261,6 +231,9 @@ class _Sums:
 
     def _visits(self) -> Visits:
         return Visits([self.visiting, *self.plan.ids], self.plan.exchange, self.plan.group)
+
+    def _tiles(self, block: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+        return tiles(self.batch, len(block), self.plan.chunk_size, block.device, compiling(self.pairs))
 
     def _tile(self, origin: int, rows: slice, columns: slice, ids: list[torch.Tensor]) -> Tile:
         return Tile(
@@ -281,25 +254,3 @@ class _Sums:
             negative_logit=negative[1] / negative[0],
             positive_share=positive[2] / self.counted[1, 2],
         )
-
-
-def _check(zimg: torch.Tensor, ztxt: torch.Tensor, plan: _Plan) -> None:
-    """Make sure that every rank brings one batch of the same shape, before any waits for another."""
-    shapes = [tuple(tensor.shape) for tensor in (zimg, ztxt)]
-    problem = None
-    if shapes[0] != shapes[1] or zimg.ndim != 2 or not len(zimg):
-        problem = f"the loss needs two (B, D) tensors of one shape, got {shapes[0]} and {shapes[1]}"
-    elif zimg.dtype != ztxt.dtype or not zimg.is_floating_point():
-        problem = f"the loss needs images and texts of one floating-point type, got {zimg.dtype} and {ztxt.dtype}"
-    elif any(i.shape != (len(zimg),) for i in plan.ids):
-        problem = f"image_ids and text_ids must be {(len(zimg),)}, got {[tuple(i.shape) for i in plan.ids]}"
-    elif plan.chunk_size is not None and plan.chunk_size < 1:
-        problem = f"chunk_size is {plan.chunk_size}, it must be 1 or more"
-    elif plan.exchange not in (*EXCHANGES, None):
-        problem = f"exchange is {plan.exchange!r}, it must be one of {', '.join(EXCHANGES)}"
-    if plan.world[0] > 1:
-        means = f"B = {len(zimg)}, D = {zimg.shape[-1]}, {zimg.dtype}" if problem is None else problem
-        asked = (plan.exchange, plan.negatives, plan.ambiguous, len(plan.ids), plan.visiting_gradient)
-        problem = disagreement(f"{means}, {asked}", problem is not None, plan.group, zimg.device)
-    if problem is not None:
-        raise ValueError(problem)

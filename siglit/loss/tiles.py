@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-"""Pairs of a tile. A float32 tile takes 8 MiB on a CPU, where it should stay near the caches, and 256 MiB on CUDA,
-where a tile must keep thousands of cores busy; some three such tiles are alive at a time."""
+_ELEMENTS = {"cpu": (2**20, 2**22), "cuda": (2**24, 2**26)}
+"""Pairs of a tile, by device: where each step is a pass over memory and leaves a tile behind, and where all are one
+kernel. On a CPU a tile should stay near the caches; on CUDA it must keep thousands of cores busy."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -17,7 +17,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def tiles(n: int, m: int, chunk_size: int | None, device: torch.device) -> Iterator[tuple[slice, slice]]:
+def tiles(
+    n: int, m: int, chunk_size: int | None, device: torch.device, in_one_kernel: bool = False
+) -> Iterator[tuple[slice, slice]]:
     """Cut n × m pairs into tiles, row by row.
 
     Args:
@@ -25,10 +27,11 @@ def tiles(n: int, m: int, chunk_size: int | None, device: torch.device) -> Itera
         m: visiting rows.
         chunk_size: rows and columns of a tile; None: chosen for the device.
         device: where they will be.
+        in_one_kernel: whether the elementwise part is compiled.
     """
     if chunk_size is None:
-        elements = _ELEMENTS.get(device.type, 2**24)
-        across = min(m, 2048 if device.type == "cpu" else 16384)
+        elements = _ELEMENTS.get(device.type, _ELEMENTS["cuda"])[in_one_kernel]
+        across = min(m, 2048 if device.type == "cpu" else 8192)
         down = max(1, elements // across)
     else:
         down = across = chunk_size
