@@ -145,12 +145,26 @@ class TextTowerConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The sigmoid loss (arXiv:2303.15343, eq. 1)."""
+    """The loss over all pairs of a global batch; docs/loss.md tells of each choice."""
 
+    name: Literal["sigmoid", "softmax"] = "sigmoid"
+    """sigmoid (arXiv:2303.15343, eq. 1), or softmax, the InfoNCE that the paper compares it with."""
     logit_scale: float = 10.0
     """Start of t, which multiplies the cosine; t' = log t is learned."""
     logit_bias: float = -10.0
-    """Start of b, which is added to every logit."""
+    """Start of b, which is added to every logit; the softmax loss has none."""
+    exchange: Literal["bidir", "shift", "reduce", "gather"] = "bidir"
+    """How image embeddings travel between devices; the value does not depend on it."""
+    chunk_size: int | None = None
+    """Pairs are worked on in tiles of this side; default: chosen for the device."""
+    ambiguous: Literal["negative", "drop", "positive"] = "negative"
+    """Other pairs of a batch with the same caption (or label): negatives (as in the paper), left out, or positives."""
+    same: Literal["caption", "label"] = "caption"
+    """What makes two pairs ambiguous: equal captions, or also equal labels."""
+    negatives: Literal["all", "random", "hardest", "easiest"] = "all"
+    """Which negatives of the global batch count (paper, section 4.7)."""
+    negatives_per_positive: float | None = None
+    """How many of them for each pair of the batch, unless all."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +191,9 @@ class TrainConfig:
 
     batch_size: int = 4096
     """Global batch: pairs over all devices in one step."""
+    micro_batch_size: int | None = None
+    """Captions per pass of the text tower and device: larger batches than fit in memory, same gradients, a third more
+    time; default: all at once."""
     steps: int | None = None
     """Optimiser steps; give this or epochs."""
     epochs: float | None = None
@@ -235,6 +252,8 @@ _RANGES = {
             "text_tower.heads",
             "text_tower.mlp_width",
             "train.batch_size",
+            "train.micro_batch_size",
+            "loss.chunk_size",
             "train.steps",
             "train.devices",
             "train.nodes",
@@ -248,7 +267,15 @@ _RANGES = {
     "2 or more, a piece of text and the end of the sentence": (lambda v: v >= 2, ("tokenizer.length",)),
     "0 or more": (
         lambda v: v >= 0,
-        ("data.workers", "seed", "optim.weight_decay", "optim.warmup_steps", "optim.clip", "train.val_every"),
+        (
+            "data.workers",
+            "seed",
+            "loss.negatives_per_positive",
+            "optim.weight_decay",
+            "optim.warmup_steps",
+            "optim.clip",
+            "train.val_every",
+        ),
     ),
     "more than 0": (lambda v: v > 0, ("optim.lr", "loss.logit_scale", "train.epochs")),
     "between 0 and 1": (lambda v: 0 <= v <= 1, ("data.max_skipped", "tokenizer.character_coverage")),
@@ -297,6 +324,14 @@ class Experiment:
                 value = operator.attrgetter(name)(self)
                 if value is not None and not holds(value):
                     raise UserError(f"{name} is {value}, but it must be {bound}")
+        loss = self.loss
+        if (loss.negatives == "all") != (loss.negatives_per_positive is None):
+            raise UserError(
+                f"loss.negatives is {loss.negatives} and loss.negatives_per_positive {loss.negatives_per_positive}: "
+                "give a number for random, hardest or easiest ones, and none for all"
+            )
+        if loss.name == "softmax" and (loss.ambiguous != "negative" or loss.negatives != "all"):
+            raise UserError("loss.ambiguous and loss.negatives choose pairs of the sigmoid loss; the softmax takes all")
 
     def with_default_folders(self) -> "Experiment":
         """Fill the folders that follow from the name."""

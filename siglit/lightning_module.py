@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from siglit.cache import EmbeddingCache
 from siglit.config import Experiment
@@ -21,7 +22,7 @@ from siglit.data.tokens import token_ids
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids, unit_rows
 from siglit.evaluation.retrieval import retrieval_metrics
-from siglit.loss import sigmoid_loss
+from siglit.loss import Negatives, sigmoid_loss, softmax_loss
 from siglit.loss.exchange import gather_rows
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
@@ -59,9 +60,11 @@ class CacheData(pl.LightningDataModule):
             # One choice for all ranks: their machines may differ in the memory that is free.
             chosen, self._reason = self.trainer.strategy.broadcast(choose_shuffle(self.train))
             self._chosen = chosen if shuffle == "auto" else shuffle
+            labels = self.train.labels if self._experiment.loss.same == "label" else None
             self._batches = TrainBatches(
                 self.train,
                 token_ids(self.train, self.tokenizer),
+                labels=labels,
                 batch_size=self._experiment.train.batch_size,
                 seed=self._experiment.seed,
                 shuffle=self._chosen,
@@ -103,9 +106,22 @@ class SigLiT(pl.LightningModule):
         self._experiment, self._total_steps = experiment, total_steps
         # t' and b stay float32 and outside weight decay: bare parameters are never decayed (siglit.optim).
         self.log_scale = nn.Parameter(torch.tensor(math.log(experiment.loss.logit_scale)))
-        self.logit_bias = nn.Parameter(torch.tensor(float(experiment.loss.logit_bias)))
+        with_bias = experiment.loss.name == "sigmoid"
+        self.logit_bias = nn.Parameter(torch.tensor(float(experiment.loss.logit_bias)), requires_grad=with_bias)
         self._description: dict[str, Any] = {}
         self._val: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def on_fit_start(self) -> None:
+        """Refuse what looks like a larger batch and is none.
+
+        Raises:
+            UserError: Lightning is to add up the gradients of several batches.
+        """
+        if self.trainer.accumulate_grad_batches > 1:
+            raise UserError(
+                f"accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: pairs of different batches would "
+                "never meet in a contrastive loss. Raise train.batch_size and set train.micro_batch_size instead"
+            )
 
     def configure_model(self) -> None:
         """Build the text tower for the tokenizer and the width of the cache."""
@@ -132,17 +148,56 @@ class SigLiT(pl.LightningModule):
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         """Loss of this rank's part of the global batch."""
         zimg = F.normalize(batch["image"].float(), dim=1)
-        ztxt = F.normalize(self.tower(batch["ids"]).float(), dim=1)
-        loss = sigmoid_loss(zimg, ztxt, self.log_scale.exp(), self.logit_bias)
+        ztxt = F.normalize(self._embed(batch["ids"]).float(), dim=1)
+        if torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type) == torch.bfloat16:
+            # Half the bytes to send, and fast products; logits and sums stay float32 (siglit.loss).
+            zimg, ztxt = zimg.bfloat16(), ztxt.bfloat16()
+        statistics: dict[str, torch.Tensor] = {}
+        loss = self._loss(zimg, ztxt, batch, statistics)
         self.log("train/loss", loss, sync_dist=True)
         self.log_dict(
             {
+                **{f"train/{name}": value for name, value in statistics.items()},
                 "train/lr": self.lr_schedulers().get_last_lr()[0],  # type: ignore[union-attr]
                 "train/logit_scale": self.log_scale.detach().exp(),
                 "train/logit_bias": self.logit_bias.detach(),
             }
         )
         return loss
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embed (B, L) token ids as (B, D), in micro-batches if asked for, which backward computes again."""
+        size = self._experiment.train.micro_batch_size
+        if size is None or size >= len(ids):
+            embedded: torch.Tensor = self.tower(ids)
+            return embedded
+        return torch.cat([checkpoint(self.tower, part, use_reentrant=False) for part in ids.split(size)])
+
+    def _loss(
+        self, zimg: torch.Tensor, ztxt: torch.Tensor, batch: Batch, statistics: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        config = self._experiment.loss
+        scale = self.log_scale.exp()
+        if config.name == "softmax":
+            return softmax_loss(zimg, ztxt, scale, exchange=config.exchange, chunk_size=config.chunk_size)
+        negatives = None
+        if config.negatives != "all":
+            assert config.negatives_per_positive is not None
+            negatives = Negatives(config.negatives, config.negatives_per_positive, seed=self.trainer.global_step)
+        ambiguous = config.ambiguous
+        return sigmoid_loss(
+            zimg,
+            ztxt,
+            scale,
+            self.logit_bias,
+            exchange=config.exchange,
+            chunk_size=config.chunk_size,
+            negatives=negatives,
+            image_ids=None if ambiguous == "negative" else batch["image_ids"],
+            text_ids=None if ambiguous == "negative" else batch["text_ids"],
+            ambiguous="drop" if ambiguous == "negative" else ambiguous,
+            statistics=statistics,
+        )
 
     def validation_step(self, *_: Any) -> None:
         """Retrieval on the held-out sample: each rank embeds its share of the texts, all ranks get the same figures."""

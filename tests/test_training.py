@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from siglit import evaluate, precompute, search, training
 from siglit.cache import EmbeddingCache
 from siglit.data import shuffle
+from siglit.data.batches import _row_hash
 from siglit.errors import UserError
+from siglit.lightning_module import SigLiT
 from siglit.models.text_tower import TextTower
 from tests.conftest import parse, siglit
 
@@ -86,6 +89,94 @@ def test_two_devices_train_like_one(project):
             continue
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-3, msg=name)
     assert losses(project / "runs/2") == pytest.approx(losses(project / "runs/1"), rel=1e-4)
+
+
+def gradients(experiment, batch):
+    """{name: gradient} of one step of the module in float64, without a trainer's optimiser."""
+    torch.manual_seed(0)
+    module = SigLiT(experiment, 1)
+    module.tower = TextTower(experiment.text_tower, vocab_size=64, length=8, eos_id=1, pad_id=1, dim=16)
+    module.double()
+    module.log = module.log_dict = lambda *_, **__: None
+    module.lr_schedulers = lambda: SimpleNamespace(get_last_lr=lambda: [0.0])
+    module.training_step(batch, 0).backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(2, 60, (12, 8))
+    ids[5] = ids[2]
+    return {
+        "image": torch.from_numpy(rng.standard_normal((12, 16)).astype(np.float16)),
+        "ids": torch.from_numpy(ids),
+        "rows": torch.arange(12),
+        "text_ids": torch.from_numpy(_row_hash(ids)),
+        "image_ids": torch.arange(12),
+    }
+
+
+@pytest.mark.parametrize("size", [1, 5, 12, 100])
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_micro_batches_have_the_gradients_of_the_whole_batch(project, monkeypatch, batch, size, loss):
+    monkeypatch.chdir(project)
+    words = ["--loss.name", loss]
+    whole = gradients(parse("train", *words), batch)
+    passes = []
+    real = TextTower.forward
+    monkeypatch.setattr(TextTower, "forward", lambda self, ids: (passes.append(len(ids)), real(self, ids))[1])
+    parts = gradients(parse("train", *words, "--train.micro_batch_size", str(size)), batch)
+    assert max(passes) == min(size, 12)
+    assert (parts["logit_bias"] is None) == (loss == "softmax")
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_a_shared_caption_is_a_negative_unless_it_is_to_be_left_out(project, monkeypatch, batch):
+    """Rows 2 and 5 have the same text; `drop` removes just their two pairs from the gradient of the bias."""
+    monkeypatch.chdir(project)
+    found = {}
+    for treatment in ("negative", "drop", "positive"):
+        found[treatment] = gradients(parse("train", "--loss.ambiguous", treatment), batch)["logit_bias"] * 12
+    removed = found["negative"] - found["drop"]
+    assert 0 < removed < 2
+    torch.testing.assert_close(found["positive"], found["negative"] - 2)
+
+
+def test_gradients_of_several_batches_are_not_added_up(cached, monkeypatch):
+    monkeypatch.setattr(SigLiT, "trainer", SimpleNamespace(accumulate_grad_batches=2), raising=False)
+    with pytest.raises(UserError, match="train.micro_batch_size"):
+        SigLiT(cached, 1).on_fit_start()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--loss.name", "softmax"],
+        ["--loss.ambiguous", "drop", "--loss.negatives", "hardest", "--loss.negatives_per_positive", "3"],
+        ["--loss.exchange", "reduce", "--loss.chunk_size", "3", "--train.micro_batch_size", "3"],
+    ],
+)
+def test_other_losses_train_on_two_devices_as_on_one(cached, project, words):
+    training.run(parse("train", "--output_dir", "runs/1", *words))
+    words = [*words, "--output_dir", "runs/2", "--tokenizer.path", "runs/1/tokenizer.model", "--train.devices", "2"]
+    siglit("train", "-c", "experiment.yaml", *words, cwd=project, check=0)
+    assert losses(project / "runs/2") == pytest.approx(losses(project / "runs/1"), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--loss.negatives", "random"], "loss.negatives_per_positive None"),
+        (["--loss.negatives_per_positive", "3"], "loss.negatives is all"),
+        (["--loss.name", "softmax", "--loss.ambiguous", "drop"], "softmax"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_refused(project, monkeypatch, words, text):
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError, match=text):
+        parse("train", *words)
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(cached, project, monkeypatch):

@@ -27,7 +27,11 @@ class Batch(TypedDict):
     ids: torch.Tensor
     """(B, L) int64 token ids."""
     rows: torch.Tensor
-    """(B,) int64 rows of the cache."""
+    """(B,) int64 rows of the cache, each of which is one image."""
+    text_ids: torch.Tensor
+    """(B,) int64, equal where captions are (as the text tower sees them)."""
+    image_ids: torch.Tensor
+    """(B,) int64, equal where labels are if the loader was given labels, else where images are."""
 
 
 class TrainBatches:
@@ -49,6 +53,7 @@ class TrainBatches:
         cache: EmbeddingCache,
         ids: np.ndarray,
         *,
+        labels: np.ndarray | None = None,
         batch_size: int,
         seed: int,
         shuffle: Literal["rows", "blocks"] = "rows",
@@ -62,6 +67,7 @@ class TrainBatches:
         Args:
             cache: embeddings and the captions of each row.
             ids: (M, L) token ids of all captions.
+            labels: (N,) class of each row, −1 for none, if images of one class are to share an id.
             batch_size: global batch G.
             seed: seed of order and caption choice.
             shuffle: an exact permutation of the rows, or of blocks of rows for caches larger than memory; the same on
@@ -76,7 +82,7 @@ class TrainBatches:
         """
         if batch_size % world_size:
             raise UserError(f"train.batch_size {batch_size} cannot be shared evenly by {world_size} devices")
-        self._cache, self._ids, self._seed = cache, ids, seed
+        self._cache, self._ids, self._labels, self._seed = cache, ids, labels, seed
         self._share, self._pin = Share(batch_size, rank, world_size), pin_memory
         self.shuffle, self._auto_shuffle = shuffle, auto_shuffle
         self._order: RowShuffle | BlockShuffle = _SHUFFLES[shuffle](cache.caption_offsets, seed)
@@ -134,9 +140,24 @@ class TrainBatches:
         def fetch(rows: np.ndarray) -> Arrays:
             start, end = self._cache.caption_offsets[rows], self._cache.caption_offsets[rows + 1]
             captions = start + choose_captions(self._seed, epoch, rows, end - start)
-            return {"image": self._cache.gather(rows), "ids": self._ids[captions], "rows": rows}
+            ids = self._ids[captions]
+            return {
+                "image": self._cache.gather(rows),
+                "ids": ids,
+                "rows": rows,
+                "text_ids": _row_hash(ids),
+                "image_ids": rows
+                if self._labels is None
+                else np.where(self._labels[rows] < 0, -1 - rows, self._labels[rows]),
+            }
 
         for arrays in self._order.batches(epoch, first, self._share, fetch):
             arrays["ids"] = arrays["ids"].astype(np.int64)
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             yield {name: tensor.pin_memory() if self._pin else tensor for name, tensor in tensors.items()}  # type: ignore[misc]
+
+
+def _row_hash(ids: np.ndarray) -> np.ndarray:
+    """(k,) int64 of (k, L) token ids: a random linear form modulo 2^64, equal for equal rows."""
+    weights = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, ids.shape[1], endpoint=True) | 1
+    return (ids.astype(np.int64) * weights).sum(1)

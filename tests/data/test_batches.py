@@ -62,6 +62,26 @@ def test_one_pass_takes_every_captioned_row_once(cache, ids, batch_size):
     assert len(CAPTIONED) - len(rows) < batch_size
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_text_ids_are_equal_where_captions_are(cache, ids, length):
+    """Also when equal captions belong to different rows; rows tell images apart."""
+    ids = (ids % 3)[:, :length]
+    (batch,) = loader(cache, ids, len(CAPTIONED))
+    same_ids = batch["text_ids"][:, None] == batch["text_ids"]
+    same_captions = (batch["ids"][:, None] == batch["ids"]).all(2)
+    assert torch.equal(same_ids, same_captions)
+    assert same_captions.sum() > len(CAPTIONED)
+    assert torch.equal(batch["image_ids"], batch["rows"])
+
+
+def test_image_ids_are_labels_where_there_are_some(cache, ids):
+    """A row without a label is a class of its own."""
+    labels = np.arange(ROWS) % 5 - 1
+    (batch,) = loader(cache, ids, len(CAPTIONED), labels=labels)
+    wanted = [labels[row] if labels[row] >= 0 else -1 - row for row in batch["rows"].tolist()]
+    assert batch["image_ids"].tolist() == wanted
+
+
 def test_rows_left_out_of_one_pass_come_in_another(cache, ids):
     batches = loader(cache, ids, 16)
     seen = {row for _ in range(8) for row, _ in taken(batches)}
