@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import resource
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -208,6 +210,76 @@ def test_use_in_a_spawned_process(folder):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         rows = pool.submit(cache.gather, np.array([8, 0])).result()
     np.testing.assert_array_equal(rows, EMBEDDINGS[[8, 0]].astype(np.float16))
+
+
+READ_ONLY = """
+import ctypes, os, pickle, sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+
+from siglit.cache import EmbeddingCache
+
+CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.utime")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+def watch(event, words):
+    changes = event == "open" and words[2] & WRITING or event in CHANGES
+    if changes and any(sys.argv[1] in os.fsdecode(w) for w in words if isinstance(w, str | bytes | os.PathLike)):
+        print("tried:", event, words, flush=True)
+
+def rows():
+    return EmbeddingCache(sys.argv[1]).gather(np.array([8, 0]))
+
+sys.addaudithook(watch)
+if __name__ == "__main__":
+    # Root may write anywhere; without this capability the folder's permissions bind it as they bind its owner.
+    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+    if "again" not in sys.argv:
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+        os.execv(sys.executable, [sys.executable, *sys.argv, "again"])
+    cache = EmbeddingCache(sys.argv[1])
+    cache.gather(np.arange(9))
+    list(cache.iter_captions()), list(cache.keys), cache.labels, cache.langs, cache.skipped
+    assert cache.verify() == []
+    again = pickle.loads(pickle.dumps(cache))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        sent, opened = pool.submit(again.gather, np.array([8, 0])).result(), pool.submit(rows).result()
+    assert (sent == cache.gather(np.array([8, 0]))).all() and (sent == opened).all()
+    try:
+        open(os.path.join(sys.argv[1], "new"), "w")
+    except PermissionError:
+        print("refused")
+"""
+
+
+def test_a_finished_cache_may_lie_on_a_read_only_disk(folder, tmp_path):
+    """Opened, gathered, verified, pickled and read in a spawned process: nothing in the folder is opened to write.
+
+    The kernel refuses it where permissions bind, HDF5's own calls included; an audit hook tells of what was tried.
+    """
+    (tmp_path / "read.py").write_text(READ_ONLY)
+
+    def state():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (folder, *folder.iterdir())}
+
+    before = state()
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    folder.chmod(0o555)
+    try:
+        command = [sys.executable, str(tmp_path / "read.py"), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if "refused" in done.stdout:
+            assert state() == before
+    finally:
+        folder.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    # The one attempt at the end, which shows that the hook sees and, where it can be had, that the kernel refuses.
+    tried = [line for line in done.stdout.splitlines() if line.startswith("tried:")]
+    assert len(tried) == 1, tried
+    assert "/new'" in tried[0]
 
 
 def test_more_shards_than_files_may_be_open(tmp_path):
