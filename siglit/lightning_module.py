@@ -29,6 +29,9 @@ from siglit.models.tokenizer import Tokenizer, load_tokenizer
 from siglit.optim import build_optimizer, cosine_schedule
 from siglit.run import ensure_tokenizer, tokenizer_path
 
+_WATCHED = ("positive_logit", "negative_logit", "positive_share")
+"""Statistics of the loss that are logged, see `sigmoid_loss`."""
+
 
 class CacheData(pl.LightningDataModule):
     """Caches and token ids; the first rank trains a missing tokenizer and tokenises while the others wait."""
@@ -157,7 +160,7 @@ class SigLiT(pl.LightningModule):
         self.log("train/loss", loss, sync_dist=True)
         self.log_dict(
             {
-                **{f"train/{name}": value for name, value in statistics.items()},
+                **{f"train/{name}": statistics[name] for name in _WATCHED if name in statistics},
                 "train/lr": self.lr_schedulers().get_last_lr()[0],  # type: ignore[union-attr]
                 "train/logit_scale": self.log_scale.detach().exp(),
                 "train/logit_bias": self.logit_bias.detach(),

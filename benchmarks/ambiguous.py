@@ -1,0 +1,88 @@
+"""What `loss.ambiguous` does where captions repeat: t, b, accuracy and calibration after the same training.
+
+    siglit precompute -c configs/examples/cifar10.yaml
+    python -m benchmarks.ambiguous -c configs/examples/cifar10.yaml --json ambiguous.json
+
+Trains once for each treatment. On the held-out cache every image then meets every distinct caption: the probability
+σ(t x·y + b) that the model gives a pair is set against how often such pairs match, by class.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.common import parser, report
+from siglit import evaluate, training
+from siglit.cli import _parse
+from siglit.data.tokens import token_ids
+from siglit.evaluation.encoding import encode_ids, unit_rows
+from siglit.run import load_trained, open_cache
+
+TREATMENTS = ("negative", "drop", "positive")
+
+
+def main() -> None:
+    """Train and look, treatment by treatment."""
+    options = parser(__doc__)
+    options.add_argument(
+        "-c", "--config", required=True, help="experiment whose captions repeat and whose rows have labels"
+    )
+    options.add_argument("--folder", default="runs/ambiguous", help="where the runs go")
+    args, words = options.parse_known_args()
+    figures = {treatment: measure(args, treatment, words) for treatment in TREATMENTS}
+    names = {
+        "t": "t",
+        "b": "b",
+        "matching": "mean probability of matching pairs (right: 1)",
+        "others": "mean probability of other pairs (right: 0)",
+        "calibration_error": "calibration error",
+        "label_accuracy": "class accuracy",
+    }
+    table = [
+        (f"{treatment}: {told}", f"{figures[treatment][name]:.4f}", "")
+        for treatment in figures
+        for name, told in names.items()
+    ]
+    report(f"ambiguous pairs in {args.config}", table, figures, args.json)
+
+
+def measure(args: argparse.Namespace, treatment: str, words: list[str]) -> dict[str, float]:
+    """Train with one treatment; figures of the held-out split."""
+    torch.set_num_threads(args.threads)
+    chosen = ["--loss.ambiguous", treatment, "--output_dir", str(Path(args.folder) / treatment)]
+    experiment = _parse("train", ["-c", args.config, *chosen, *words])[0]
+    training.run(experiment)
+    accuracy = evaluate.run(experiment).label_accuracy
+    cache = open_cache(experiment, "val")
+    trained = load_trained(experiment, cache)
+    ids, first = np.unique(token_ids(cache, trained.tokenizer), axis=0, return_index=True)
+    ztxt = encode_ids(trained.tower, ids, batch_size=512, device=torch.device("cpu"), quiet=True)
+    labels = cache.labels
+    assert labels is not None, "calibration needs labels"
+    match = labels[:, None] == labels[cache.caption_rows[first]]
+    logits = trained.logit_scale * unit_rows(cache.gather(np.arange(len(cache)))) @ ztxt.T + trained.logit_bias
+    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    return {
+        "t": trained.logit_scale,
+        "b": trained.logit_bias,
+        "matching": float(probability[match].mean()),
+        "others": float(probability[~match].mean()),
+        "calibration_error": calibration_error(probability.ravel(), match.ravel()),
+        "label_accuracy": accuracy if accuracy is not None else float("nan"),
+    }
+
+
+def calibration_error(probability: np.ndarray, match: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: |mean probability − share of matches| over bins of equal width, weighted by size.
+
+    Source: Guo et al., "On calibration of modern neural networks" (arXiv:1706.04599), equation 3.
+    """
+    number = np.minimum((probability * bins).astype(int), bins - 1)
+    apart = [abs(probability[number == b].sum() - match[number == b].sum()) for b in range(bins)]
+    return float(np.sum(apart) / len(probability))
+
+
+if __name__ == "__main__":
+    main()
