@@ -22,7 +22,7 @@ from PIL import Image
 
 import siglit
 
-PACKAGES = ("torch", "numpy", "h5py", "timm", "transformers", "pillow", "embedding-reader")
+PACKAGES = ("torch", "numpy", "h5py", "timm", "transformers", "pillow", "embedding-reader", "open_clip_torch")
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
@@ -31,6 +31,11 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     made.add_argument("--json", type=Path, help="write the figures here")
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads of the main process")
     return made
+
+
+def plain_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as JSON can hold them, without the path of the JSON itself."""
+    return {name: value for name, value in vars(args).items() if name != "json"}
 
 
 def stamp() -> dict[str, Any]:
@@ -80,6 +85,16 @@ def interleaved(
 def ratio(upper: list[float], lower: list[float]) -> float:
     """Median over the turns of upper / lower."""
     return statistics.median(a / b for a, b in zip(upper, lower, strict=True))
+
+
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that a process could still take."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
