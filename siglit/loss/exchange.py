@@ -50,9 +50,9 @@ def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
     rows = rows.detach().contiguous()
     if ranks == 1:
         return rows
-    blocks = [torch.empty_like(rows) for _ in range(ranks)]
-    dist.all_gather(blocks, rows, group=group)
-    return torch.cat(blocks)
+    gathered = rows.new_empty(ranks * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows, group=group)
+    return gathered
 
 
 class Visits:

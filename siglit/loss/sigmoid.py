@@ -153,6 +153,7 @@ class _Sums:
                     add_product(self.own_gradient[rows], slope, block[columns])
                 if earned is not None:
                     add_product(earned[columns], slope.T, self.own[rows])
+                del found, slope  # before the next tile is made, not after
             if plan.statistics is not None and select is None:
                 together = self.own.to(self.dtype).sum(0) @ block.to(self.dtype).sum(0)
                 self.counted[1, 1] += together * self.scale + self.bias * self.batch * len(block)

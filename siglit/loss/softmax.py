@@ -94,6 +94,7 @@ class _Call:
                     add_product(own_gradient[rows], slope, block[columns])
                 if earned is not None:
                     add_product(earned[columns], slope.T, own[rows])
+                del found, slope
             if origin == rank:
                 # The −2 of each pair of its own, which the tiles leave out.
                 if own_gradient is not None:
