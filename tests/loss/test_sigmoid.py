@@ -1,0 +1,200 @@
+"""The loss is the paper's formula, in every type, for the inputs that ask, whatever the tiles."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from siglit.loss import sigmoid_loss
+from tests.loss.reference import (
+    BIAS,
+    MASKS,
+    SCALE,
+    assert_equal,
+    batch,
+    leaves,
+    options,
+    sigmoid,
+    value_and_gradients,
+)
+
+CHUNKS = (1, 3, 100, None)
+
+
+def equation_1(zimg, ztxt, scale, bias):
+    """Equation 1, pair by pair."""
+    total = 0
+    for i in range(len(zimg)):
+        for j in range(len(ztxt)):
+            z = 1 if i == j else -1
+            total = total + torch.log(1 / (1 + torch.exp(-z * (scale * torch.dot(zimg[i], ztxt[j]) + bias))))
+    return -total / len(zimg)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(("n", "dim"), [(1, 3), (1, 1), (2, 1), (7, 5), (16, 32)])
+def test_value_and_gradients_are_those_of_equation_1(n, dim, chunk):
+    inputs = *batch(n, dim)[:2], 10.0, -10.0
+    wanted = value_and_gradients(equation_1, *inputs)
+    assert_equal(value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk), wanted)
+    assert_equal(value_and_gradients(sigmoid, *inputs), wanted)
+
+
+def test_the_value_is_that_of_big_visions_formula():
+    """Written out in numpy from big_vision's `trainers/proj/image_text/siglip.py`."""
+    zimg, ztxt, _ = batch(9, 6)
+    logits = zimg.numpy() @ ztxt.numpy().T * SCALE + BIAS
+    m1_diag1 = -np.ones_like(logits) + 2 * np.eye(9)
+    loglik = -np.log1p(np.exp(-m1_diag1 * logits))
+    assert sigmoid_loss(zimg, ztxt, SCALE, BIAS, chunk_size=4).item() == pytest.approx(
+        np.mean(-np.sum(loglik, axis=-1)), rel=1e-13
+    )
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("mask", ["plain", "ids, drop", "ids, positive"])
+def test_finite_differences_confirm_every_gradient(mask, chunk):
+    zimg, ztxt, ids = batch(4, 3)
+    chosen = options(mask, ids)
+    torch.autograd.gradcheck(
+        lambda *inputs: sigmoid_loss(*inputs, chunk_size=chunk, **chosen), leaves(zimg, ztxt, 3.0, -1.0)
+    )
+
+
+@pytest.mark.parametrize("only", range(4), ids=["images", "texts", "t", "b"])
+def test_only_inputs_that_require_gradients_get_them(only):
+    """The right ones, and the others none."""
+    inputs = leaves(*batch(5, 4)[:2], SCALE, BIAS)
+    wanted = value_and_gradients(sigmoid, *inputs)
+    for number, leaf in enumerate(inputs):
+        leaf.requires_grad_(number == only)
+    sigmoid_loss(*inputs).backward()
+    assert_equal([inputs[only].grad], [wanted[1 + only]])
+    assert all(leaf.grad is None for number, leaf in enumerate(inputs) if number != only)
+
+
+def test_t_and_b_may_be_numbers():
+    zimg, ztxt, _ = batch(5, 4)
+    wanted = value_and_gradients(sigmoid, zimg, ztxt, SCALE, BIAS)
+    assert_equal(value_and_gradients(sigmoid_loss, zimg, ztxt, logit_scale=SCALE, logit_bias=BIAS), wanted[:3])
+
+
+def test_t_and_b_keep_their_shape_and_type_in_their_gradients():
+    """As where they are parameters of one element, float32 or float16, beside bfloat16 embeddings."""
+    zimg, ztxt, _ = batch(5, 4)
+    scale, bias = torch.tensor([SCALE], requires_grad=True), torch.tensor([[BIAS]]).half().requires_grad_()
+    sigmoid_loss(zimg.bfloat16(), ztxt.bfloat16(), scale, bias).backward()
+    assert (scale.grad.shape, scale.grad.dtype) == ((1,), torch.float32)
+    assert (bias.grad.shape, bias.grad.dtype) == ((1, 1), torch.float16)
+
+
+def test_without_grad_mode_the_value_is_the_same_and_hangs_on_nothing():
+    inputs = leaves(*batch(5, 4)[:2], SCALE, BIAS)
+    with torch.no_grad():
+        value = sigmoid_loss(*inputs)
+    assert value.grad_fn is None
+    assert torch.equal(value, sigmoid_loss(*inputs).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [-500.0, 500.0])
+def test_extreme_logits_stay_finite_and_right(bias, dtype):
+    """At scale 1000 the naive logarithm overflows; the loss and its gradients do not."""
+    zimg, ztxt = (side.to(dtype) for side in batch(6, 4)[:2])
+    wanted = value_and_gradients(sigmoid, zimg.double(), ztxt.double(), 1000.0, bias)
+    found = value_and_gradients(sigmoid_loss, zimg, ztxt, 1000.0, bias)
+    assert all(tensor.isfinite().all() for tensor in found)
+    assert found[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)
+
+
+def test_bfloat16_and_float16_are_near_float64_at_a_scale_of_100():
+    """Value within 1e-3, gradients within 1e-2 in relative norm, against float64 on the same rounded embeddings."""
+    for dtype in (torch.bfloat16, torch.float16):
+        ztxt, noise, _ = batch(256, 64)
+        zimg, ztxt = F.normalize(ztxt + 0.7 * noise).to(dtype), ztxt.to(dtype)
+        wanted = value_and_gradients(sigmoid, zimg.double(), ztxt.double(), 100.0, -20.0)
+        found = value_and_gradients(sigmoid_loss, zimg, ztxt, 100.0, -20.0, chunk_size=100)
+        assert found[0].dtype == torch.float32
+        assert found[0].item() == pytest.approx(wanted[0].item(), rel=1e-3)
+        for one, other in zip(found[1:], wanted[1:], strict=True):
+            assert (one.double() - other).norm() <= 1e-2 * other.norm()
+
+
+def test_float16_gradients_survive_under_a_gradient_scaler():
+    """Gradients below float16's range are there after the scaler's factor, which acts before they are rounded."""
+    zimg, ztxt, _ = batch(64, 32)
+    inputs = leaves(zimg.half(), ztxt.half(), 1.0, -10.0)
+    wanted = value_and_gradients(sigmoid, *(leaf.double() for leaf in inputs))
+    # An upstream of its own: half of the slopes of negatives, about 5e-5 / 64, are denormal in float16.
+    (sigmoid_loss(*inputs) * 2.0**-10 * 65536).backward()
+    for leaf, other in zip(inputs, wanted[1:], strict=True):
+        found = leaf.grad.double() / 64
+        assert found.isfinite().all()
+        assert (found - other).norm() <= 1e-3 * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_bit(dtype):
+    """Value and gradients under autocast are those without it; bfloat16 logits would be far off."""
+    zimg, ztxt = (side.to(dtype) for side in batch(64, 48)[:2])
+    wanted = value_and_gradients(sigmoid_loss, zimg, ztxt, 100.0, BIAS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_and_gradients(sigmoid_loss, zimg, ztxt, 100.0, BIAS)
+        rough = (ztxt @ zimg.T).float()
+    assert found[0].dtype == torch.float32
+    assert all(torch.equal(*both) for both in zip(found, wanted, strict=True))
+    assert (rough - ztxt.float() @ zimg.float().T).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_two_calls_give_the_same_bits(mask):
+    zimg, ztxt, ids = batch(40, 8)
+    calls = [
+        value_and_gradients(sigmoid_loss, zimg.float(), ztxt.float(), SCALE, BIAS, chunk_size=7, **options(mask, ids))
+        for _ in range(2)
+    ]
+    assert all(torch.equal(*both) for both in zip(*calls, strict=True))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_statistics_are_those_of_the_formula_and_change_nothing(mask, chunk):
+    zimg, ztxt, ids = batch(9, 4)
+    chosen, found, wanted = options(mask, ids), {}, {}
+    sigmoid(zimg, ztxt, SCALE, BIAS, statistics=wanted, **chosen)
+    inputs = zimg, ztxt, SCALE, BIAS
+    without = value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk, **chosen)
+    counted = value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk, statistics=found, **chosen)
+    assert all(torch.equal(*both) for both in zip(counted, without, strict=True))
+    assert found.keys() == wanted.keys()
+    assert_equal([found[name] for name in wanted], [value.double() for value in wanted.values()])
+
+
+def statistics(rank, size, mask, exchange):
+    zimg, ztxt, ids = batch(4 * size, 5)
+    mine, found = slice(4 * rank, 4 * rank + 4), {}
+    sigmoid_loss(zimg[mine], ztxt[mine], SCALE, BIAS, exchange=exchange, statistics=found, **options(mask, ids, mine))
+    return found
+
+
+@pytest.mark.parametrize("mask", ["plain", "ids, positive", "hardest"])
+@pytest.mark.parametrize("exchange", ["bidir", "gather"])
+def test_statistics_are_those_of_the_global_batch_on_every_rank(ranks, mask, exchange):
+    zimg, ztxt, ids = batch(12, 5)
+    wanted = {}
+    sigmoid(zimg, ztxt, SCALE, BIAS, statistics=wanted, **options(mask, ids))
+    for found in ranks.run(statistics, 3, mask, exchange):
+        assert_equal([found[name] for name in wanted], [value.double() for value in wanted.values()])
+
+
+# Dynamo looks at the attribute and hides the warning itself, where it is no error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_compiled_function_may_call_the_loss():
+    """Value and gradients as without; the loss itself stays a break in the graph."""
+
+    def step(x, y, t, b):
+        return sigmoid_loss(F.normalize(x), F.normalize(y), t.exp(), b) * 2
+
+    x, y, _ = batch(6, 4)
+    wanted = value_and_gradients(step, x, y, 1.0, BIAS)
+    assert_equal(value_and_gradients(torch.compile(step, backend="aot_eager"), x, y, 1.0, BIAS), wanted, 1e-12)
