@@ -1,4 +1,4 @@
-"""Which pairs count: exactly as many negatives as were asked for, of the kind asked for; ids change their pairs only."""
+"""Which pairs count: exactly as many negatives as asked for, of the kind asked for; ids change their pairs only."""
 
 import pytest
 import torch
