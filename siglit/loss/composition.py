@@ -26,7 +26,7 @@ class Negatives:
     keep: Keep
     """random; hardest: of the largest logits; easiest: of the smallest."""
     per_positive: float
-    """Negatives kept : positives; the batch's own ratio is its size − 1."""
+    """Negatives kept for each pair of the batch; it has as many as its size − 1."""
     seed: int = 0
     """Of the random choice; another one for each step, the same on all ranks."""
 

@@ -56,7 +56,7 @@ def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
 
 
 class Visits:
-    """The visits of all ranks' blocks to this one, its own first.
+    """The visits of all ranks' blocks to this one; around the ring, its own comes first.
 
     Iterate to get (rank it belongs to, tensors of the block); call `give` with what the block has earned before the
     next one is taken; `collected` then holds the sum of what all ranks gave to this rank's block. All ranks must do the

@@ -54,6 +54,7 @@ def check(
     chunk_size: int | None,
     ids: Sequence[torch.Tensor] = (),
     agreed: object = None,
+    problem: str | None = None,
 ) -> None:
     """Make sure that every rank brings one batch of the same shape, before any waits for another.
 
@@ -65,13 +66,15 @@ def check(
         chunk_size: side of a tile.
         ids: (B,) each.
         agreed: what else must be the same on all ranks, as text shows it.
+        problem: what is known to be wrong on this rank already.
 
     Raises:
         ValueError: something is wrong with a rank's batch, or they differ; raised on all ranks.
     """
     shapes = [tuple(tensor.shape) for tensor in (zimg, ztxt)]
-    problem = None
-    if shapes[0] != shapes[1] or zimg.ndim != 2 or not len(zimg):
+    if problem is not None:
+        pass
+    elif shapes[0] != shapes[1] or zimg.ndim != 2 or not len(zimg):
         problem = f"the loss needs two (B, D) tensors of one shape, got {shapes[0]} and {shapes[1]}"
     elif zimg.dtype != ztxt.dtype or not zimg.is_floating_point():
         problem = f"the loss needs images and texts of one floating-point type, got {zimg.dtype} and {ztxt.dtype}"
@@ -82,7 +85,8 @@ def check(
     elif exchange not in (*EXCHANGES, None):
         problem = f"exchange is {exchange!r}, it must be one of {', '.join(EXCHANGES)}"
     if exchange is not None and world(group)[0] > 1:
-        brought = f"B = {len(zimg)}, D = {zimg.shape[-1]}, {zimg.dtype}, {exchange}, {len(ids)} ids, {agreed}"
-        problem = disagreement(problem or brought, problem is not None, group, zimg.device)
+        # A rank's wrong batch may have no rows to speak of.
+        brought = problem or f"B, D = {shapes[0]}, {zimg.dtype}, {exchange}, {len(ids)} ids, {agreed}"
+        problem = disagreement(brought, problem is not None, group, zimg.device)
     if problem is not None:
         raise ValueError(problem)

@@ -6,7 +6,7 @@ Shapes: B pairs per rank, D embedding width.
 import torch
 from torch import nn
 
-from siglit.loss.exchange import EXCHANGES, Exchange
+from siglit.loss.exchange import EXCHANGES, Exchange, world
 from siglit.loss.sigmoid import sigmoid_loss
 
 
@@ -69,7 +69,14 @@ class SigLipLoss(nn.Module):
         logit_bias: torch.Tensor | None,
         output_dict: bool = False,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Loss of this rank's (B, D) images; as {"contrastive_loss": loss} if `output_dict`."""
+        """Loss of this rank's (B, D) images; as {"contrastive_loss": loss} if `output_dict`.
+
+        Raises:
+            ValueError: `world_size` is not the number of ranks, or as `sigmoid_loss`.
+        """
+        ranks = world()[0]
+        if self.world_size > 1 and self.world_size != ranks:
+            raise ValueError(f"world_size is {self.world_size}, but the process group has {ranks} ranks")
         loss = sigmoid_loss(
             text_features,
             image_features,

@@ -7,6 +7,7 @@ Shapes: B pairs per rank, W ranks, D embedding width.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -88,8 +89,12 @@ def sigmoid_loss(
         own_gradient=grad and ztxt.requires_grad,
         visiting_gradient=grad and zimg.requires_grad,
     )
-    agreed = "sigmoid", negatives, ambiguous, plan.visiting_gradient, statistics is not None
-    check(zimg, ztxt, group=group, exchange=exchange, chunk_size=chunk_size, ids=ids, agreed=agreed)
+    given = image_ids is not None, text_ids is not None
+    agreed = "sigmoid", negatives, ambiguous, given, plan.visiting_gradient, statistics is not None
+    problem = None
+    if ambiguous not in get_args(Ambiguous):
+        problem = f"ambiguous is {ambiguous!r}, it must be one of {', '.join(get_args(Ambiguous))}"
+    check(zimg, ztxt, group=group, exchange=exchange, chunk_size=chunk_size, ids=ids, agreed=agreed, problem=problem)
     scalars = scalar(logit_scale, ztxt), scalar(logit_bias, ztxt)
 
     def compute(
@@ -134,7 +139,7 @@ class _Sums:
         self.rows = own.new_zeros(self.batch, 3, dtype=self.dtype)
         self.own_gradient = torch.zeros_like(own, dtype=self.dtype) if plan.own_gradient else None
         # Of positives, and of all pairs: how many, their logits, their losses.
-        self.counted = own.new_zeros(2, 3, dtype=self.dtype)
+        self.counted = own.new_zeros(2, 3, dtype=torch.float64)
 
     def walk(self) -> tuple[torch.Tensor | None, ...]:
         """Meet every block of the global batch; loss, and its gradients in own rows, visiting rows, scale and bias."""

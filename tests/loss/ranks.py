@@ -1,0 +1,81 @@
+"""Four processes that become the ranks of a real gloo group for one piece of work after another.
+
+They are started once, as importing torch takes them longer than all of their work.
+"""
+
+import datetime
+import multiprocessing
+import pickle
+import tempfile
+import time
+import traceback
+import warnings
+
+import torch
+import torch.distributed as dist
+
+MOST = 4
+
+
+class Ranks:
+    """Run a module's function on 1 to 4 ranks: `run(work, size, *args)` is [work(rank, size, *args) of each rank]."""
+
+    def __init__(self):
+        self.processes, self.pipes = [], []
+
+    def run(self, work, size, *args, timeout=90):
+        """Raise AssertionError with the traceback if a rank fails, TimeoutError if one does not come back."""
+        self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            job = pickle.dumps((work, size, f"file://{folder}/store", args))
+            for pipe in self.pipes[:size]:
+                pipe.send_bytes(job)
+            end = time.monotonic() + timeout
+            answers = []
+            for rank, pipe in enumerate(self.pipes[:size]):
+                if not pipe.poll(max(0, end - time.monotonic())):
+                    self.stop()
+                    raise TimeoutError(f"rank {rank} of {size} has not come back after {timeout} s")
+                answers.append(pickle.loads(pipe.recv_bytes()))
+        failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
+        assert not failures, "\n".join(failures)
+        return [result for _, result in answers]
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.pipes = [], []
+
+    def _start(self):
+        context = multiprocessing.get_context("spawn")
+        while len(self.processes) < MOST:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(len(self.processes), theirs), daemon=True)
+            process.start()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+
+def _serve(rank, pipe):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    while True:
+        try:
+            job = pipe.recv_bytes()
+        except EOFError:
+            return
+        text, result = None, None
+        try:
+            work, size, store, args = pickle.loads(job)
+            limit = datetime.timedelta(seconds=60)
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
+            try:
+                result = work(rank, size, *args)
+                # Nobody closes its connections while another still needs them.
+                dist.barrier()
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            text = traceback.format_exc()
+        pipe.send_bytes(pickle.dumps((text, result)))

@@ -1,0 +1,93 @@
+"""Losses and slopes are right to float32's last digits, compiled or not; who cannot compile is told once."""
+
+import shutil
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from siglit.loss import elementwise, sigmoid_loss
+from siglit.loss.elementwise import all_negative, fused, signed
+from tests.loss.reference import BIAS, SCALE, assert_equal, batch, value_and_gradients
+
+# Below −87 float32 has no normal number left for the loss, nor the digits for a relative error.
+LOGITS = torch.linspace(-87, 100, 20_001)[:, None]
+
+
+@pytest.fixture
+def compile_all(monkeypatch):
+    """Compile calls of any size; no failure is remembered from before, nor afterwards."""
+    monkeypatch.setattr(elementwise, "COMPILE_FROM", 1)
+    monkeypatch.setattr(elementwise, "_failures", [])
+    elementwise._compiled.cache_clear()
+    yield
+    elementwise._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+def assert_accurate(function):
+    """The loss of single pairs and its slope, against float64."""
+    slope, loss, of_slope, products = function(LOGITS, torch.tensor(1.0), torch.tensor(0.0), torch.float32)
+    exact = LOGITS.double()
+    wanted, down = torch.logaddexp(exact, torch.zeros_like(exact)), torch.sigmoid(exact)
+    for found, right in ((loss, wanted), (slope, down), (of_slope, down), (products, down * exact)):
+        error = (found.double().flatten() - right.flatten()).abs() / right.flatten().abs().clamp_min(1e-300)
+        assert error.max() < 1e-6
+
+
+def test_uncompiled_values_are_right_to_a_millionth():
+    assert_accurate(all_negative)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_values_are_right_to_a_millionth(compile_all):
+    """The one test that really compiles, some ten seconds."""
+    compiled = fused(all_negative, 1)
+    with warnings.catch_warnings():
+        # What torch itself warns of must not pass for a missing compiler; that it is told is seen below.
+        warnings.simplefilter("ignore")
+        assert_accurate(compiled)
+    assert elementwise._failures == []
+
+
+def test_signed_pairs_turn_their_logit_and_masked_pairs_are_nothing():
+    cosines = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    positive, kept = cosines > 0.5, cosines < 0.9
+    scale, bias = torch.tensor(3.0), torch.tensor(-1.0)
+    slope, *sums = signed(cosines, scale, bias, positive, kept, torch.float64)
+    logits = (cosines * scale + bias).requires_grad_()
+    loss = -F.logsigmoid(torch.where(positive, logits, -logits)) * kept
+    (down,) = torch.autograd.grad(loss.sum(), logits)
+    assert_equal([slope, *sums], [down, loss.sum(1).detach(), down.sum(1), (down * cosines).sum(1)], 1e-14)
+
+
+def test_who_cannot_compile_is_told_once_and_gets_the_uncompiled_values(compile_all, monkeypatch):
+    inputs = *(side.float() for side in batch(6, 4)[:2]), SCALE, BIAS
+    tries = []
+
+    def no_compiler(function, **_):
+        tries.append(function)
+        raise RuntimeError("No working C++ compiler found\nin any of the usual places")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.warns(
+        UserWarning, match="not compiled and therefore slower: No working C\\+\\+ compiler found$"
+    ) as told:
+        first = value_and_gradients(sigmoid_loss, *inputs)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = value_and_gradients(sigmoid_loss, *inputs)
+    assert len(tries) == 1
+    monkeypatch.setattr(elementwise, "COMPILE_FROM", 2**26)
+    assert_equal(first, value_and_gradients(sigmoid_loss, *inputs), 0)
+    assert_equal(second, first, 0)
+
+
+def test_small_calls_never_compile(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    elementwise._compiled.cache_clear()
+    value_and_gradients(sigmoid_loss, *batch(300, 4)[:2], SCALE, BIAS)
+    assert fused(all_negative, elementwise.COMPILE_FROM - 1) is all_negative
+    assert fused(all_negative, elementwise.COMPILE_FROM) is not all_negative

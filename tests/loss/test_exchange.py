@@ -1,0 +1,178 @@
+"""Blocks reach every rank once and bring home what they earned; ranks that disagree fail together."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from siglit.loss import Negatives, sigmoid_loss, softmax_loss
+from siglit.loss.exchange import Visits, gather_rows, world
+from tests.loss.reference import EXCHANGES, Watch, assert_equal, batch, leaves, sigmoid, value_and_gradients
+
+SIZES = (1, 2, 3, 4)
+
+
+def walk(rank, size, exchange):
+    """Origins seen, whether each block was the origin's, and what came home of 10^(worker's rank) given to each."""
+    rows, ids = torch.full((2, 3), float(rank)), torch.tensor([rank, rank + 100])
+    visits, origins, right = Visits([rows, ids], exchange), [], True
+    for origin, (block, of_block) in visits:
+        origins.append(origin)
+        right &= bool((block == origin).all()) and of_block.tolist() == [origin, origin + 100]
+        visits.give(torch.full((2, 3), 10.0**rank * (1 + origin)))
+    assert rows.eq(rank).all()
+    return origins, right, visits.collected
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_block_comes_by_once_and_brings_home_the_sum_of_what_it_was_given(ranks, size, exchange):
+    for rank, (origins, right, collected) in enumerate(ranks.run(walk, size, exchange)):
+        assert sorted(origins) == list(range(size))
+        assert right
+        assert collected.unique().tolist() == [(1 + rank) * float("1" * size)]
+
+
+@pytest.mark.parametrize("exchange", [*EXCHANGES, None])
+def test_one_process_is_visited_by_itself(exchange):
+    rows, earned = torch.zeros(2, 3), torch.ones(2, 3)
+    visits = Visits([rows], exchange)
+    for origin, (block,) in visits:
+        assert (origin, block.data_ptr()) == (0, rows.data_ptr())
+        visits.give(earned)
+    assert visits.collected is earned
+    assert world() == (1, 0)
+    assert gather_rows(rows).data_ptr() == rows.data_ptr()
+
+
+def gather(rank, size):
+    return gather_rows(torch.full((2, 1), rank, requires_grad=False))
+
+
+def test_gathered_rows_stand_in_the_order_of_the_ranks(ranks):
+    assert [g.flatten().tolist() for g in ranks.run(gather, 3)] == [[0, 0, 1, 1, 2, 2]] * 3
+
+
+def in_group(rank, size, exchange):
+    """The loss of ranks 1 and 2 among themselves, each with 4 pairs."""
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return None
+    zimg, ztxt, _ = batch(8, 5)
+    mine = slice(4 * (rank - 1), 4 * rank)
+    inputs = leaves(zimg[mine], ztxt[mine], 7.0, -3.0)
+    loss = sigmoid_loss(*inputs, group=group, exchange=exchange, chunk_size=3)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_group_of_some_ranks_trains_like_one_process_on_their_pairs(ranks, exchange):
+    first, second = ranks.run(in_group, 3, exchange)[1:]
+    wanted = value_and_gradients(sigmoid, *batch(8, 5)[:2], 7.0, -3.0)
+    found = [(a + b) / 2 if a.ndim == 0 else torch.cat([a, b]) / 2 for a, b in zip(first, second, strict=True)]
+    assert_equal(found, wanted)
+
+
+def apart(rank, size, odd, which):
+    """The message that rank `odd` and the others get if `odd` brings another kind of batch; then a good call."""
+    n, dim, dtype, chosen, loss = 4, 3, torch.float32, {}, sigmoid_loss
+    if rank == odd:
+        n = {"size": 5, "empty": 0}.get(which, n)
+        dim = 2 if which == "width" else dim
+        dtype = torch.bfloat16 if which == "type" else dtype
+        changed = {
+            "exchange": {"exchange": "shift"},
+            "unknown exchange": {"exchange": "mail"},
+            "chunk": {"chunk_size": 0},
+            "negatives": {"negatives": Negatives("random", 1, seed=1)},
+            "ids": {"image_ids": torch.arange(4)},
+            "statistics": {"statistics": {}},
+        }
+        chosen = changed.get(which, {})
+    if which == "other ids":
+        chosen = {"image_ids" if rank == odd else "text_ids": torch.arange(4)}
+    zimg, ztxt = torch.ones(n, dim, dtype=dtype), torch.ones(n, dim, dtype=dtype, requires_grad=True)
+    zimg.requires_grad_(which == "gradient" and rank == odd)
+    if which == "no batch" and rank == odd:
+        zimg = ztxt = torch.tensor(1.0)
+    message = None
+    try:
+        if which == "loss" and rank == odd:
+            softmax_loss(zimg, ztxt, 7.0)
+        else:
+            loss(zimg, ztxt, 7.0, -3.0, **chosen)
+    except ValueError as error:
+        message = str(error)
+    sigmoid_loss(torch.ones(2, 3), torch.ones(2, 3), 7.0, -3.0)
+    return message
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        "size",
+        "empty",
+        "width",
+        "type",
+        "no batch",
+        "exchange",
+        "unknown exchange",
+        "chunk",
+        "negatives",
+        "ids",
+        "other ids",
+        "gradient",
+        "statistics",
+        "loss",
+    ],
+)
+@pytest.mark.parametrize(("size", "odd"), [(2, 1), (3, 0)])
+def test_ranks_that_disagree_all_raise_at_once_and_say_what_each_brought(ranks, size, odd, which):
+    messages = ranks.run(apart, size, odd, which, timeout=30)
+    for message in messages:
+        assert message is not None
+        assert all(f"rank {rank}: " in message for rank in range(size))
+        assert message == messages[0]
+
+
+def peak(rank, size, exchange, n, image_side):
+    zimg, ztxt = (torch.ones(n, 64, requires_grad=on) for on in (image_side, True))
+    with Watch() as watch:
+        loss = sigmoid_loss(zimg, ztxt, 7.0, -3.0, exchange=exchange, chunk_size=32)
+    assert loss.requires_grad
+    return watch.peak
+
+
+@pytest.mark.parametrize("image_side", [False, True], ids=["locked", "unlocked"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_memory_does_not_grow_with_the_number_of_ranks_but_for_gather(ranks, exchange, image_side):
+    """The most bytes alive during a call, in blocks of B × D float32; a block of gradients is one too."""
+    block = 128 * 64 * 4
+    blocks = [max(ranks.run(peak, size, exchange, 128, image_side)) / block for size in SIZES[1:]]
+    if exchange == "gather":
+        assert blocks[2] > blocks[0] + 1.9
+    else:
+        assert max(blocks) < (14 if image_side else 7), blocks
+
+
+def backward(rank, size, loss, exchange):
+    """Operations of torch.distributed in forward and in backward, everything trainable."""
+    zimg, ztxt, ids = batch(6, 4)
+    inputs = leaves(zimg, ztxt, 7.0, -3.0)
+    with Watch() as forward:
+        if loss == "softmax":
+            value = softmax_loss(*inputs[:3], exchange=exchange)
+        else:
+            masks = {"negatives": Negatives("hardest", 1), "image_ids": ids[0]} if loss == "masked" else {}
+            value = sigmoid_loss(*inputs, exchange=exchange, **masks)
+    with Watch() as after:
+        value.backward()
+    assert after.names
+    return [[name for name in watch.names if "c10d" in name] for watch in (forward, after)]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("loss", ["plain", "masked", "softmax"])
+def test_backward_communicates_nothing(ranks, loss, exchange):
+    for in_forward, in_backward in ranks.run(backward, 3, loss, exchange):
+        assert in_forward
+        assert in_backward == []
