@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-_ELEMENTS = {"cpu": (2**20, 2**22), "cuda": (2**24, 2**26)}
+_ELEMENTS = {"cpu": (2**20, 2**21), "cuda": (2**24, 2**26)}
 """Pairs of a tile, by device: where each step is a pass over memory and leaves a tile behind, and where all are one
 kernel. On a CPU a tile should stay near the caches; on CUDA it must keep thousands of cores busy."""
 
