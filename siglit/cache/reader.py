@@ -132,8 +132,8 @@ class EmbeddingCache:
             self._check(extreme, len(self), "row")
         rows = rows.astype(np.int64, copy=False)
         window, first, stride = self._window
-        shard = self._shards_of(rows)
-        return window[first[shard] + rows * stride].view(DATASETS["embedding"]).reshape(-1, self.dim)
+        index = rows if len(self._shards) == 1 else first[self._shards_of(rows)] + rows * stride
+        return window[index].view(DATASETS["embedding"]).reshape(-1, self.dim)
 
     @property
     def keys(self) -> "Keys":
