@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from siglit.cache import CacheError, EmbeddingCache, finish, write_shard
+from tests.conftest import ROOT
 
 FINGERPRINT = {"image_tower": {"model": "vit_b", "hash": "ab"}, "transform": {"size": 224}, "source": "coco"}
 SIZES = (5, 0, 3, 1, 0)
@@ -270,7 +271,8 @@ def test_a_finished_cache_may_lie_on_a_read_only_disk(folder, tmp_path):
     folder.chmod(0o555)
     try:
         command = [sys.executable, str(tmp_path / "read.py"), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
         if "refused" in done.stdout:
             assert state() == before
     finally:
