@@ -23,7 +23,7 @@ def all_negative(
     """Loss and slope of pairs that do not belong together.
 
     Args:
-        cosines: (r, c), float32 or wider.
+        cosines: (r, c), float32 or wider; may be overwritten.
         scale: scalar t.
         bias: scalar b.
         dtype: of the slopes, which are multiplied with embeddings next.
@@ -32,7 +32,11 @@ def all_negative(
         (r, c) slope of the loss in the logit; (r,) sums of the loss, of the slope, and of slope × cosine.
     """
     loss, slope = _softplus_and_sigmoid(cosines * scale + bias)
-    return slope.to(dtype), loss.sum(1), slope.sum(1), (slope * cosines).sum(1)
+    sums = loss.sum(1), slope.sum(1), (slope * cosines).sum(1)
+    if torch.compiler.is_compiling() and dtype == cosines.dtype:
+        # Into the same memory: one pass reads and writes it.
+        slope = cosines.copy_(slope)
+    return slope.to(dtype), *sums
 
 
 def signed(
