@@ -27,7 +27,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stopping_at_signals() -> Iterator[None]:
-    """Turn SIGTERM into `Terminated`, as Python turns Ctrl-C into KeyboardInterrupt, and see that both end the block.
+    """Raise `Terminated` at SIGTERM and KeyboardInterrupt at Ctrl-C, and see that both end the block.
+
+    Python drops what is raised while it runs a destructor: then the block is ended from outside, or, where it comes to
+    its end within the grace, the exception is raised there.
 
     Does nothing outside of the main thread, where Python handles no signals.
     """
@@ -39,13 +42,26 @@ def stopping_at_signals() -> Iterator[None]:
     os.set_blocking(sink, False)
     left = threading.Event()
     threading.Thread(target=_end_after_grace, args=(source, left), daemon=True).start()
-    before, before_sink = signal.signal(signal.SIGTERM, _terminate), signal.set_wakeup_fd(sink)
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise _exception(number)
+
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    before_sink = signal.set_wakeup_fd(sink)
     try:
         yield
+        if came:
+            raise _exception(came[0])
     finally:
         left.set()
         signal.set_wakeup_fd(before_sink)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         os.close(sink)
 
 
@@ -64,8 +80,8 @@ def ending_with_first_process(is_first: bool) -> Iterator[None]:
         os.environ.pop(_PARENT, None)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _exception(number: int) -> KeyboardInterrupt:
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 def _end_after_grace(source: int, left: threading.Event) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from siglit.cache import EmbeddingCache, exclusive
+from siglit.stopping import Terminated, stopping_at_signals
 from tests.conftest import ROOT, siglit
 from tests.test_precompute import rows_by_key
 
@@ -103,6 +104,23 @@ def test_a_signal_stops_at_once(slow, number, code, devices):
     assert "Traceback" not in err
     assert gone(process.pid, 8)
     assert not (slow / "stopped/train/index.json").exists()
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_meets_a_destructor_is_not_lost(number, kind, monkeypatch):
+    """Python drops what a handler raises there; the block ends with it all the same."""
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: dropped.append(told.exc_type))
+
+    class Last:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(kind), stopping_at_signals():
+        Last()
+    assert dropped == [kind]
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -16,7 +16,7 @@ from siglit.cache import exclusive
 with exclusive(sys.argv[1]):
     if sys.argv[2] == "fork":
         os.fork()
-    print(os.getpid(), flush=True)
+    print(f"{os.getpid()}\\n", end="", flush=True)  # one write, or two processes' lines may mix
     time.sleep(60)
 """
 
