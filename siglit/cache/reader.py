@@ -131,9 +131,10 @@ class EmbeddingCache:
         for extreme in (int(rows.min()), int(rows.max())):
             self._check(extreme, len(self), "row")
         rows = rows.astype(np.int64, copy=False)
+        if len(self._shards) == 1:
+            return np.take(self._array(0, "embedding"), rows, axis=0)
         window, first, stride = self._window
-        index = rows if len(self._shards) == 1 else first[self._shards_of(rows)] + rows * stride
-        return window[index].view(DATASETS["embedding"]).reshape(-1, self.dim)
+        return window[first[self._shards_of(rows)] + rows * stride].view(DATASETS["embedding"]).reshape(-1, self.dim)
 
     @property
     def keys(self) -> "Keys":
