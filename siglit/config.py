@@ -5,6 +5,7 @@ affair of the module that the field belongs to. The text under each field is the
 prints.
 """
 
+import math
 import operator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -270,13 +271,13 @@ _RANGES = {
         (
             "data.workers",
             "seed",
-            "loss.negatives_per_positive",
             "optim.weight_decay",
             "optim.warmup_steps",
             "optim.clip",
             "train.val_every",
         ),
     ),
+    "a finite number of 0 or more": (lambda v: 0 <= v < math.inf, ("loss.negatives_per_positive",)),
     "more than 0": (lambda v: v > 0, ("optim.lr", "loss.logit_scale", "train.epochs")),
     "between 0 and 1": (lambda v: 0 <= v <= 1, ("data.max_skipped", "tokenizer.character_coverage")),
     "two numbers from 0 to less than 1": (lambda v: all(0 <= beta < 1 for beta in v), ("optim.betas",)),

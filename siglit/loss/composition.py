@@ -4,6 +4,7 @@ Knows one tile at a time and the histograms that ranks add up, never a batch's w
 × c visiting rows (images).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -31,10 +32,10 @@ class Negatives:
     """Of the random choice; another one for each step, the same on all ranks."""
 
     def __post_init__(self) -> None:
-        if self.keep not in ("random", "hardest", "easiest") or not self.per_positive >= 0:
+        if self.keep not in ("random", "hardest", "easiest") or not 0 <= self.per_positive < math.inf:
             raise ValueError(
                 f"Negatives({self.keep!r}, {self.per_positive}): keep must be random, hardest or easiest, and "
-                "per_positive 0 or more"
+                "per_positive a finite number of 0 or more"
             )
 
 

@@ -138,7 +138,9 @@ def test_ambiguous_pairs_are_never_among_the_negatives_that_are_kept():
     assert int((kept & ~positive).sum()) == 8
 
 
-@pytest.mark.parametrize(("keep", "per_positive"), [("worst", 1), ("random", -1), ("hardest", float("nan"))])
+@pytest.mark.parametrize(
+    ("keep", "per_positive"), [("worst", 1), ("random", -1), ("hardest", float("nan")), ("easiest", float("inf"))]
+)
 def test_a_choice_of_negatives_that_means_nothing_raises(keep, per_positive):
-    with pytest.raises(ValueError, match="keep must be random, hardest or easiest, and per_positive 0 or more"):
+    with pytest.raises(ValueError, match="keep must be random, hardest or easiest, and per_positive a finite number"):
         Negatives(keep, per_positive)
