@@ -33,11 +33,18 @@ class LossWithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradients, in their own wide type, before they take the inputs'."""
+        scale = torch.mul if _graph_is_kept() else torch.Tensor.mul_  # in place: there is no need for a second copy
         saved = zip(ctx.saved_tensors, ctx.like, ctx.needs_input_grad[1:], strict=True)
         return None, *(
-            (gradient * upstream).to(dtype).reshape(shape) if wanted and gradient is not None else None
+            scale(gradient, upstream).to(dtype).reshape(shape) if wanted and gradient is not None else None
             for gradient, (dtype, shape), wanted in saved
         )
+
+
+def _graph_is_kept() -> bool:
+    """Whether backward may be asked for again (`retain_graph`); true where this torch does not tell."""
+    tells: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return tells is None or tells()
 
 
 def scalar(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,24 @@ def test_backward_twice_with_a_kept_graph_gives_the_same_gradients():
     assert all(torch.equal(3 * one, other) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("loss", [sigmoid_loss, softmax_loss])
+def test_the_last_backward_hands_over_the_kept_gradients_themselves(loss):
+    """A second copy would be the largest thing alive; where the graph is kept, only a copy is safe."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    inputs = leaves(*batch(8, 4)[:2], SCALE, BIAS)[: 4 if loss is sigmoid_loss else 3]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss(*inputs)
+    copies = torch.autograd.grad(value, inputs[:2], retain_graph=True)
+    assert not {gradient.untyped_storage().data_ptr() for gradient in copies} & set(kept)
+    value.backward()
+    assert {tensor.grad.untyped_storage().data_ptr() for tensor in inputs[:2]} <= set(kept)
+
+
 def test_second_derivatives_are_refused_rather_than_wrong():
     inputs = leaves(*batch(4, 3)[:2], SCALE, BIAS)
     (slope,) = torch.autograd.grad(sigmoid_loss(*inputs), inputs[2], create_graph=True)
