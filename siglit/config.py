@@ -7,6 +7,7 @@ prints.
 
 import math
 import operator
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -60,11 +61,20 @@ class DataConfig:
     """Largest share of images that may be unusable before precompute fails, 0.0–1.0."""
     max_image_pixels: int = 178_956_970
     """Images with more pixels than this are skipped as decompression bombs; Pillow's own limit, and the largest."""
+    random_crop: float | None = None
+    """Unlocked and scratch: train on random crops that keep at least this share of the area, 0.0–1.0; default: none."""
+    random_flip: bool = False
+    """Unlocked and scratch: mirror every other training image, at random."""
+    corrupt: list[Literal["image", "text", "alignment"]] = field(default_factory=list)
+    """For the noise study (paper, section 4.9): put noise in place of training images, random tokens in place of texts,
+    or exchange pairs; several apply one after the other."""
+    corrupt_share: float = 0.0
+    """Probability of each corruption for each pair, 0.0–1.0."""
 
 
 @dataclass(frozen=True)
 class ImageTowerConfig:
-    """The frozen image tower: a timm model."""
+    """The image tower: a timm model."""
 
     model: str = "vit_base_patch16_224.augreg_in21k"
     """A timm model name with its tag, or `local-dir:FOLDER`, or `hf-hub:OWNER/NAME`."""
@@ -88,6 +98,9 @@ class ImageTowerConfig:
     """Pixel mean per channel, on a scale of 0–1; default: the tower's."""
     std: list[float] | None = None
     """Pixel standard deviation per channel, on a scale of 0–1; default: the tower's."""
+    head: int | None = None
+    """Width of a trained linear map behind the tower (or behind its cached embeddings); default: none, and texts are
+    embedded at the tower's width."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass; auto: bf16 on CUDA, fp32 elsewhere. Rows are stored as float16 in any case."""
 
@@ -130,7 +143,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class TextTowerConfig:
-    """The text tower: a SigLIP text transformer from random weights."""
+    """The text tower: a SigLIP text transformer from random weights, or a pretrained transformers model."""
 
     size: Literal["micro", "S", "M", "B", "L12", "L"] = "B"
     """Preset of width, depth and heads; L12 is the paper's four-chip text tower."""
@@ -142,6 +155,16 @@ class TextTowerConfig:
     """Attention heads; default: the preset's."""
     mlp_width: int | None = None
     """Width of the MLP's hidden layer; default: four times the width."""
+    embedding_width: int | None = None
+    """Bottleneck K: tokens are embedded at this width and mapped to the tower's, N × K + K × W numbers instead of
+    N × W; default: none."""
+    pretrained: str | None = None
+    """A pretrained text model instead, by folder or Hub name (BERT, MiniLM, XLM-R, …), with a new head to the width of
+    the images; size and the widths above are then its own. Its tokenizer is taken unless tokenizer.path says else."""
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """Token states of a pretrained model to one embedding: their mean, the first, or the last one of the text."""
+    locked: bool = False
+    """Keep the pretrained model as it is and train the head alone."""
 
 
 @dataclass(frozen=True)
@@ -172,33 +195,51 @@ class LossConfig:
 class OptimConfig:
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["lion", "adamw"] = "lion"
-    """Lion (timm) or AdamW (torch)."""
+    name: Literal["lion", "adamw", "adafactor"] = "lion"
+    """Lion (timm), AdamW (torch), or the Adafactor of ScalingViT (timm's adafactorbv)."""
     lr: float = 1e-4
     """Peak learning rate."""
+    image_lr_multiplier: float = 0.1
+    """Of the rate, for image weights that came pretrained."""
+    text_lr_multiplier: float = 1.0
+    """Of the rate, for text weights that came pretrained."""
     weight_decay: float = 1e-7
     """Decay per step at the peak, in the paper's units (not multiplied by lr), on matrix weights only."""
+    decay_pretrained: bool = False
+    """Decay the matrices that came pretrained too; the paper (section 4.5) found it better not to."""
     betas: tuple[float, float] | None = None
-    """Momentum coefficients; default: (0.9, 0.99) for Lion, (0.9, 0.95) for AdamW."""
+    """Momentum coefficients; default: (0.9, 0.99) for Lion, (0.9, 0.95) for AdamW and Adafactor."""
+    schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
+    """After the warm-up: a cosine to 0 at the end, the peak, or 1 / sqrt(1 + steps / timescale) of it."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0; then a cosine to 0."""
+    """Steps of linear warm-up from 0."""
+    warmup_examples: int | str | None = None
+    """The same in examples, such as 200M, instead of in steps."""
+    cooldown_steps: int = 0
+    """Steps at the end over which the rate falls linearly to 0, for constant and rsqrt."""
+    cooldown_examples: int | str | None = None
+    """The same in examples, instead of in steps."""
+    timescale_steps: int = 10_000
+    """Timescale of rsqrt."""
     clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training of the text tower on the cache."""
+    """Training."""
 
     batch_size: int = 4096
     """Global batch: pairs over all devices in one step."""
     micro_batch_size: int | None = None
-    """Captions per pass of the text tower and device: larger batches than fit in memory, same gradients, a third more
-    time; default: all at once."""
+    """Pairs per pass of the towers and device: larger batches than fit in memory, same gradients, a third more time;
+    default: all at once."""
     steps: int | None = None
-    """Optimiser steps; give this or epochs."""
+    """Optimiser steps; give this, examples or epochs."""
+    examples: int | str | None = None
+    """Pairs to train on, such as 450M; give this, steps or epochs."""
     epochs: float | None = None
-    """Passes over the cache, one caption per image and pass; give this or steps."""
+    """Passes over the images, one caption per image and pass; give this, steps or examples."""
     shuffle: Literal["auto", "rows", "blocks"] = "auto"
     """Order of a pass: an exact permutation of the rows, or of blocks of 4096 rows mixed 32 at a time, for caches
     larger than memory; auto: blocks where the embeddings take more than half of the free memory."""
@@ -210,6 +251,10 @@ class TrainConfig:
     """Machines, started by torchrun or SLURM."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Lightning precision; auto: bf16-mixed on CUDA, 32-true elsewhere."""
+    compile: bool = False
+    """Compile the towers with torch.compile: a minute at the start for faster steps."""
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """auto: DDP on several devices; fsdp2 also shares out the weights, for towers that do not fit on one."""
     log_every: int = 10
     """Steps between rows of metrics.csv."""
     val_every: int = 500
@@ -252,6 +297,9 @@ _RANGES = {
             "text_tower.depth",
             "text_tower.heads",
             "text_tower.mlp_width",
+            "text_tower.embedding_width",
+            "image_tower.head",
+            "optim.timescale_steps",
             "train.batch_size",
             "train.micro_batch_size",
             "loss.chunk_size",
@@ -273,16 +321,47 @@ _RANGES = {
             "seed",
             "optim.weight_decay",
             "optim.warmup_steps",
+            "optim.cooldown_steps",
             "optim.clip",
             "train.val_every",
         ),
     ),
     "a finite number of 0 or more": (lambda v: 0 <= v < math.inf, ("loss.negatives_per_positive",)),
-    "more than 0": (lambda v: v > 0, ("optim.lr", "loss.logit_scale", "train.epochs")),
-    "between 0 and 1": (lambda v: 0 <= v <= 1, ("data.max_skipped", "tokenizer.character_coverage")),
+    "more than 0": (
+        lambda v: v > 0,
+        (
+            "optim.lr",
+            "optim.image_lr_multiplier",
+            "optim.text_lr_multiplier",
+            "loss.logit_scale",
+            "train.epochs",
+        ),
+    ),
+    "between 0 and 1": (
+        lambda v: 0 <= v <= 1,
+        ("data.max_skipped", "data.corrupt_share", "tokenizer.character_coverage"),
+    ),
     "two numbers from 0 to less than 1": (lambda v: all(0 <= beta < 1 for beta in v), ("optim.betas",)),
+    "more than 0 and at most 1": (lambda v: 0 < v <= 1, ("data.random_crop",)),
     "three numbers, one per channel": (lambda v: len(v) == 3, ("image_tower.mean", "image_tower.std")),
 }
+
+
+_COUNTS = ("train.examples", "optim.warmup_examples", "optim.cooldown_examples")
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def count(value: int | str) -> int:
+    """A number of examples: 450000000, or the same as "450M"; K, M and B stand for thousands, millions and billions.
+
+    Raises:
+        ValueError: it is not a whole number of 0 or more.
+    """
+    parts = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?) ?([KMB]?)", str(value).strip(), re.IGNORECASE)
+    number = float(parts[1]) * _SUFFIXES[parts[2].upper()] if parts else 0.5
+    if number != math.floor(number):
+        raise ValueError(f"{value!r} is not a number of examples, such as 450M or 12800")
+    return int(number)
 
 
 @dataclass(frozen=True)
@@ -291,6 +370,9 @@ class Experiment:
 
     data: DataConfig
     """Image–caption samples."""
+    mode: Literal["locked", "unlocked", "scratch"] = "locked"
+    """What becomes of the image tower: locked, its embeddings come from the cache; unlocked, images go through it and
+    it learns, from its pretrained weights; scratch, the same from random weights."""
     name: str = "experiment"
     """Name of the experiment; default folders are named after it."""
     output_dir: str | None = None
@@ -298,7 +380,7 @@ class Experiment:
     seed: int = 0
     """Seed of weights, shuffling and caption choice."""
     image_tower: ImageTowerConfig = field(default_factory=ImageTowerConfig)
-    """The frozen image tower."""
+    """The image tower."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """The embedding cache."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -325,6 +407,12 @@ class Experiment:
                 value = operator.attrgetter(name)(self)
                 if value is not None and not holds(value):
                     raise UserError(f"{name} is {value}, but it must be {bound}")
+        for name in _COUNTS:
+            value = operator.attrgetter(name)(self)
+            try:
+                count(value or 0)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from error
         loss = self.loss
         if (loss.negatives == "all") != (loss.negatives_per_positive is None):
             raise UserError(
