@@ -17,8 +17,8 @@ from benchmarks.common import parser, report
 from siglit import evaluate, training
 from siglit.cli import _parse
 from siglit.data.tokens import token_ids
-from siglit.evaluation.encoding import encode_ids, unit_rows
-from siglit.run import load_trained, open_cache
+from siglit.evaluation.encoding import encode_ids
+from siglit.trained import open_trained
 
 TREATMENTS = ("negative", "drop", "positive")
 
@@ -55,14 +55,14 @@ def measure(args: argparse.Namespace, treatment: str, words: list[str]) -> dict[
     experiment = _parse("train", ["-c", args.config, *chosen, *words])[0]
     training.run(experiment)
     accuracy = evaluate.run(experiment).label_accuracy
-    cache = open_cache(experiment, "val")
-    trained = load_trained(experiment, cache)
+    trained = open_trained(experiment)
+    cache = trained.cache
     ids, first = np.unique(token_ids(cache, trained.tokenizer), axis=0, return_index=True)
     ztxt = encode_ids(trained.tower, ids, batch_size=512, device=torch.device("cpu"), quiet=True)
     labels = cache.labels
     assert labels is not None, "calibration needs labels"
     match = labels[:, None] == labels[cache.caption_rows[first]]
-    logits = trained.logit_scale * unit_rows(cache.gather(np.arange(len(cache)))) @ ztxt.T + trained.logit_bias
+    logits = trained.logit_scale * trained.zimg @ ztxt.T + trained.logit_bias
     probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
     return {
         "t": trained.logit_scale,

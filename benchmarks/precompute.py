@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import interleaved, parser, picture, ratio, report
-from siglit import precompute
+from siglit import embedding, precompute
 from siglit.config import CacheConfig, DataConfig, Experiment, ImageTowerConfig, SourceSpec
 from siglit.data.decoding import UnitPixels, pixel_batches
 from siglit.data.sources import open_source
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             cache=cache,
         )
         writing.append(0.0)
-        with mock.patch.object(precompute, "_write", timed(precompute._write, writing)):
+        with mock.patch.object(embedding, "_write", timed(embedding._write, writing)):
             # What is asked of the stage is the time of its work, not of loading the tower before it.
             inside.append(precompute.run(experiment).splits["train"].seconds)
 

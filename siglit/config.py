@@ -276,9 +276,9 @@ class EvalConfig:
     split: Literal["val", "train"] = "val"
     """Cache to evaluate on and to search in."""
     batch_size: int = 512
-    """Captions per forward pass of the text tower."""
+    """Captions (or images, in the validation of a trained image tower) per forward pass."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the text tower runs."""
+    """Where the towers run."""
     top_k: int = 10
     """Answers that `siglit search` prints."""
 

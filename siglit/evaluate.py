@@ -14,7 +14,8 @@ from siglit.config import Experiment
 from siglit.data.tokens import token_ids
 from siglit.errors import UserError
 from siglit.evaluation import retrieval
-from siglit.evaluation.encoding import encode_ids, unit_rows
+from siglit.evaluation.encoding import encode_ids
+from siglit.trained import open_trained
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,13 @@ def run(experiment: Experiment) -> RetrievalResult:
     Raises:
         UserError: cache, checkpoint and tokenizer do not fit each other, or the cache has no captions.
     """
-    cache = run_folder.open_cache(experiment, experiment.eval.split)
+    trained = open_trained(experiment)
+    cache, zimg = trained.cache, trained.zimg
     if cache.num_captions == 0:
         raise UserError(f"{cache.path} has no captions to evaluate with; see data.{experiment.eval.split}")
-    trained = run_folder.load_trained(experiment, cache)
     device = _device(experiment.eval.accelerator)
-    zimg = unit_rows(cache.gather(np.arange(len(cache))))
     ids = token_ids(cache, trained.tokenizer)
     ztxt = encode_ids(trained.tower.to(device), ids, batch_size=experiment.eval.batch_size, device=device)
-    run_folder.image_index(experiment, cache)
     image_of_text = np.asarray(cache.caption_rows)
     langs = cache.langs
     result = RetrievalResult(

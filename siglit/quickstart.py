@@ -24,6 +24,7 @@ from siglit.evaluation.encoding import encode_ids
 from siglit.evaluation.gallery import Answer, draw_gallery
 from siglit.evaluation.retrieval import nearest_images
 from siglit.progress import Meter
+from siglit.trained import open_trained
 
 _TRAIN_IMAGES, _VAL_IMAGES = 8000, 1000
 _QUERIES, _ANSWERS = 8, 5
@@ -93,14 +94,14 @@ def _draw(listing: Path, scenes: Iterable[shapes.Scene], seed: tuple[int, int]) 
 
 
 def _gallery(experiment: Experiment, pictures: Path) -> Image.Image:
-    cache = run_folder.open_cache(experiment, "val")
-    trained = run_folder.load_trained(experiment, cache)
+    trained = open_trained(experiment)
+    cache = trained.cache
     asked = np.linspace(0, len(cache) - 1, _QUERIES).astype(int)
     queries = [cache.captions(int(row))[i % 5] for i, row in enumerate(asked)]
     ztxt = encode_ids(
         trained.tower, trained.tokenizer(queries), batch_size=_QUERIES, device=torch.device("cpu"), quiet=True
     )
-    scores, found = nearest_images(run_folder.image_index(experiment, cache), ztxt, _ANSWERS)
+    scores, found = nearest_images(trained.index, ztxt, _ANSWERS)
     rows = []
     for number, query in enumerate(queries):
         answers = []

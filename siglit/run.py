@@ -1,4 +1,4 @@
-"""What the stages share of a run: its folder, its caches, its tokenizer and its trained text tower.
+"""What the stages share of a run: its folder, its caches and its tokenizer.
 
 Knows where a run keeps things; computes nothing.
 """
@@ -6,27 +6,21 @@ Knows where a run keeps things; computes nothing.
 import hashlib
 import json
 import logging
-import math
 import os
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from siglit.cache import CacheError, EmbeddingCache
-from siglit.config import Experiment, ImageTowerConfig, SourceSpec, TextTowerConfig
+from siglit.config import Experiment, ImageTowerConfig, SourceSpec
 from siglit.data.sources import source_identity
 from siglit.errors import UserError
-from siglit.evaluation.encoding import unit_rows
-from siglit.evaluation.retrieval import save_index
-from siglit.models.text_tower import TextTower
-from siglit.models.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from siglit.models.tokenizer import train_sentencepiece
 
 
 def is_first_process() -> bool:
@@ -172,72 +166,6 @@ def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
     return str(path)
 
 
-@dataclass(frozen=True)
-class TrainedText:
-    """The trained text side of a run, ready to encode."""
-
-    tower: TextTower
-    """In evaluation mode, on the CPU."""
-    tokenizer: Tokenizer
-    """The tokenizer it was trained with."""
-    logit_scale: float
-    """Learned t."""
-    logit_bias: float
-    """Learned b."""
-    step: int
-    """Optimiser steps taken."""
-    checkpoint: str
-    """File it came from."""
-
-
-def load_trained(experiment: Experiment, cache: EmbeddingCache) -> TrainedText:
-    """Load the text tower of the run, checked against the cache it is to meet.
-
-    Raises:
-        UserError: there is no checkpoint, it is not one of siglit's, or it belongs to another image tower or tokenizer.
-    """
-    path = experiment.eval.checkpoint or str(output_dir(experiment) / "checkpoints" / "last.ckpt")
-    if not Path(path).is_file():
-        raise UserError(
-            f"there is no checkpoint {path}; run `siglit train` with this experiment, or set eval.checkpoint"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        about = state["siglit"]
-    except Exception as error:
-        raise UserError(f"{path} is not a checkpoint of siglit ({str(error).splitlines()[0][:120]})") from error
-    if about["image_tower"] != cache.fingerprint["image_tower"]:
-        raise UserError(
-            f"{path} was trained on embeddings of {_tower_words(about['image_tower'])}, but {cache.path} holds those "
-            f"of {_tower_words(cache.fingerprint['image_tower'])}; train again, or set cache.path"
-        )
-    tokenizer = load_tokenizer(tokenizer_path(experiment), experiment.tokenizer)
-    if tokenizer.fingerprint != about["tokenizer"]:
-        raise UserError(
-            f"{path} was trained with another tokenizer than {tokenizer_path(experiment)} of length "
-            f"{experiment.tokenizer.length}; set tokenizer.path, .length and .lowercase as they were in training"
-        )
-    tower = TextTower(TextTowerConfig(**about["text_tower"]), **about["built_for"])
-    weights = state["state_dict"]
-    tower.load_state_dict({k.removeprefix("tower."): v for k, v in weights.items() if k.startswith("tower.")})
-    return TrainedText(
-        tower=tower.eval(),
-        tokenizer=tokenizer,
-        logit_scale=math.exp(weights["log_scale"].item()),
-        logit_bias=weights["logit_bias"].item(),
-        step=int(state["global_step"]),
-        checkpoint=path,
-    )
-
-
-def image_index(experiment: Experiment, cache: EmbeddingCache) -> Path:
-    """Return the run's faiss index over the cache's images, built if it is missing; another cache has another file."""
-    path = output_dir(experiment) / f"images-{experiment.eval.split}-{cache.digest[:16]}.faiss"
-    if not path.exists():
-        save_index(unit_rows(cache.gather(np.arange(len(cache)))), path)
-    return path
-
-
 def _asked_for(config: ImageTowerConfig, made: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return what the experiment says of the tower, in the fingerprint's form, and the fields that it says.
 
@@ -255,9 +183,3 @@ def _asked_for(config: ImageTowerConfig, made: dict[str, Any]) -> tuple[dict[str
     transform |= {k: [round(v, 6) for v in getattr(config, k)] for k in ("mean", "std") if getattr(config, k)}
     merged = {**made["image_tower"], **stated, "transform": {**made["image_tower"]["transform"], **transform}}
     return {**made, "image_tower": merged}, ["image_tower"]
-
-
-def _tower_words(tower: dict[str, Any]) -> str:
-    if tower.get("imported"):
-        return f"{tower['model']} (imported)"
-    return f"{tower['model']} (pooling {tower['pooling']}, weights {tower['weights'][:8]})"

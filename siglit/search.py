@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from siglit import run as run_folder
 from siglit.config import Experiment
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids
 from siglit.evaluation.retrieval import nearest_images
+from siglit.trained import open_trained
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,13 @@ def run(experiment: Experiment, query: str) -> SearchResult:
     """
     if not query.strip():
         raise UserError("there is nothing to search for: the query is empty")
-    cache = run_folder.open_cache(experiment, experiment.eval.split)
-    trained = run_folder.load_trained(experiment, cache)
+    trained = open_trained(experiment)
     ztxt = encode_ids(trained.tower, trained.tokenizer([query]), batch_size=1, device=torch.device("cpu"), quiet=True)
-    scores, rows = nearest_images(run_folder.image_index(experiment, cache), ztxt, experiment.eval.top_k)
+    scores, rows = nearest_images(trained.index, ztxt, experiment.eval.top_k)
     logits = trained.logit_scale * scores[0] + trained.logit_bias
     return SearchResult(
         query=query,
-        keys=[cache.keys[int(row)] for row in rows[0]],
+        keys=[trained.cache.keys[int(row)] for row in rows[0]],
         scores=[float(s) for s in scores[0]],
         probabilities=(1 / (1 + np.exp(-logits))).tolist(),
     )

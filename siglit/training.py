@@ -19,8 +19,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from siglit import run as run_folder
 from siglit.config import Experiment
+from siglit.data_module import open_data
 from siglit.errors import UserError
-from siglit.lightning_module import CacheData, SigLiT
+from siglit.lightning_module import SigLiT
 from siglit.progress import Meter
 
 
@@ -58,14 +59,9 @@ def run(experiment: Experiment) -> TrainResult:
             f"{experiment.train.devices * experiment.train.nodes} devices"
         )
     run_folder.check_accelerator("train.accelerator", experiment.train.accelerator)
-    train = run_folder.open_cache(experiment, "train")
-    val = run_folder.open_cache(experiment, "val") if experiment.data.val is not None else None
-    if val is not None and val.fingerprint["image_tower"] != train.fingerprint["image_tower"]:
-        raise UserError(
-            f"{train.path} and {val.path} were made by different image towers; run `siglit precompute` again"
-        )
+    data = open_data(experiment)
     folder = run_folder.output_dir(experiment)
-    steps = _total_steps(experiment, int((train.caption_offsets[1:] > train.caption_offsets[:-1]).sum()))
+    steps = _total_steps(experiment, data.count)
     last = folder / "checkpoints" / "last.ckpt"
     resuming = experiment.train.resume and last.exists()
     if last.exists() and not resuming and run_folder.is_first_process():
@@ -74,7 +70,6 @@ def run(experiment: Experiment) -> TrainResult:
             "or choose another --output_dir"
         )
     pl.seed_everything(experiment.seed, verbose=False)
-    data = CacheData(experiment, train, val)
     module = SigLiT(experiment, steps)
     trainer = _trainer(experiment, folder, steps, keep_rows=resuming)
     begun = time.monotonic()

@@ -14,7 +14,9 @@ from siglit.data import shuffle
 from siglit.data.batches import _row_hash
 from siglit.errors import UserError
 from siglit.lightning_module import SigLiT
+from siglit.models.image_tower import ImageSide
 from siglit.models.text_tower import TextTower
+from siglit.trained import open_trained
 from tests.conftest import parse, siglit
 
 
@@ -57,10 +59,9 @@ def test_the_trained_text_tower_is_what_is_evaluated(cached, project):
     cache = EmbeddingCache("cache/small/val")
     state = torch.load(project / "runs/small/checkpoints/last.ckpt", weights_only=True)
     tower = TextTower(parse("train").text_tower, **state["siglit"]["built_for"])
-    tower.load_state_dict({k[6:]: v for k, v in state["state_dict"].items() if k.startswith("tower.")})
-    from siglit.run import load_trained
-
-    trained = load_trained(cached, cache)
+    prefix = "text_tower."
+    tower.load_state_dict({k.removeprefix(prefix): v for k, v in state["state_dict"].items() if k.startswith(prefix)})
+    trained = open_trained(cached)
     ids = torch.from_numpy(trained.tokenizer([cache.caption(i) for i in range(24)])).long()
     with torch.inference_mode():
         ztxt = torch.nn.functional.normalize(tower.eval()(ids), dim=1).numpy()
@@ -95,7 +96,8 @@ def gradients(experiment, batch):
     """{name: gradient} of one step of the module in float64, without a trainer's optimiser."""
     torch.manual_seed(0)
     module = SigLiT(experiment, 1)
-    module.tower = TextTower(experiment.text_tower, vocab_size=64, length=8, eos_id=1, pad_id=1, dim=16)
+    module.image_tower = ImageSide(None, width=16, head=None)
+    module.text_tower = TextTower(experiment.text_tower, vocab_size=64, length=8, eos_id=1, pad_id=1, dim=16)
     module.double()
     module.log = module.log_dict = lambda *_, **__: None
     module.lr_schedulers = lambda: SimpleNamespace(get_last_lr=lambda: [0.0])

@@ -1,7 +1,6 @@
 """Captions and images to unit rows for evaluation, each distinct text encoded once.
 
-Knows the text tower only as a function on token ids. Shapes: M captions, U distinct captions, L tokens, D embedding
-width.
+Knows the towers only as functions. Shapes: N inputs of any kind, M captions, L tokens, D embedding width.
 """
 
 from collections.abc import Callable
@@ -23,13 +22,28 @@ def encode_ids(
 ) -> np.ndarray:
     """Embed (M, L) token ids as (M, D) float32 unit rows; equal captions share one pass through the tower."""
     distinct, inverse = np.unique(ids, axis=0, return_inverse=True)
+    told = "captions"
+    found = encode(tower, distinct.astype(np.int64), batch_size=batch_size, device=device, told=told, quiet=quiet)
+    return found[inverse.reshape(-1)]
+
+
+def encode(
+    tower: Callable[[torch.Tensor], torch.Tensor],
+    inputs: np.ndarray,
+    *,
+    batch_size: int,
+    device: torch.device,
+    told: str,
+    quiet: bool = False,
+) -> np.ndarray:
+    """Embed (N, …) inputs as (N, D) float32 unit rows; `told` is the plural noun of what they are."""
     parts = []
-    with torch.inference_mode(), Meter("encoding", len(distinct), "captions", quiet=quiet) as meter:
-        for start in range(0, len(distinct), batch_size):
-            block = torch.from_numpy(distinct[start : start + batch_size].astype(np.int64)).to(device)
+    with torch.inference_mode(), Meter("encoding", len(inputs), told, quiet=quiet) as meter:
+        for start in range(0, len(inputs), batch_size):
+            block = torch.from_numpy(inputs[start : start + batch_size]).to(device)
             parts.append(F.normalize(tower(block).float(), dim=1).cpu().numpy())
             meter.advance(len(block))
-    return np.concatenate(parts)[inverse.reshape(-1)]
+    return np.concatenate(parts)
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:

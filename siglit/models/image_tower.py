@@ -1,4 +1,4 @@
-"""The frozen image tower: a timm model, its weights, its pooling and its transform.
+"""The image tower: a timm model, its weights, its pooling and its transform; frozen, unless it is to be trained.
 
 Knows nothing of caches or text. Pixels travel as uint8 and are normalised on the tower's device, a quarter of the
 bytes. Shapes: N images, H = W = image_size, T tokens, C tower width, D embedding width (C, or 2 C for `cls+avg`).
@@ -29,10 +29,18 @@ _TOKEN_POOLINGS = ("cls", "avg", "map", "cls+avg")
 
 
 class ImageTower(nn.Module):
-    """A frozen tower with its pooling: uint8 pixels in, embeddings out."""
+    """A tower with its pooling: uint8 pixels in, embeddings out.
 
-    def __init__(self, config: ImageTowerConfig):
+    Attributes:
+        pretrained: names of the parameters that came from weights, as in `named_parameters`.
+    """
+
+    def __init__(self, config: ImageTowerConfig, *, trainable: bool = False):
         """Build the timm model and load its weights.
+
+        Args:
+            config: which tower, and what to load.
+            trainable: its parameters require gradients; otherwise it is frozen and in evaluation mode.
 
         Raises:
             UserError: the name is unknown, the weights cannot be had or do not fit, or the tower lacks the pooling.
@@ -55,8 +63,11 @@ class ImageTower(nn.Module):
         self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1) * 255, persistent=False)
-        self.requires_grad_(False).eval()
+        self.eval()
         self.embedding_width = self._probe()
+        self.requires_grad_(trainable).train(trainable)
+        loaded = config.pretrained or config.weights is not None
+        self.pretrained = frozenset(name for name, _ in self.named_parameters()) if loaded else frozenset[str]()
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embed (N, 3, H, W) uint8 pixels as (N, D), not normalised."""
@@ -131,6 +142,28 @@ class ImageTower(nn.Module):
                 "image; choose another image_tower.pooling or set model_args.global_pool"
             )
         return shape[1]
+
+
+class ImageSide(nn.Module):
+    """What the loss sees of images: the tower, or the rows that a locked one left in the cache; then the head, if any.
+
+    Attributes:
+        dim: width of the embeddings.
+        pretrained: names of the parameters that came from weights, as in `named_parameters`.
+    """
+
+    def __init__(self, tower: ImageTower | None, *, width: int, head: int | None):
+        """Take a trainable tower, or None for rows of the cache; their width; the width of the head."""
+        super().__init__()
+        self.tower = tower
+        self.head = nn.Linear(width, head, bias=False) if head else None
+        self.dim = head or width
+        self.pretrained = frozenset(f"tower.{name}" for name in tower.pretrained) if tower else frozenset[str]()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed (N, 3, H, W) uint8 pixels, or (N, width) rows of the cache, as (N, dim), not normalised."""
+        rows = images.float() if self.tower is None else self.tower(images)
+        return rows if self.head is None else self.head(rows)
 
 
 def _build(config: ImageTowerConfig) -> nn.Module:

@@ -1,0 +1,184 @@
+"""A trained run, ready to be evaluated: its towers, its tokenizer, and the embeddings of a split's images.
+
+A locked image tower left them in the cache; a trained one embeds the images first, into a cache of its own in the
+run's folder, named after its weights. Shapes: N images, D embedding width.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch.nn import functional as F
+
+from siglit import run as run_folder
+from siglit.cache import CacheError, EmbeddingCache
+from siglit.config import Experiment, TextTowerConfig
+from siglit.data.sources import open_source
+from siglit.embedding import embed_source
+from siglit.errors import UserError
+from siglit.evaluation.encoding import unit_rows
+from siglit.evaluation.retrieval import save_index
+from siglit.models.image_tower import ImageSide, ImageTower
+from siglit.models.text_tower import TextTower
+from siglit.models.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained run and the images of one split."""
+
+    cache: EmbeddingCache
+    """Outputs of the image tower, not normalised, with keys and captions."""
+    zimg: np.ndarray
+    """(N, D) float32 unit rows: the cache's, behind the head if there is one."""
+    tower: TextTower
+    """In evaluation mode, on the CPU."""
+    tokenizer: Tokenizer
+    """The tokenizer it was trained with."""
+    logit_scale: float
+    """Learned t."""
+    logit_bias: float
+    """Learned b."""
+    step: int
+    """Optimiser steps taken."""
+    checkpoint: str
+    """File it came from."""
+    index: Path
+    """The faiss index over `zimg`."""
+
+
+def open_trained(experiment: Experiment) -> Trained:
+    """Load the run's checkpoint, embed the images of eval.split where no cache holds them, and index them.
+
+    Raises:
+        UserError: there is no checkpoint, it is not one of siglit's, or it belongs to another cache or tokenizer.
+    """
+    locked = experiment.mode == "locked"
+    cache = run_folder.open_cache(experiment, experiment.eval.split) if locked else None
+    path, state = _read(experiment)
+    about, weights = state["siglit"], state["state_dict"]
+    if about["mode"] != experiment.mode:
+        raise UserError(
+            f"{path} was trained with mode {about['mode']}, but the experiment says {experiment.mode}; change it back"
+        )
+    tokenizer = load_tokenizer(run_folder.tokenizer_path(experiment), experiment.tokenizer)
+    if tokenizer.fingerprint != about["tokenizer"]:
+        raise UserError(
+            f"{path} was trained with another tokenizer than {run_folder.tokenizer_path(experiment)} of length "
+            f"{experiment.tokenizer.length}; set tokenizer.path, .length and .lowercase as they were in training"
+        )
+    side = _image_side(experiment, path, about, _part(weights, "image_tower."), cache)
+    cache = cache or _embed(experiment, side)
+    zimg, index = _index(experiment, cache, side)
+    tower = TextTower(TextTowerConfig(**about["text_tower"]), **about["built_for"])
+    tower.load_state_dict(_part(weights, "text_tower."))
+    return Trained(
+        cache=cache,
+        zimg=zimg,
+        tower=tower.eval(),
+        tokenizer=tokenizer,
+        logit_scale=math.exp(weights["log_scale"].item()),
+        logit_bias=weights["logit_bias"].item(),
+        step=int(state["global_step"]),
+        checkpoint=path,
+        index=index,
+    )
+
+
+def _read(experiment: Experiment) -> tuple[str, dict[str, Any]]:
+    path = experiment.eval.checkpoint or str(run_folder.output_dir(experiment) / "checkpoints" / "last.ckpt")
+    if not Path(path).is_file():
+        raise UserError(
+            f"there is no checkpoint {path}; run `siglit train` with this experiment, or set eval.checkpoint"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["siglit"]["mode"], state["state_dict"], state["global_step"]
+    except Exception as error:
+        raise UserError(f"{path} is not a checkpoint of siglit ({str(error).splitlines()[0][:120]})") from error
+    return path, state
+
+
+def _part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _image_side(
+    experiment: Experiment,
+    path: str,
+    about: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    cache: EmbeddingCache | None,
+) -> ImageSide:
+    """The image side as it was trained, without the weights that it started from."""
+    if about["image_head"] != experiment.image_tower.head:
+        raise UserError(
+            f"{path} was trained with image_tower.head {about['image_head']}, but the experiment says "
+            f"{experiment.image_tower.head}; change it back"
+        )
+    if cache is not None:
+        if about["image_tower"] != cache.fingerprint["image_tower"]:
+            raise UserError(
+                f"{path} was trained on embeddings of {_tower_words(about['image_tower'])}, but {cache.path} holds "
+                f"those of {_tower_words(cache.fingerprint['image_tower'])}; train again, or set cache.path"
+            )
+        side = ImageSide(None, width=cache.dim, head=experiment.image_tower.head)
+    else:
+        tower = ImageTower(replace(experiment.image_tower, pretrained=False, weights=None))
+        side = ImageSide(tower, width=tower.embedding_width, head=experiment.image_tower.head)
+    try:
+        side.load_state_dict(weights)
+    except RuntimeError as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit the image tower of the experiment: {told}") from error
+    return side.eval()
+
+
+def _embed(experiment: Experiment, side: ImageSide) -> EmbeddingCache:
+    """Embed the images of eval.split with the trained tower."""
+    split = experiment.eval.split
+    spec = getattr(experiment.data, split)
+    if spec is None:
+        raise UserError(f"data.{split} is not set: there is nothing held out; set it, or choose another eval.split")
+    assert side.tower is not None
+    weights = side.tower.fingerprint()["weights"]
+    fabric = Fabric(accelerator=experiment.eval.accelerator, devices=1)
+    side.tower.to(fabric.device)
+    path = run_folder.output_dir(experiment) / "embeddings" / weights[:16] / split
+    # The file that the tower started from is not what made these rows.
+    started = replace(experiment, image_tower=replace(experiment.image_tower, weights=None))
+    try:
+        done = embed_source(started, fabric, side.tower, open_source(spec), path, f"embedding {split}")
+    except CacheError as error:
+        raise UserError(str(error)) from error
+    side.cpu()
+    if len(done.cache) == 0:
+        raise UserError(f"{path} holds no image; see data.{split} in the experiment")
+    return done.cache
+
+
+def _index(experiment: Experiment, cache: EmbeddingCache, side: ImageSide) -> tuple[np.ndarray, Path]:
+    """Unit rows of the cache's images, and the file of the index over them; another cache or head has another file."""
+    rows = cache.gather(np.arange(len(cache)))
+    name = cache.digest[:16]
+    if side.head is None:
+        zimg = unit_rows(rows)
+    else:
+        weight = side.head.weight.detach()
+        zimg = F.normalize(torch.from_numpy(rows).float() @ weight.T, dim=1).numpy()
+        name += "-" + hashlib.blake2b(weight.numpy().tobytes(), digest_size=8).hexdigest()
+    path = run_folder.output_dir(experiment) / f"images-{experiment.eval.split}-{name}.faiss"
+    if not path.exists():
+        save_index(zimg, path)
+    return zimg, path
+
+
+def _tower_words(tower: dict[str, Any]) -> str:
+    if tower.get("imported"):
+        return f"{tower['model']} (imported)"
+    return f"{tower['model']} (pooling {tower['pooling']}, weights {tower['weights'][:8]})"
