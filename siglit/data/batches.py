@@ -173,11 +173,14 @@ class TrainBatches:
         return ids if self._corruption is None else self._corruption.texts(epoch, rows, ids)
 
     def _exchanged(self, batches: Iterator[Arrays], epoch: int, first: int) -> Iterator[Arrays]:
-        """Give the pairs whose alignment is spoilt the texts of one another, over all ranks."""
+        """Give the pairs whose alignment is spoilt the texts of one another, over all ranks.
+
+        Who is in the whole batch is known on every rank without a message: the order is drawn a second time, for which
+        `RowShuffle` takes its memory twice.
+        """
         if self._corruption is None or "alignment" not in self._corruption.kinds:
             yield from batches
             return
-        # Who is in the whole batch is known on every rank without a message: the order again, but nothing read for it.
         whole = self._order.batches(epoch, first, Share(self._share.total), lambda rows: {"rows": rows})
         own = slice(self._share.rank * self._share.own, (self._share.rank + 1) * self._share.own)
         for arrays, everyone in zip(batches, whole, strict=True):

@@ -4,8 +4,9 @@ Knows rows, token ids and pixels, not caches, towers or ranks. All of it is a ha
 the same for any number of ranks and workers and after a resumed run, and nothing has to be kept.
 Shapes: k rows, L tokens, G pairs of a global batch over all ranks, P noise images, H = W pixels, D embedding width.
 
-Source: section 4.9 of the paper (arXiv:2303.15343). There too a batch's spoilt pairs are shuffled among themselves,
-so that a text's own image stays in its batch, as a false negative.
+Source: section 4.9 of the paper (arXiv:2303.15343). As there, the pairs of a batch that lose their alignment are
+shuffled among themselves: a text's own image stays in its batch as a false negative, which a caption from elsewhere
+would leave out. Unlike there, they are not a fixed part of the batch: every pair is one of them with probability p.
 """
 
 import hashlib
