@@ -413,6 +413,11 @@ class Experiment:
                 count(value or 0)
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from error
+        if bool(self.data.corrupt) != (self.data.corrupt_share > 0):
+            raise UserError(
+                f"data.corrupt is {self.data.corrupt} and data.corrupt_share {self.data.corrupt_share}: "
+                "name what to corrupt and give a share of more than 0, or leave out both"
+            )
         loss = self.loss
         if (loss.negatives == "all") != (loss.negatives_per_positive is None):
             raise UserError(

@@ -39,6 +39,20 @@ def test_a_number_out_of_range_is_named(experiment, words):
         parse("train", f"--{words[0]}", words[1])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data.corrupt", "[text]"),
+        ("--data.corrupt_share", "0.2"),
+        ("--data.corrupt", "[]", "--data.corrupt_share", "1"),
+    ],
+)
+def test_half_a_wish_is_refused(experiment, words):
+    with pytest.raises(UserError, match=r"^data.corrupt is .* and data.corrupt_share .*: name what"):
+        parse("train", *words)
+    assert parse("train", "--data.corrupt", "[text]", "--data.corrupt_share", "0.2").data.corrupt == ["text"]
+
+
 def write(path, text):
     path.write_text(path.read_text() + text)
 

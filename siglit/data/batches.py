@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from siglit.cache import EmbeddingCache
+from siglit.data.corruption import Corruption
 from siglit.data.prefetch import Prefetched
 from siglit.data.shuffle import Arrays, BlockShuffle, RowShuffle, Share, choose_captions
 from siglit.errors import UserError
@@ -31,7 +32,8 @@ class Batch(TypedDict):
     text_ids: torch.Tensor
     """(B,) int64, equal where captions are (as the text tower sees them)."""
     image_ids: torch.Tensor
-    """(B,) int64, equal where labels are if the loader was given labels, else where images are."""
+    """(B,) int64, equal where labels are if the loader was given labels, else where images are; a noise image is of
+    no label."""
 
 
 class TrainBatches:
@@ -61,6 +63,8 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        corruption: Corruption | None = None,
+        noise: np.ndarray | None = None,
     ):
         """Prepare the passes.
 
@@ -76,6 +80,8 @@ class TrainBatches:
             rank: number of this rank.
             world_size: number of ranks W.
             pin_memory: hand out page-locked tensors, which CUDA copies while it computes.
+            corruption: what to spoil, for the noise study.
+            noise: (P, D) embeddings of noise, see `noise_pool`; needed where images are spoilt.
 
         Raises:
             UserError: G cannot be divided among the ranks, or the cache has fewer captioned rows than G.
@@ -84,6 +90,8 @@ class TrainBatches:
             raise UserError(f"train.batch_size {batch_size} cannot be shared evenly by {world_size} devices")
         self._cache, self._ids, self._labels, self._seed = cache, ids, labels, seed
         self._share, self._pin = Share(batch_size, rank, world_size), pin_memory
+        assert corruption is None or "image" not in corruption.kinds or noise is not None
+        self._corruption, self._noise = corruption, noise
         self.shuffle, self._auto_shuffle = shuffle, auto_shuffle
         self._order: RowShuffle | BlockShuffle = _SHUFFLES[shuffle](cache.caption_offsets, seed)
         self.epoch = self.examples = 0
@@ -134,27 +142,52 @@ class TrainBatches:
             "seed": self._seed,
             "train.shuffle": self.shuffle,
             "number of captioned images": self._order.count,
+            "data.corrupt": None if self._corruption is None else str(self._corruption),
         }
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         def fetch(rows: np.ndarray) -> Arrays:
-            start, end = self._cache.caption_offsets[rows], self._cache.caption_offsets[rows + 1]
-            captions = start + choose_captions(self._seed, epoch, rows, end - start)
-            ids = self._ids[captions]
-            return {
-                "image": self._cache.gather(rows),
-                "ids": ids,
-                "rows": rows,
-                "text_ids": _row_hash(ids),
-                "image_ids": rows
-                if self._labels is None
-                else np.where(self._labels[rows] < 0, -1 - rows, self._labels[rows]),
-            }
+            return {"rows": rows, "ids": self._texts(epoch, rows), **self._images(epoch, rows)}
 
-        for arrays in self._order.batches(epoch, first, self._share, fetch):
+        for arrays in self._exchanged(self._order.batches(epoch, first, self._share, fetch), epoch, first):
+            arrays["text_ids"] = _row_hash(arrays["ids"])
             arrays["ids"] = arrays["ids"].astype(np.int64)
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             yield {name: tensor.pin_memory() if self._pin else tensor for name, tensor in tensors.items()}  # type: ignore[misc]
+
+    def _images(self, epoch: int, rows: np.ndarray) -> Arrays:
+        image = self._cache.gather(rows)
+        image_ids = rows if self._labels is None else np.where(self._labels[rows] < 0, -1 - rows, self._labels[rows])
+        if self._corruption is not None and self._noise is not None:
+            hit, number = self._corruption.noise_numbers(epoch, rows, len(self._noise))
+            image[hit] = self._noise[number]
+            # Far from every row, label and -1 - row.
+            image_ids = image_ids.copy()
+            image_ids[hit] = np.iinfo(np.int64).min + number
+        return {"image": image, "image_ids": image_ids}
+
+    def _texts(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """(k, L) token ids of the caption that each row has in this pass."""
+        start, end = self._cache.caption_offsets[rows], self._cache.caption_offsets[rows + 1]
+        ids = self._ids[start + choose_captions(self._seed, epoch, rows, end - start)]
+        return ids if self._corruption is None else self._corruption.texts(epoch, rows, ids)
+
+    def _exchanged(self, batches: Iterator[Arrays], epoch: int, first: int) -> Iterator[Arrays]:
+        """Give the pairs whose alignment is spoilt the texts of one another, over all ranks.
+
+        Who is in the whole batch is known on every rank without a message: the order is drawn a second time, for which
+        `RowShuffle` takes its memory twice.
+        """
+        if self._corruption is None or "alignment" not in self._corruption.kinds:
+            yield from batches
+            return
+        whole = self._order.batches(epoch, first, Share(self._share.total), lambda rows: {"rows": rows})
+        own = slice(self._share.rank * self._share.own, (self._share.rank + 1) * self._share.own)
+        for arrays, everyone in zip(batches, whole, strict=True):
+            givers = self._corruption.givers(epoch, everyone["rows"])[own]
+            moved = givers != arrays["rows"]
+            arrays["ids"][moved] = self._texts(epoch, givers[moved])
+            yield arrays
 
 
 def _row_hash(ids: np.ndarray) -> np.ndarray:

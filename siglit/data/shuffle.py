@@ -59,13 +59,28 @@ def choose_captions(seed: int, epoch: int, rows: np.ndarray, counts: np.ndarray)
 
     Returns:
         (k,) int64 in [0, counts), uniform to within counts / 2³².
+    """
+    high = draw(seed, epoch, rows) >> np.uint64(32)
+    return (high * counts.astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+
+
+def draw(*words: int | np.ndarray) -> np.ndarray:
+    """Hash numbers to uniform 64-bit ones: the same for the same words in the same order, and as if independent else.
+
+    Args:
+        words: whole numbers and arrays of them, taken modulo 2⁶⁴, that broadcast; at least one is an array.
+
+    Returns:
+        uint64 of the shape that they broadcast to.
 
     Source: SplitMix64 (Steele, Lea and Flood 2014), https://prng.di.unimi.it/splitmix64.c
     """
-    key = int(_splitmix64(np.array([seed & _MASK], np.uint64))[0]) ^ (epoch & _MASK)
-    stream = _splitmix64(np.array([key], np.uint64))
-    high = _splitmix64(stream ^ rows.astype(np.uint64)) >> np.uint64(32)
-    return (high * counts.astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+    # An array from the start: numpy warns of the overflow that is meant where both numbers are scalars.
+    state = np.zeros(1, np.uint64)
+    for word in words:
+        whole = word if isinstance(word, np.ndarray) else np.array(int(word) & _MASK, np.uint64)
+        state = _splitmix64(state ^ whole.astype(np.uint64))
+    return state
 
 
 class RowShuffle:

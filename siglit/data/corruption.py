@@ -1,0 +1,188 @@
+"""The noise study: what is put in place of images and texts, and which pairs exchange their texts.
+
+Knows rows, token ids and pixels, not caches, towers or ranks. All of it is a hash of (seed, pass, row), so that it is
+the same for any number of ranks and workers and after a resumed run, and nothing has to be kept.
+Shapes: k rows, L tokens, G pairs of a global batch over all ranks, P noise images, H = W pixels, D embedding width.
+
+Source: section 4.9 of the paper (arXiv:2303.15343). As there, the pairs of a batch that lose their alignment are
+shuffled among themselves: a text's own image stays in its batch as a false negative, which a caption from elsewhere
+would leave out. Unlike there, they are not a fixed part of the batch: every pair is one of them with probability p.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from siglit.cache.files import commit
+from siglit.config import DataConfig
+from siglit.data.shuffle import draw
+from siglit.models.tokenizer import Tokenizer
+
+_KINDS = ("image", "text", "alignment")
+# Each use has numbers of its own; the hits have the first ones.
+_NUMBER, _LENGTH, _PIECE, _PLACE, _PIXEL = range(len(_KINDS), len(_KINDS) + 5)
+_EMBED_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """What to spoil, and how often.
+
+    Each kind hits a pair in a pass with probability `share`, independently of the other kinds and pairs. A random text
+    belongs to its row and moves with it where pairs are exchanged.
+    """
+
+    kinds: frozenset[str]
+    """Some of image, text, alignment."""
+    share: float
+    """Probability of each, 0.0–1.0."""
+    seed: int
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+
+    def __post_init__(self) -> None:
+        assert self.kinds <= set(_KINDS)
+        assert self.vocab_size > len({self.eos_id, self.pad_id})
+
+    def __str__(self) -> str:
+        return f"{', '.join(sorted(self.kinds))} (data.corrupt_share {self.share})"
+
+    def hits(self, kind: str, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """(k,) bool, which of the (k,) rows this kind spoils in the pass; none if the kind was not asked for."""
+        if kind not in self.kinds:
+            return np.zeros(len(rows), bool)
+        return (draw(self.seed, epoch, _KINDS.index(kind), rows) >> np.uint64(11)) * 2.0**-53 < self.share
+
+    def texts(self, epoch: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Put random tokens in place of the texts that are hit.
+
+        1 … L − 1 pieces, each length as likely, and each piece of the vocabulary but end-of-sentence and padding; then
+        end-of-sentence, then padding. (A tokenizer's token for the beginning, such as [CLS], is not put back.)
+
+        Args:
+            epoch: number of the pass.
+            rows: (k,) int64.
+            ids: (k, L) token ids of the rows' captions, L at least 2.
+
+        Returns:
+            (k, L) of the same dtype; `ids` itself where texts are not spoilt.
+        """
+        if "text" not in self.kinds:
+            return ids
+        hit = self.hits("text", epoch, rows)
+        spoilt, places = rows[hit, None], np.arange(ids.shape[1])
+        lengths = 1 + _below(ids.shape[1] - 1, draw(self.seed, epoch, _LENGTH, spoilt))
+        special = sorted({self.eos_id, self.pad_id})
+        pieces = _below(self.vocab_size - len(special), draw(self.seed, epoch, _PIECE, spoilt, places))
+        for number in special:
+            pieces += pieces >= number
+        ends = np.where(places == lengths, self.eos_id, self.pad_id)
+        ids = ids.copy()
+        ids[hit] = np.where(places < lengths, pieces, ends)
+        return ids
+
+    def givers(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """Shuffle the texts of the pairs that are hit among them.
+
+        Args:
+            epoch: number of the pass.
+            rows: (G,) int64, all rows of the global batch in its order, without repetition.
+
+        Returns:
+            (G,) int64, the row of the batch whose text each pair is handed: its own, or where it is hit one of a
+            random permutation of the hit rows.
+        """
+        hit = self.hits("alignment", epoch, rows)
+        givers = rows.copy()
+        givers[hit] = rows[hit][np.argsort(draw(self.seed, epoch, _PLACE, rows[hit]))]
+        return givers
+
+    def noise_numbers(self, epoch: int, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(k,) bool, which images are hit; and for those a number in [0, count), that of the noise to put there."""
+        hit = self.hits("image", epoch, rows)
+        return hit, _below(count, draw(self.seed, epoch, _NUMBER, rows[hit]))
+
+
+def corruption_of(data: DataConfig, seed: int, tokenizer: Tokenizer) -> Corruption | None:
+    """The corruption that an experiment asks for; None if none."""
+    if not data.corrupt:
+        return None
+    return Corruption(
+        frozenset(data.corrupt), data.corrupt_share, seed, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id
+    )
+
+
+def noise_pixels(seed: int, epoch: int, row: int, image_size: int) -> np.ndarray:
+    """(3, H, W) uint8 of uniform random noise, to put in place of the row's image in the pass."""
+    count = 3 * image_size**2
+    words = draw(seed, epoch, _PIXEL, row, np.arange(-(-count // 8)))
+    return words.astype("<u8").view(np.uint8)[:count].reshape(3, image_size, image_size)
+
+
+def noise_pool(
+    folder: Path,
+    image_tower: Mapping[str, Any],
+    embed: Callable[[np.ndarray], np.ndarray],
+    *,
+    image_size: int,
+    dim: int,
+    seed: int,
+    count: int = 256,
+) -> np.ndarray:
+    """Return embeddings of noise images for training on a cache, from their file or made now.
+
+    The paper draws a new noise image every time; without the tower in training there is a pool of them, drawn from with
+    replacement. The file's name tells tower, seed and count, and it is written whole or not at all: a resumed run has
+    the very same rows.
+
+    Args:
+        folder: where the file is kept, such as the run's.
+        image_tower: fingerprint of the tower that made the cache.
+        embed: that tower, (n, 3, H, W) uint8 pixels to (n, D) rows; called only if there is no file.
+        image_size: H = W, the tower's.
+        dim: D, the cache's.
+        seed: of the run.
+        count: P.
+
+    Returns:
+        (P, D) float16.
+
+    Raises:
+        OSError: the file could not be written; the text says why in words.
+    """
+    made_of = json.dumps([dict(image_tower), image_size, seed, count], sort_keys=True)
+    path = Path(folder) / f"noise-{hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()}.npy"
+    kept = _read_pool(path)
+    if kept is not None and kept.shape == (count, dim) and kept.dtype == np.float16:
+        return kept
+    parts = [range(first, min(first + _EMBED_AT_ONCE, count)) for first in range(0, count, _EMBED_AT_ONCE)]
+    pool = np.concatenate(
+        [embed(np.stack([noise_pixels(seed, 0, number, image_size) for number in part])) for part in parts]
+    ).astype(np.float16)
+    assert pool.shape == (count, dim)
+    data = io.BytesIO()
+    np.save(data, pool)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    commit(path.parent, path.name, data.getvalue())
+    return pool
+
+
+def _read_pool(path: Path) -> np.ndarray | None:
+    """The file's array, or None where there is no file, a torn one, or not one of numpy's."""
+    try:
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _below(count: int, drawn: np.ndarray) -> np.ndarray:
+    """Whole numbers in [0, count) from uniform 64-bit ones, int64; uniform to within count / 2³²."""
+    return ((drawn >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)).astype(np.int64)

@@ -1,0 +1,359 @@
+"""The noise study: its shares, its independence, and that it is a matter of seed, pass and row alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from siglit.cache import EmbeddingCache, finish, write_shard
+from siglit.config import DataConfig, SourceSpec
+from siglit.data import shuffle
+from siglit.data.batches import TrainBatches
+from siglit.data.corruption import Corruption, corruption_of, noise_pixels, noise_pool
+from siglit.errors import UserError
+
+KINDS = ("image", "text", "alignment")
+ROWS, DIM, LENGTH, BATCH, EOS, PAD, VOCAB = 160, 6, 5, 24, 7, 3, 100
+POOL = np.full((8, DIM), -1, np.float16) - np.arange(8, dtype=np.float16)[:, None]
+MANY = np.arange(40_000) * 37
+
+
+def spoil(*kinds, share=0.4, seed=0, eos_id=EOS, pad_id=PAD):
+    return Corruption(frozenset(kinds), share, seed, VOCAB, eos_id, pad_id)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Row r holds the number r and has one caption, or two, or three."""
+    folder = tmp_path_factory.mktemp("cache")
+    write_shard(
+        folder,
+        0,
+        embeddings=np.repeat(np.arange(ROWS, dtype=float)[:, None], DIM, 1),
+        keys=[str(row) for row in range(ROWS)],
+        captions=[["a"] * (1 + row % 3) for row in range(ROWS)],
+        fingerprint={"tower": "none"},
+    )
+    finish(folder, 1, {"tower": "none"})
+    return EmbeddingCache(folder)
+
+
+@pytest.fixture(scope="module")
+def ids(cache):
+    """Token ids that tell the row (from 1000 on, where no random token is) and the caption."""
+    starts = cache.caption_offsets[cache.caption_rows]
+    caption = np.arange(cache.num_captions) - starts
+    blank = np.full(cache.num_captions, PAD)
+    return np.stack([1000 + cache.caption_rows, 2000 + caption, blank + EOS - PAD, blank, blank], 1).astype(np.uint16)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Windows of 40 rows: batches begin and end anywhere in them."""
+    monkeypatch.setattr(shuffle, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(shuffle, "WINDOW_BLOCKS", 5)
+
+
+def loader(cache, ids, corruption, **arguments):
+    return TrainBatches(cache, ids, batch_size=BATCH, seed=0, corruption=corruption, noise=POOL, **arguments)
+
+
+def one_pass(batches):
+    """All that is handed out in a pass, name → array."""
+    found = list(batches)
+    return {name: torch.cat([batch[name] for batch in found]).numpy() for name in found[0]}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_share_is_hit(kind, share):
+    """Within five standard deviations; all at 1, none at 0."""
+    rate = spoil(kind, share=share).hits(kind, 3, MANY).mean()
+    assert abs(rate - share) <= 5 * np.sqrt(share * (1 - share) / len(MANY))
+
+
+def test_kinds_are_hit_independently_of_each_other_and_of_the_pass():
+    """Two kinds, or two passes, meet in the product of their shares."""
+    corruption = spoil(*KINDS)
+    hits = [corruption.hits(kind, epoch, MANY) for kind in KINDS for epoch in (0, 1)]
+    sigma = np.sqrt(0.16 * 0.84 / len(MANY))
+    for first in range(6):
+        for second in range(first):
+            assert abs((hits[first] & hits[second]).mean() - 0.16) < 5 * sigma
+    assert not spoil("text").hits("image", 0, MANY).any()
+
+
+def test_seeds_differ():
+    assert not np.array_equal(spoil("text").hits("text", 0, MANY), spoil("text", seed=1).hits("text", 0, MANY))
+
+
+@pytest.mark.parametrize(("eos", "pad"), [(7, 3), (3, 7), (1, 1), (0, 99), (99, 98)])
+def test_random_texts_are_texts(eos, pad):
+    """Pieces of the whole vocabulary but the special ones, 1 to L - 1 of them, then the end, then padding."""
+    ids = np.full((len(MANY), LENGTH), 500, np.int32)
+    corruption = spoil("text", eos_id=eos, pad_id=pad)
+    found = corruption.texts(0, MANY, ids)
+    hit = corruption.hits("text", 0, MANY)
+    assert found.dtype == ids.dtype
+    assert (found[~hit] == 500).all()
+    assert (ids == 500).all(), "the caller's array is not written to"
+    texts = found[hit]
+    pieces = (texts != eos) & (texts != pad)
+    lengths = pieces.sum(1)
+    place = np.arange(LENGTH)
+    assert np.array_equal(pieces, place < lengths[:, None])
+    assert (texts[np.arange(len(texts)), lengths] == eos).all()
+    assert (texts[place > lengths[:, None]] == pad).all()
+    assert set(texts[pieces].tolist()) == set(range(VOCAB)) - {eos, pad}
+    counts = np.bincount(lengths, minlength=LENGTH)
+    assert counts[0] == 0
+    assert np.abs(counts[1:] / len(texts) - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / len(texts))
+    assert np.abs(np.bincount(texts[:, 0], minlength=VOCAB).max() * (VOCAB - 2) / len(texts) - 1) < 0.4
+
+
+def test_exchanged_texts_are_a_permutation_of_the_hit_rows():
+    """As the paper's shuffle: nobody outside takes part, no text is lost, and a few stay where they are."""
+    rows = MANY[:1000]
+    corruption = spoil("alignment")
+    givers, hit = corruption.givers(0, rows), corruption.hits("alignment", 0, rows)
+    assert np.array_equal(givers[~hit], rows[~hit])
+    assert sorted(givers[hit]) == sorted(rows[hit])
+    assert (givers[hit] == rows[hit]).sum() < 10
+    assert not np.array_equal(givers, corruption.givers(1, rows))
+
+
+@pytest.mark.parametrize("order", ["rows", "blocks"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_together_hand_out_what_one_does(cache, ids, order, ranks):
+    """Every array, over two passes, all kinds at once."""
+    corruption = spoil(*KINDS)
+    alone = loader(cache, ids, corruption, shuffle=order)
+    parts = [loader(cache, ids, corruption, shuffle=order, rank=r, world_size=ranks) for r in range(ranks)]
+    for _ in range(2):
+        for whole, *shares in zip(alone, *parts, strict=True):
+            for name, value in whole.items():
+                assert torch.equal(torch.cat([share[name] for share in shares]), value), name
+
+
+def test_what_a_row_becomes_does_not_depend_on_the_shuffle(cache, ids):
+    """Noise and random texts are of (pass, row); only the partners of an exchange follow from the batch."""
+    corruption = spoil("image", "text")
+    by_row = []
+    for order in ("rows", "blocks"):
+        found = one_pass(loader(cache, ids, corruption, shuffle=order))
+        by_row.append({int(row): number for number, row in enumerate(found["rows"])} | {"found": found})
+    both = [row for row in range(ROWS) if row in by_row[0] and row in by_row[1]]
+    assert len(both) > 100
+    for name in ("image", "ids", "text_ids", "image_ids"):
+        one, other = (side["found"][name][[side[row] for row in both]] for side in by_row)
+        assert np.array_equal(one, other), name
+
+
+@pytest.mark.parametrize("kinds", [("image",), ("text",), ("alignment",), KINDS])
+def test_a_resumed_pass_is_spoilt_as_it_would_have_been(cache, ids, kinds):
+    first = loader(cache, ids, spoil(*kinds), shuffle="blocks")
+    stream = iter(first)
+    for _ in range(2):
+        next(stream)
+    state = dict(first.state_dict())
+    second = loader(cache, ids, spoil(*kinds), shuffle="blocks", rank=0, world_size=1)
+    second.load_state_dict(state)
+    for wanted, found in zip(stream, second, strict=True):
+        for name in wanted:
+            assert torch.equal(wanted[name], found[name]), name
+
+
+@pytest.mark.parametrize("other", [None, spoil("text", share=0.3), spoil("text", "image")])
+def test_another_corruption_does_not_go_on(cache, ids, other):
+    state = loader(cache, ids, spoil("text")).state_dict()
+    with pytest.raises(UserError, match=r"data.corrupt text \(data.corrupt_share 0.4\), but it is"):
+        loader(cache, ids, other).load_state_dict(state)
+    with pytest.raises(UserError, match=r"now: the batches"):
+        loader(cache, ids, spoil("text")).load_state_dict(loader(cache, ids, other).state_dict())
+
+
+def test_passes_are_spoilt_differently(cache, ids):
+    batches = loader(cache, ids, spoil("image"))
+    spoilt = [set(found["rows"][found["image"][:, 0] < 0].tolist()) for found in map(one_pass, (batches, batches))]
+    assert spoilt[0]
+    assert spoilt[1]
+    assert spoilt[0] != spoilt[1]
+
+
+@pytest.mark.parametrize("order", ["rows", "blocks"])
+def test_no_corruption_and_a_share_of_nothing_change_no_byte(cache, ids, order):
+    plain = one_pass(TrainBatches(cache, ids, batch_size=BATCH, seed=0, shuffle=order))
+    for corruption in (None, spoil(*KINDS, share=0.0)):
+        found = one_pass(loader(cache, ids, corruption, shuffle=order))
+        assert {n: (a.dtype, a.tobytes()) for n, a in found.items()} == {
+            n: (a.dtype, a.tobytes()) for n, a in plain.items()
+        }
+
+
+def test_spoilt_images_come_from_the_pool_and_have_ids_of_their_own(cache, ids):
+    """Equal where the noise is the same, and never a row, a label or the stand-in of a missing label."""
+    for labels in (None, np.arange(ROWS) % 5 - 1):
+        plain = one_pass(loader(cache, ids, None, labels=labels))
+        found = one_pass(loader(cache, ids, spoil("image", share=0.7), labels=labels))
+        number = -1 - found["image"][:, 0]
+        hit = number >= 0
+        assert set(number[hit]) == set(range(len(POOL)))
+        assert np.array_equal(found["image"][hit], POOL[number[hit].astype(int)])
+        assert np.array_equal(found["image"][~hit], plain["image"][~hit])
+        assert np.array_equal(found["image_ids"][~hit], plain["image_ids"][~hit])
+        same = found["image_ids"][hit][:, None] == found["image_ids"][hit]
+        assert np.array_equal(same, number[hit][:, None] == number[hit])
+        assert not set(found["image_ids"][hit]) & set(range(-1 - ROWS, ROWS))
+        assert np.array_equal(found["ids"], plain["ids"])
+
+
+def test_spoilt_texts_are_random_and_the_others_are_captions(cache, ids):
+    corruption = spoil("text")
+    plain, found = one_pass(loader(cache, ids, None)), one_pass(loader(cache, ids, corruption))
+    hit = corruption.hits("text", 0, plain["rows"])
+    assert (found["ids"][hit] < VOCAB).all()
+    assert np.array_equal(found["ids"], corruption.texts(0, plain["rows"], plain["ids"]))
+    assert np.array_equal(found["image"], plain["image"])
+    assert np.array_equal(found["image_ids"], plain["image_ids"])
+
+
+@pytest.mark.parametrize("order", ["rows", "blocks"])
+def test_pairs_exchange_the_very_texts_of_their_batch(cache, ids, order):
+    """The captions chosen in this pass, each once; the rows tell of the images."""
+    corruption = spoil("alignment")
+    pairs = zip(loader(cache, ids, None, shuffle=order), loader(cache, ids, corruption, shuffle=order), strict=True)
+    for plain, found in pairs:
+        assert torch.equal(found["rows"], plain["rows"])
+        assert torch.equal(found["image"], plain["image"])
+        rows = found["rows"].numpy()
+        texts = found["ids"][:, 0].numpy() - 1000
+        assert np.array_equal(texts, corruption.givers(0, rows))
+        assert (texts != rows).any()
+        assert sorted(found["ids"].tolist()) == sorted(plain["ids"].tolist())
+        assert sorted(found["text_ids"].tolist()) == sorted(plain["text_ids"].tolist())
+
+
+@pytest.mark.parametrize("kinds", [("text",), ("alignment",), ("text", "alignment")])
+def test_text_ids_are_of_the_texts_that_are_handed_out(cache, ids, kinds):
+    found = one_pass(loader(cache, ids % 1500 % 20, spoil(*kinds)))
+    same = (found["ids"][:, None] == found["ids"]).all(2)
+    assert same.sum() > len(same)
+    assert np.array_equal(found["text_ids"][:, None] == found["text_ids"], same)
+
+
+def test_a_random_text_moves_with_its_row(cache, ids):
+    both = spoil("text", "alignment")
+    texts = one_pass(loader(cache, ids, spoil("text")))
+    text_of = dict(zip(texts["rows"].tolist(), texts["ids"].tolist(), strict=True))
+    moved = 0
+    for batch in loader(cache, ids, both):
+        givers = both.givers(0, batch["rows"].numpy())
+        moved += int((givers != batch["rows"].numpy()).sum())
+        assert batch["ids"].tolist() == [text_of[row] for row in givers.tolist()]
+    assert moved > 10
+
+
+def test_noise_pixels_are_uniform_and_of_seed_pass_and_row():
+    picture = noise_pixels(0, 1, 2, 65)
+    assert picture.shape == (3, 65, 65)
+    assert picture.dtype == np.uint8
+    assert np.bincount(picture.ravel(), minlength=256).min() > 10
+    assert abs(picture.mean() - 127.5) < 5 * 74 / np.sqrt(picture.size)
+    assert np.array_equal(picture, noise_pixels(0, 1, np.int64(2), 65))
+    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        assert (picture == noise_pixels(*other, 65)).mean() < 0.02
+
+
+class Tower:
+    """Embeds a picture as its first pixels, and counts."""
+
+    def __init__(self):
+        self.calls, self.seen = 0, 0
+
+    def __call__(self, pixels):
+        assert pixels.dtype == np.uint8
+        assert pixels.shape[1:] == (3, 9, 9)
+        self.calls, self.seen = self.calls + 1, self.seen + len(pixels)
+        return pixels.reshape(len(pixels), -1)[:, :DIM].astype(np.float32)
+
+
+def pool(folder, tower, model="a", seed=0, count=40):
+    return noise_pool(folder, {"model": model}, tower, image_size=9, dim=DIM, seed=seed, count=count)
+
+
+def test_the_pool_is_made_once(tmp_path):
+    """The second call reads the same bytes and embeds nothing; nothing else is left in the folder."""
+    tower = Tower()
+    made = pool(tmp_path / "run", tower)
+    assert tower.seen == 40
+    assert made.shape == (40, DIM)
+    assert made.dtype == np.float16
+    assert len(np.unique(made, axis=0)) == 40
+    calls = tower.calls
+    again = pool(tmp_path / "run", tower)
+    assert tower.calls == calls
+    assert again.tobytes() == made.tobytes()
+    assert len(list((tmp_path / "run").iterdir())) == 1
+    assert pool(tmp_path / "other", tower).tobytes() == made.tobytes()
+
+
+@pytest.mark.parametrize("change", [{"model": "b"}, {"seed": 1}, {"count": 41}])
+def test_another_tower_seed_or_count_has_another_pool(tmp_path, change):
+    tower = Tower()
+    pool(tmp_path, tower)
+    pool(tmp_path, tower, **change)
+    assert tower.seen == 40 + change.get("count", 40)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def explode():
+    raise AssertionError("unpickled")
+
+
+class Bomb:
+    def __reduce__(self):
+        return explode, ()
+
+
+def foreign(array):
+    def write(path):
+        np.save(path, array, allow_pickle=True)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "spoil_file",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-7]),
+        lambda path: path.write_bytes(path.read_bytes()[:40]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"PK\x03\x04 something else"),
+        foreign(np.zeros((40, DIM), np.float32)),
+        foreign(np.zeros((40, DIM + 1), np.float16)),
+        foreign(np.array([Bomb()], dtype=object)),
+    ],
+    ids=["cut", "header cut", "empty", "not numpy's", "another type", "another width", "pickled"],
+)
+def test_a_pool_that_is_torn_or_foreign_is_made_anew(tmp_path, spoil_file):
+    tower = Tower()
+    made = pool(tmp_path, tower)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    spoil_file(path)
+    assert pool(tmp_path, tower).tobytes() == made.tobytes()
+    assert tower.seen == 80
+    assert path.read_bytes() == whole
+
+
+class Words:
+    vocab_size, length, eos_id, pad_id, fingerprint = VOCAB, LENGTH, EOS, PAD, ""
+
+    def __call__(self, texts):
+        raise NotImplementedError
+
+
+def test_the_experiment_decides():
+    train = SourceSpec(format="csv", path="x.csv")
+    assert corruption_of(DataConfig(train), 3, Words()) is None
+    asked = DataConfig(train, corrupt=["text", "image"], corrupt_share=0.2)
+    assert corruption_of(asked, 3, Words()) == spoil("image", "text", share=0.2, seed=3)
