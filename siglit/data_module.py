@@ -15,6 +15,7 @@ import numpy as np
 from siglit import run as run_folder
 from siglit.config import Experiment
 from siglit.data.batches import TrainBatches
+from siglit.data.corruption import corruption_of, noise_pool
 from siglit.data.decoding import UnitPixels, pixel_batches
 from siglit.data.pictures import PictureBatches
 from siglit.data.shuffle import choose_shuffle
@@ -111,6 +112,7 @@ class CacheData(TrainData):
         super().prepare_data()
         path = run_folder.tokenizer_path(self._experiment)
         token_ids(self.train, load_tokenizer(path, self._experiment.tokenizer))
+        self._noise()
 
     def train_dataloader(self) -> TrainBatches:
         """This rank's part of the global batches."""
@@ -127,6 +129,8 @@ class CacheData(TrainData):
                 labels=labels,
                 shuffle=self._chosen,
                 auto_shuffle=shuffle == "auto",
+                corruption=corruption_of(self._experiment.data, self._experiment.seed, self.tokenizer),
+                noise=self._noise(),
                 **self._ranks(),
             )
         return self._batches
@@ -136,6 +140,26 @@ class CacheData(TrainData):
         assert self._batches is not None
         why = self._reason if self._batches.shuffle == self._chosen else "as before the run was resumed"
         return f"shuffling {self._batches.shuffle} (train.shuffle {self._experiment.train.shuffle}; {why})"
+
+    def _noise(self) -> np.ndarray | None:
+        """Embeddings of noise images for the noise study: made on the first process, read by the others."""
+        if "image" not in self._experiment.data.corrupt:
+            return None
+        made = self.train.fingerprint["image_tower"]
+        tower = ImageTower(self._experiment.image_tower)
+        if tower.fingerprint()["weights"] != made.get("weights"):
+            raise UserError(
+                f"data.corrupt has image, but the image tower of the experiment is not the one that made "
+                f"{self.train.path}: noise images need the same weights; see image_tower.weights"
+            )
+
+        def embed(pixels: np.ndarray) -> np.ndarray:
+            with torch.inference_mode():
+                return tower(torch.from_numpy(pixels)).float().numpy()
+
+        folder = run_folder.output_dir(self._experiment)
+        options = {"image_size": tower.image_size, "dim": self.train.dim, "seed": self._experiment.seed}
+        return noise_pool(folder, made, embed, **options)
 
     def val_sample(self) -> Sample:
         """First rows of the held-out cache."""
