@@ -26,7 +26,7 @@ from siglit.loss import Negatives, sigmoid_loss, softmax_loss
 from siglit.loss.exchange import gather_rows
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
-from siglit.optim import build_optimizer, cosine_schedule
+from siglit.optim import build_optimizer, rate
 from siglit.run import ensure_tokenizer, tokenizer_path
 
 _WATCHED = ("positive_logit", "negative_logit", "positive_share")
@@ -217,10 +217,10 @@ class SigLiT(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The experiment's optimiser, its rate set anew before every step."""
-        config = self._experiment.optim
-        optimizer = build_optimizer(self, config)
+        config, batch_size = self._experiment.optim, self._experiment.train.batch_size
+        optimizer = build_optimizer(self, config, {})
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: cosine_schedule(step, config.warmup_steps, self._total_steps)
+            optimizer, lambda step: rate(step, config, self._total_steps, batch_size)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

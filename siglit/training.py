@@ -21,6 +21,7 @@ from siglit import run as run_folder
 from siglit.config import Experiment
 from siglit.errors import UserError
 from siglit.lightning_module import CacheData, SigLiT
+from siglit.optim import total_steps
 from siglit.progress import Meter
 
 
@@ -65,7 +66,7 @@ def run(experiment: Experiment) -> TrainResult:
             f"{train.path} and {val.path} were made by different image towers; run `siglit precompute` again"
         )
     folder = run_folder.output_dir(experiment)
-    steps = _total_steps(experiment, int((train.caption_offsets[1:] > train.caption_offsets[:-1]).sum()))
+    steps = total_steps(experiment.train, int((train.caption_offsets[1:] > train.caption_offsets[:-1]).sum()))
     last = folder / "checkpoints" / "last.ckpt"
     resuming = experiment.train.resume and last.exists()
     if last.exists() and not resuming and run_folder.is_first_process():
@@ -155,16 +156,6 @@ class TrainProgress(pl.Callback):
             self.rate = self._meter.rate
             self._meter.__exit__(kind, None, None)
             self._meter = None
-
-
-def _total_steps(experiment: Experiment, rows: int) -> int:
-    train = experiment.train
-    if (train.steps is None) == (train.epochs is None):
-        raise UserError("say how long to train: give either train.steps or train.epochs")
-    steps = train.steps if train.steps is not None else math.floor(train.epochs * (rows // train.batch_size))  # type: ignore[operator]
-    if rows >= train.batch_size and steps < 1:
-        raise UserError(f"the experiment comes to {steps} training steps; raise train.steps or train.epochs")
-    return steps
 
 
 def _trainer(experiment: Experiment, folder: Path, steps: int, *, keep_rows: bool) -> pl.Trainer:
