@@ -126,7 +126,7 @@ def step(cache: EmbeddingCache, args: argparse.Namespace) -> tuple[Parts, float]
     """One step on all rows of the cache in a random order; its parts and its loss."""
     parts, dtype = Parts(), getattr(torch, args.dtype)
     model = Model(args.dim, args.length)
-    optimizer = build_optimizer(model, OptimConfig(name="lion"))
+    optimizer = build_optimizer(model, OptimConfig(name="lion"), {})
     rng = np.random.default_rng(1)
     ids = torch.from_numpy(rng.integers(2, VOCABULARY, (len(cache), args.length)).astype(np.int32))
     order = rng.permutation(len(cache))

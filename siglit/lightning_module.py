@@ -26,7 +26,7 @@ from siglit.loss import Negatives, sigmoid_loss, softmax_loss
 from siglit.loss.exchange import gather_rows
 from siglit.models.image_tower import ImageSide
 from siglit.models.text_tower import TextTower
-from siglit.optim import build_optimizer, cosine_schedule
+from siglit.optim import build_optimizer, rate
 
 _WATCHED = ("positive_logit", "negative_logit", "positive_share")
 """Statistics of the loss that are logged, see `sigmoid_loss`."""
@@ -102,7 +102,7 @@ class SigLiT(pl.LightningModule):
         self.log_dict(
             {
                 **{f"train/{name}": statistics[name] for name in _WATCHED if name in statistics},
-                "train/lr": self.lr_schedulers().get_last_lr()[0],  # type: ignore[union-attr]
+                "train/lr": self._experiment.optim.lr * self._share_of_peak(self.trainer.global_step),
                 "train/logit_scale": self.log_scale.detach().exp(),
                 "train/logit_bias": self.logit_bias.detach(),
             }
@@ -167,12 +167,18 @@ class SigLiT(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The experiment's optimiser, its rate set anew before every step."""
-        config = self._experiment.optim
-        optimizer = build_optimizer(self, config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: cosine_schedule(step, config.warmup_steps, self._total_steps)
-        )
+        optimizer = build_optimizer(self, self._experiment.optim, self.multipliers())
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def multipliers(self) -> dict[str, float]:
+        """Names of the parameters that came pretrained, each with its multiplier of the learning rate."""
+        config = self._experiment.optim
+        image = {f"image_tower.{name}": config.image_lr_multiplier for name in self.image_tower.pretrained}
+        return image | {f"text_tower.{name}": config.text_lr_multiplier for name in self.text_tower.pretrained}
+
+    def _share_of_peak(self, step: int) -> float:
+        return rate(step, self._experiment.optim, self._total_steps, self._experiment.train.batch_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with a run that was another.

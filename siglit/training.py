@@ -22,6 +22,7 @@ from siglit.config import Experiment
 from siglit.data_module import open_data
 from siglit.errors import UserError
 from siglit.lightning_module import SigLiT
+from siglit.optim import total_steps
 from siglit.progress import Meter
 
 
@@ -61,7 +62,7 @@ def run(experiment: Experiment) -> TrainResult:
     run_folder.check_accelerator("train.accelerator", experiment.train.accelerator)
     data = open_data(experiment)
     folder = run_folder.output_dir(experiment)
-    steps = _total_steps(experiment, data.count)
+    steps = total_steps(experiment.train, data.count)
     last = folder / "checkpoints" / "last.ckpt"
     resuming = experiment.train.resume and last.exists()
     if last.exists() and not resuming and run_folder.is_first_process():
@@ -150,16 +151,6 @@ class TrainProgress(pl.Callback):
             self.rate = self._meter.rate
             self._meter.__exit__(kind, None, None)
             self._meter = None
-
-
-def _total_steps(experiment: Experiment, rows: int) -> int:
-    train = experiment.train
-    if (train.steps is None) == (train.epochs is None):
-        raise UserError("say how long to train: give either train.steps or train.epochs")
-    steps = train.steps if train.steps is not None else math.floor(train.epochs * (rows // train.batch_size))  # type: ignore[operator]
-    if rows >= train.batch_size and steps < 1:
-        raise UserError(f"the experiment comes to {steps} training steps; raise train.steps or train.epochs")
-    return steps
 
 
 def _trainer(experiment: Experiment, folder: Path, steps: int, *, keep_rows: bool) -> pl.Trainer:

@@ -255,7 +255,7 @@ def test_training_on_other_weights_is_noticed(cached, project, tower_weights):
     ("words", "told"),
     [
         (["--train.batch_size", "64"], "lower train.batch_size"),
-        (["--train.epochs", "2"], "either train.steps or train.epochs"),
+        (["--train.epochs", "2"], "one of train.steps, train.examples and train.epochs"),
         (["--text_tower.heads", "5"], "heads"),
         (["--tokenizer.path", "missing.model"], "missing.model"),
         (["--tokenizer.vocab_size", "100"], "tokenizer"),
