@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from siglit.config import Experiment
 from siglit.data.batches import Batch
-from siglit.data_module import Sample
+from siglit.data_module import Sample, TrainData
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode, encode_ids
 from siglit.evaluation.retrieval import retrieval_metrics
@@ -62,10 +62,13 @@ class SigLiT(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
+        """Build the towers once the tokenizer is known."""
+        if not hasattr(self, "text_tower"):
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.build(data)
+
+    def build(self, data: TrainData) -> None:
         """Build the towers for each other and for the tokenizer."""
-        if hasattr(self, "text_tower"):
-            return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.image_tower, identity = data.image_side()
         built = {
             "vocab_size": data.tokenizer.vocab_size,

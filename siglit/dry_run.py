@@ -1,0 +1,71 @@
+"""`siglit train --dry-run`: what would be trained, how fast and with which decay, without training or writing anything.
+
+Builds the towers as training does, so what is missing is found here too.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from siglit import run as run_folder
+from siglit.config import Experiment
+from siglit.data_module import open_data
+from siglit.lightning_module import SigLiT
+from siglit.models.tokenizer import Tokenizer, load_tokenizer
+from siglit.optim import group_table, parameter_groups, rate, total_steps
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The table of parameters, and the schedule in words."""
+
+    table: str
+    schedule: str
+
+    def __str__(self) -> str:
+        """Both."""
+        return f"{self.table}\n\n{self.schedule}"
+
+
+class _Untrained:
+    """Stands for the tokenizer that training would make first: only its numbers are asked for."""
+
+    fingerprint = "not trained yet"
+    eos_id = pad_id = 1
+
+    def __init__(self, vocab_size: int, length: int):
+        self.vocab_size, self.length = vocab_size, length
+
+
+def run(experiment: Experiment) -> DryRun:
+    """Build what `siglit train` would build and say what its optimiser would do.
+
+    Raises:
+        UserError: what `siglit train` would raise before its first step.
+    """
+    run_folder.quiet_lightning()
+    data = open_data(experiment)
+    optim, train = experiment.optim, experiment.train
+    steps = total_steps(train, data.count)
+    data.tokenizer = _tokenizer(experiment)  # type: ignore[assignment]
+    module = SigLiT(experiment, steps)
+    module.build(data)
+    groups = parameter_groups(module, optim, module.multipliers())
+    table = group_table(groups, module.named_parameters(), optim)
+    told = [0, *(round(steps * share) for share in (0.01, 0.1, 0.5, 0.9)), steps - 1]
+    rates = ", ".join(
+        f"{step:,}: {optim.lr * rate(step, optim, steps, train.batch_size):.3g}" for step in sorted({*told})
+    )
+    passes = steps * train.batch_size / data.count
+    return DryRun(
+        table,
+        f"{steps:,} steps of {train.batch_size:,} pairs = {steps * train.batch_size:,} examples, {passes:,.2f} passes "
+        f"over {data.count:,} images; mode {experiment.mode}\nlearning rate at step {rates}",
+    )
+
+
+def _tokenizer(experiment: Experiment) -> Tokenizer | _Untrained:
+    path, config = run_folder.tokenizer_path(experiment), experiment.tokenizer
+    trained_by_us = config.path is None and path.endswith(".model")
+    if trained_by_us and not Path(path).exists():
+        return _Untrained(config.vocab_size, config.length)
+    return load_tokenizer(path, config)
