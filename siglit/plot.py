@@ -91,6 +91,8 @@ def read(folder: Path) -> dict[str, Curve]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file, strict=True):
+                if None in row.values():  # still being written
+                    continue
                 step = int(row.pop("step")) + 1
                 for name, value in row.items():
                     if value and math.isfinite(float(value)):

@@ -202,7 +202,7 @@ class Watch(pl.Callback):
             step, loss, rows = first
             told = f"the loss is {float(loss)} at step {step}, in the batch of {_keys(trainer, rows)}"
         if not trainer.is_global_zero:
-            raise SystemExit(1)
+            raise SystemExit(0)  # Lightning kills the first rank, perhaps before it has told, when another one fails
         saved = sorted(self._checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         raise RuntimeError(f"{told}; lower optim.lr, or see with siglit cache verify if the cache is sound; {kept}")
