@@ -70,7 +70,6 @@ def run(runs: Sequence[str], out: str) -> PlotResult:
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise UserError(f"--out is {out}, but a picture in PNG is drawn; name it like curves.png")
-    runs = list(dict.fromkeys(runs))
     curves = {name: read(Path(folder)) for name, folder in zip(_names(runs), runs, strict=True)}
     drawn = figure(curves)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +181,7 @@ def _told(panel: _Panel, column: str) -> str:
     return ((match and match[1]) or "all").replace("_", " ")
 
 
-def _names(runs: list[str]) -> list[str]:
+def _names(runs: Sequence[str]) -> list[str]:
     """The folders' own names, or as much of the paths as was given where those are not all different."""
     short = [Path(run).resolve().name for run in runs]
     return short if len(set(short)) == len(runs) else list(runs)
