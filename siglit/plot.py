@@ -160,7 +160,8 @@ def _draw(axes: Any, panel: _Panel, runs: Mapping[str, Mapping[str, Curve]], col
     axes.set_yscale(panel.scale[1] if positive else "linear")
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
-            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 100 * low else (1,)))
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

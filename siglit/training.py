@@ -39,7 +39,8 @@ class TrainResult:
 
     def __str__(self) -> str:
         """Two lines for a person."""
-        told = ", ".join(f"{name} {value:.4g}" for name, value in sorted(self.metrics.items()))
+        shown = sorted(name for name in self.metrics if name == "train/loss" or name.startswith("val/"))
+        told = ", ".join(f"{name} {self.metrics[name]:.4g}" for name in shown)
         return (
             f"trained {self.steps:,} steps on {self.examples_seen:,} pairs in {self.seconds:.0f} s "
             f"({self.examples_per_second:,.0f} pairs/s): {self.checkpoint}\n{told}"
