@@ -37,6 +37,14 @@ COMMANDS = {
     "tokenizer train": Command("train a SentencePiece vocabulary on the captions", "siglit.tokenizer_training:run"),
     "train": Command("train the text tower on the cache", "siglit.training:run"),
     "eval-retrieval": Command("report Recall@K of images and captions", "siglit.evaluate:run"),
+    "plot": Command(
+        "draw the curves of runs into one picture: siglit plot RUN RUN ...",
+        "siglit.plot:run",
+        arguments={
+            "runs": {"nargs": "+", "help": "output folders of runs, such as runs/NAME"},
+            "--out": {"default": "curves.png", "help": "the PNG file to write; default: curves.png"},
+        },
+    ),
     "search": Command("find the images for a sentence: siglit search WORDS -c FILE", "siglit.search:run", "query"),
     "cache info": Command("say what a cache holds", "siglit.cache_commands:info", arguments={"path": _CACHE}),
     "cache verify": Command(

@@ -27,6 +27,7 @@ from siglit.loss.exchange import gather_rows
 from siglit.models.image_tower import ImageSide
 from siglit.models.text_tower import TextTower
 from siglit.optim import build_optimizer, rate
+from siglit.watching import Clock
 
 _WATCHED = ("positive_logit", "negative_logit", "positive_share")
 """Statistics of the loss that are logged, see `sigmoid_loss`."""
@@ -42,6 +43,7 @@ class SigLiT(pl.LightningModule):
         """Take the experiment; the towers are built once the tokenizer is known, in `configure_model`."""
         super().__init__()
         self._experiment, self._total_steps = experiment, total_steps
+        self.clock = Clock()
         # t' and b stay float32 and outside weight decay: bare parameters are never decayed (siglit.optim).
         self.log_scale = nn.Parameter(torch.tensor(math.log(experiment.loss.logit_scale)))
         with_bias = experiment.loss.name == "sigmoid"
@@ -94,13 +96,13 @@ class SigLiT(pl.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         """Loss of this rank's part of the global batch."""
-        zimg = F.normalize(self._embed(self.image_tower, batch["image"]).float(), dim=1)
-        ztxt = F.normalize(self._embed(self.text_tower, batch["ids"]).float(), dim=1)
+        zimg, ztxt = self.embed(batch)
         if torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type) == torch.bfloat16:
             # Half the bytes to send, and fast products; logits and sums stay float32 (siglit.loss).
             zimg, ztxt = zimg.bfloat16(), ztxt.bfloat16()
         statistics: dict[str, torch.Tensor] = {}
-        loss = self._loss(zimg, ztxt, batch, statistics)
+        with self.clock("loss"):
+            loss = self._loss(zimg, ztxt, batch, statistics)
         self.log("train/loss", loss, sync_dist=True)
         self.log_dict(
             {
@@ -111,6 +113,11 @@ class SigLiT(pl.LightningModule):
             }
         )
         return loss
+
+    def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, D) float32 unit rows of the images and of the texts."""
+        zimg = F.normalize(self._embed(self.image_tower, batch["image"]).float(), dim=1)
+        return zimg, F.normalize(self._embed(self.text_tower, batch["ids"]).float(), dim=1)
 
     def _embed(self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         """Embed (B, …) inputs as (B, D), in micro-batches if asked for, which backward computes again."""

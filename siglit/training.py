@@ -24,6 +24,7 @@ from siglit.errors import UserError
 from siglit.lightning_module import SigLiT
 from siglit.optim import total_steps
 from siglit.progress import Meter
+from siglit.watching import Watch, is_logged
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class TrainResult:
 
     def __str__(self) -> str:
         """Two lines for a person."""
-        told = ", ".join(f"{name} {value:.4g}" for name, value in sorted(self.metrics.items()))
+        shown = sorted(name for name in self.metrics if name == "train/loss" or name.startswith("val/"))
+        told = ", ".join(f"{name} {self.metrics[name]:.4g}" for name in shown)
         return (
             f"trained {self.steps:,} steps on {self.examples_seen:,} pairs in {self.seconds:.0f} s "
             f"({self.examples_per_second:,.0f} pairs/s): {self.checkpoint}\n{told}"
@@ -107,6 +109,7 @@ class TrainProgress(pl.Callback):
         """Count in examples of the global batch."""
         self._batch_size, self._total_steps = batch_size, total_steps
         self._meter: Meter | None = None
+        self._note = ""
         self.rate = 0.0
         self.first_step: int | None = None
 
@@ -127,16 +130,12 @@ class TrainProgress(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; the loss is read only when it has just been logged, for reading it waits for the device."""
+        """Count the batch; the loss is read only on a step that is logged, for reading it waits for the device."""
         assert self._meter is not None
-        shown = {k: float(v) for k, v in trainer.logged_metrics.items() if k in ("train/loss", "val/text_to_image/R@1")}
-        if not math.isfinite(shown.get("train/loss", 0.0)):
-            raise RuntimeError(
-                f"the loss is {shown['train/loss']} at step {trainer.global_step}; lower optim.lr, or see whether the "
-                "cache is sound; the last checkpoint is kept"
-            )
-        note = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
-        self._meter.advance(self._batch_size, f"step {trainer.global_step}  {note}")
+        if is_logged(trainer):
+            shown = {k: v for k, v in trainer.logged_metrics.items() if k in ("train/loss", "val/text_to_image/R@1")}
+            self._note = "  ".join(f"{k} {float(v):.3g}" for k, v in shown.items())
+        self._meter.advance(self._batch_size, f"step {trainer.global_step}  {self._note}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the rate."""
@@ -182,7 +181,11 @@ def _trainer(experiment: Experiment, folder: Path, steps: int, *, keep_rows: boo
         log_every_n_steps=min(train.log_every, steps),
         gradient_clip_val=experiment.optim.clip or None,
         use_distributed_sampler=False,
-        callbacks=[checkpoints, TrainProgress(train.batch_size, steps)],
+        callbacks=[
+            checkpoints,
+            Watch(train.batch_size, folder / "checkpoints"),
+            TrainProgress(train.batch_size, steps),
+        ],
         logger=_loggers(experiment, folder, keep_rows=keep_rows),
         enable_progress_bar=False,
         enable_model_summary=False,

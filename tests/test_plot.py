@@ -1,0 +1,131 @@
+"""The picture of curves: what is drawn, in which colours, and what is told where it cannot be."""
+
+import sys
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from PIL import Image
+
+from siglit import plot
+from siglit.cli import main
+from siglit.errors import UserError
+
+HEADER = "epoch,step,train/loss,train/lr,train/grad_norm,train/text_tower/grad_norm,val/text_to_image/R@1"
+
+
+def make_run(folder, *lines, header=HEADER):
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("\n".join([header, *lines]) + "\n")
+    return str(folder)
+
+
+@pytest.fixture
+def a(tmp_path):
+    return make_run(tmp_path / "a", "0,0,9,0.1,5,4,", "0,1,nan,0.2,6,4,", "0,1,,,,,0.25", "0,2,8,0.3,7,4,")
+
+
+@pytest.fixture
+def b(tmp_path):
+    return make_run(tmp_path / "b", "0,0,7,0.1,,,")
+
+
+def told(capsys, *words):
+    """The one line on standard error of a command that is refused."""
+    with pytest.raises(SystemExit) as stop:
+        main(["plot", *words])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes]
+
+
+def test_a_row_that_is_still_being_written_is_left_out(tmp_path):
+    make_run(tmp_path / "a", "0,0,9,0.1,5,4,", "0,1,8,0.")
+    assert plot.read(tmp_path / "a")["train/lr"] == [(1, 0.1)]
+
+
+def test_curves_count_steps_from_one_and_skip_what_is_no_number(a, tmp_path):
+    curves = plot.read(tmp_path / "a")
+    assert curves["train/loss"] == [(1, 9), (3, 8)]
+    assert curves["train/lr"] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert curves["val/text_to_image/R@1"] == [(2, 0.25)]
+
+
+def test_only_panels_with_data_are_drawn(a, b, tmp_path):
+    both = plot.figure({"a": plot.read(tmp_path / "a"), "b": plot.read(tmp_path / "b")})
+    assert titles(both) == ["loss", "learning rate", "held-out R@1", "gradient norm (before clipping)"]
+    assert titles(plot.figure({"b": plot.read(tmp_path / "b")})) == ["loss", "learning rate"]
+
+
+def test_a_run_has_one_colour_and_a_column_one_dash(a, b, tmp_path):
+    drawn = plot.figure({"a": plot.read(tmp_path / "a"), "b": plot.read(tmp_path / "b")})
+    loss, lr, _, norms = drawn.axes
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 9], [3, 8]], [[1, 7]]]
+    assert [line.get_color() for line in loss.lines] == [line.get_color() for line in lr.lines]
+    assert loss.lines[0].get_color() != loss.lines[1].get_color()
+    assert loss.get_xscale() == "log"
+    assert [line.get_linestyle() for line in norms.lines] == ["-", "--"]
+    assert len({line.get_color() for line in norms.lines}) == 1
+    assert [text.get_text() for text in norms.get_legend().get_texts()] == ["all", "text tower"]
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(a, tmp_path):
+    other = make_run(tmp_path / "other" / "a", "0,0,7,0.1,,,")
+    assert plot._names([a, other]) == [a, other]
+    assert plot._names([a]) == ["a"]
+
+
+def test_the_command_writes_a_readable_png_and_says_where(a, b, tmp_path, capsys, monkeypatch):
+    """Also where there is no display, and for a run that is given twice."""
+    monkeypatch.delenv("DISPLAY", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main(["plot", a, b, a, "--out", str(tmp_path / "new" / "curves.png")])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "curves.png")
+    with Image.open(tmp_path / "new" / "curves.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width == 1600
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize(
+    ("header", "lines", "text"),
+    [
+        (HEADER, ["0,0,nine,0.1,5,4,"], "is not the metrics.csv of a run"),
+        ("when,what", ["1,2"], "is not the metrics.csv of a run"),
+        (HEADER, ["0,0,1,2,3,4,5,6"], "is not the metrics.csv of a run"),
+        (HEADER, ["0,0,1,2"], "no rows yet"),
+        (HEADER, ["0,0,\x00\udc80"], "is not the metrics.csv of a run"),
+        (HEADER, [], "no rows yet"),
+        ("step,other", ["0,1"], "none of the columns"),
+    ],
+)
+def test_a_file_that_is_none_of_curves_is_named(tmp_path, capsys, header, lines, text):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.csv").write_bytes("\n".join([header, *lines]).encode(errors="surrogateescape"))
+    line = told(capsys, str(folder))
+    assert text in line
+    assert "run" in line
+
+
+def test_a_folder_without_curves_is_named(tmp_path, capsys):
+    assert f"{tmp_path}/metrics.csv does not exist" in told(capsys, str(tmp_path))
+
+
+def test_another_format_than_png_is_refused(a, capsys):
+    assert "curves.pdf" in told(capsys, a, "--out", "curves.pdf")
+
+
+def test_without_matplotlib_the_extra_is_named(a, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'siglit\[plots\]'"):
+        plot.run([a], str(tmp_path / "curves.png"))
+    assert not (tmp_path / "curves.png").exists()
