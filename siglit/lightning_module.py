@@ -141,7 +141,7 @@ class SigLiT(pl.LightningModule):
         self.tower = TextTower(self._experiment.text_tower, **built)
         self._description = {
             "text_tower": asdict(self._experiment.text_tower),
-            "built_for": built,
+            "built_for": built | {"architecture": self.tower.architecture},
             "tokenizer": data.tokenizer.fingerprint,
             "image_tower": data.train.fingerprint["image_tower"],
             "batch_size": self._experiment.train.batch_size,

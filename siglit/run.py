@@ -26,7 +26,7 @@ from siglit.errors import UserError
 from siglit.evaluation.encoding import unit_rows
 from siglit.evaluation.retrieval import save_index
 from siglit.models.text_tower import TextTower
-from siglit.models.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from siglit.models.tokenizer import Tokenizer, load_tokenizer, lowercases, train_sentencepiece
 
 
 def is_first_process() -> bool:
@@ -138,8 +138,9 @@ def file_hash(path: str) -> str:
 
 
 def tokenizer_path(experiment: Experiment) -> str:
-    """Where the run's tokenizer is, or will be once it is trained."""
-    return experiment.tokenizer.path or str(output_dir(experiment) / "tokenizer.model")
+    """Where the run's tokenizer is, or will be once it is trained; a pretrained text tower brings its own."""
+    given = experiment.tokenizer.path or experiment.text_tower.pretrained
+    return given or str(output_dir(experiment) / "tokenizer.model")
 
 
 def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
@@ -148,11 +149,15 @@ def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
     Raises:
         UserError: the one that is there was trained with other settings.
     """
+    if experiment.tokenizer.path or experiment.text_tower.pretrained:
+        return tokenizer_path(experiment)
     path = Path(tokenizer_path(experiment))
-    if experiment.tokenizer.path is not None:
-        return str(path)
     config = experiment.tokenizer
-    settings = {k: getattr(config, k) for k in ("vocab_size", "character_coverage", "lowercase")}
+    settings = {
+        "vocab_size": config.vocab_size,
+        "character_coverage": config.character_coverage,
+        "lowercase": lowercases(config),
+    }
     note = path.with_suffix(".json")
     if path.exists():
         made = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings
