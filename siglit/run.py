@@ -43,6 +43,7 @@ def quiet_lightning() -> None:
     for harmless in (
         "Experiment logs directory",  # its rows are kept, see siglit.training
         "Checkpoint directory .* exists and is not empty",
+        r"Found \d+ module\(s\) in eval mode",  # a locked model's, on purpose
         ".*does not have many workers",
         ".*The number of training batches .* is smaller than the logging interval",
         ".*LeafSpec.* is deprecated",
