@@ -113,8 +113,8 @@ class TextTower(nn.Module):
         if self.head is None:
             return self.model(input_ids=ids).pooler_output
         mask = text_mask(ids, **self._special)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._locked):
-            states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        # Of a locked model autograd keeps nothing: none of its parameters asks for a gradient.
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return self.head(pool(states, mask, self._pooling))
 
 
