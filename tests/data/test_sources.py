@@ -587,6 +587,7 @@ class FakeDataset:
     def __init__(self, rows, features):
         self.rows, self.features, self.column_names = rows, features, list(features)
         self.info = types.SimpleNamespace(dataset_size=123)
+        self.data = types.SimpleNamespace(nbytes=3_000)
         self.decode = True
 
     def __len__(self):
