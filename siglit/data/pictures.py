@@ -108,6 +108,18 @@ class PictureBatches(Passes):
             world_size=world_size,
         )
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Hand out the rest of the current pass, then make the next one current.
+
+        Worker processes stay for the next pass, but not where this one is broken off.
+        """
+        epoch = self.epoch
+        try:
+            yield from super().__iter__()
+        finally:
+            if self.epoch == epoch:
+                self.close()
+
     def keys(self, rows: Sequence[int]) -> list[str]:
         """The keys of rows; reads their units again unless all samples are in memory."""
         unique, place = np.unique(np.asarray(rows, np.int64), return_inverse=True)
