@@ -187,10 +187,11 @@ class Decoding:
             generator=torch.Generator(),
         )
 
-    def run(self, jobs: Iterator[Job]) -> Iterator[Decoded | UserError]:
+    def run(self, jobs: Iterator[Job | UserError]) -> Iterator[Decoded | UserError]:
         """Start on jobs, of which two per worker are taken ahead, and return what becomes of them, in their order.
 
-        A UserError is handed out instead of raised: a loader would wrap it in the worker's traceback.
+        A UserError is handed out instead of raised: a loader would wrap it in the worker's traceback. One that comes in
+        place of a job is handed out as it is.
         """
         self._jobs.jobs = jobs
         return iter(self._loader)
@@ -207,9 +208,9 @@ class Decoding:
 class _Jobs:
     """What a loader takes for its sampler."""
 
-    jobs: Iterator[Job] = iter(())
+    jobs: Iterator[Job | UserError] = iter(())
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[Job | UserError]:
         return self.jobs
 
 
@@ -217,7 +218,9 @@ class _DecodedJobs(Dataset[Decoded | UserError]):
     def __init__(self, decoder: Decoder):
         self._decoder = decoder
 
-    def __getitem__(self, job: Job) -> Decoded | UserError:
+    def __getitem__(self, job: Job | UserError) -> Decoded | UserError:
+        if isinstance(job, UserError):
+            return job
         size = self._decoder.image_size
         pixels = torch.empty((len(job.samples), 3, size, size), dtype=torch.uint8)
         unusable = []

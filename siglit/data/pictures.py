@@ -141,12 +141,8 @@ class PictureBatches(Passes):
         dealt: deque[list[_Pair]] = deque()
         jobs = self._jobs(epoch, first, dealt)
         decoding, self._idle = self._idle or Decoding(self._decoder, self._workers), None
-        try:
-            # Here and not in the thread that makes the batches: the processes are forked before there are threads.
-            decoded = decoding.run(jobs)
-        except BaseException:
-            decoding.close()
-            raise
+        # Here and not in the thread that makes the batches: the processes are forked before there are threads.
+        decoded = decoding.run(jobs)
         return self._made(epoch, first, decoding, decoded, dealt, jobs)
 
     def _made(
@@ -156,7 +152,7 @@ class PictureBatches(Passes):
         decoding: Decoding,
         decoded: Iterator[Decoded | UserError],
         dealt: "deque[list[_Pair]]",
-        jobs: Iterator[Job],
+        jobs: Iterator[Job | UserError],
     ) -> Iterator[Batch]:
         whole = False
         try:
@@ -173,8 +169,17 @@ class PictureBatches(Passes):
             else:
                 decoding.close()
 
-    def _jobs(self, epoch: int, first: int, dealt: "deque[list[_Pair]]") -> Iterator[Job]:
-        """Cut this rank's pairs at the ends of batches and chunks; `dealt` remembers which are under way."""
+    def _jobs(self, epoch: int, first: int, dealt: "deque[list[_Pair]]") -> Iterator[Job | UserError]:
+        """Cut this rank's pairs at the ends of batches and chunks; `dealt` remembers which are under way.
+
+        What the source finds wrong takes the place of a job, so that all batches before it are handed out.
+        """
+        try:
+            yield from self._cut(epoch, first, dealt)
+        except UserError as error:
+            yield error
+
+    def _cut(self, epoch: int, first: int, dealt: "deque[list[_Pair]]") -> Iterator[Job]:
         with closing(self._pairs(epoch, first)) as pairs:  # type: ignore[type-var]
             for _ in range(first, len(self)):
                 for start in range(0, self._share.own, CHUNK):
@@ -314,10 +319,10 @@ class _Rows:
 class _Window:
     """Rows in the order in which they are dealt out, and the samples to deal."""
 
-    def __init__(self, source: _Rows, rows: np.ndarray, spares: np.ndarray):
+    def __init__(self, everything: _Rows, rows: np.ndarray, spares: np.ndarray):
         unique, place = np.unique(np.concatenate([rows, spares]), return_inverse=True)
         # Ascending, so that every part of a file is read once.
-        self._samples = [sample.carried() for sample in source.read(unique)]
+        self._samples = [sample.carried() for sample in everything.read(unique)]
         self._rows, self._place = rows, place[: len(rows)]
         self._spares = [
             (row, self._samples[i]) for row, i in zip(spares.tolist(), place[len(rows) :].tolist(), strict=True)
