@@ -160,9 +160,8 @@ class PictureBatches(Passes):
                 batch = self._batch(epoch, decoded, dealt)
                 whole = number == len(self) - 1
                 yield batch
-                # The next one is made without this one in memory.
-                del batch
         finally:
+            # It may wait behind its last job, its window still in memory.
             jobs.close()  # type: ignore[attr-defined]
             if whole and self._idle is None:
                 self._idle = decoding

@@ -7,6 +7,7 @@ import multiprocessing
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -378,6 +379,23 @@ def test_a_missing_file_is_an_unusable_image(sources, tmp_path):
     batches = loader(source, batch_size=len(CAPTIONED))
     list(batches)
     assert batches.skipped == {"cannot be read: No such file or directory": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_window_stays_when_a_pass_is_over(source, monkeypatch, workers):
+    """Nor the thread that reads them, while the loader waits for its next pass."""
+    alive = weakref.WeakSet()
+
+    class Window(pictures._Window):
+        def __init__(self, *args):
+            alive.add(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(pictures, "_Window", Window)
+    batches = loader(source, shuffle="blocks", workers=workers)
+    list(batches)
+    assert not alive
+    assert not [thread for thread in threading.enumerate() if thread.name == "siglit-prefetch"]
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
