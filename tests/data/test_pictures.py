@@ -201,11 +201,14 @@ def test_a_row_is_the_same_sample_in_every_source_and_shuffle(sources, fmt):
         assert loader(sources[fmt], shuffle=shuffle).keys([38, 0, 38, 17]) == [wanted[i] for i in (38, 0, 38, 17)]
 
 
-def test_another_pass_is_another_order_and_leaves_out_others(source):
-    stream = endless(loader(source))
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_another_pass_is_another_order_and_leaves_out_others(source, shuffle):
+    """And begins elsewhere: the first batches of fixed windows would have the 11 samples of one in common."""
+    stream = endless(loader(source, shuffle=shuffle))
     passes = [everything(stream, 3)["ids"][:, 0].tolist() for _ in range(8)]
     assert len({tuple(order) for order in passes}) == 8
     assert set().union(*passes) == CAPTIONED
+    assert len(set().union(*(order[:11] for order in passes))) > 30
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
