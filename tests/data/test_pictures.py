@@ -467,8 +467,10 @@ def test_at_most_three_batches_are_in_memory(source, monkeypatch):
         return batch
 
     monkeypatch.setattr(pictures.PictureBatches, "_batch", counted)
-    for batch in itertools.islice(endless(loader(source, batch_size=4)), 30):
-        time.sleep(0.01)
+    for taken, batch in enumerate(itertools.islice(iter(loader(source, batch_size=4)), 8), start=1):
+        assert eventually(lambda taken=taken: len(counts) == taken + 1)
+        time.sleep(0.03)
+        assert len(counts) == taken + 1
         assert len(batch["rows"]) == 4
     assert 2 <= max(counts) <= 3
 
