@@ -20,6 +20,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from siglit.cache import CacheError, EmbeddingCache
+from siglit.checkpoints import LAST, newest
 from siglit.config import Experiment, ImageTowerConfig, SourceSpec, TextTowerConfig
 from siglit.data.sources import source_identity
 from siglit.errors import UserError
@@ -196,7 +197,8 @@ def load_trained(experiment: Experiment, cache: EmbeddingCache) -> TrainedText:
     Raises:
         UserError: there is no checkpoint, it is not one of siglit's, or it belongs to another image tower or tokenizer.
     """
-    path = experiment.eval.checkpoint or str(output_dir(experiment) / "checkpoints" / "last.ckpt")
+    checkpoints = output_dir(experiment) / "checkpoints"
+    path = experiment.eval.checkpoint or str(newest(checkpoints) or checkpoints / LAST)
     if not Path(path).is_file():
         raise UserError(
             f"there is no checkpoint {path}; run `siglit train` with this experiment, or set eval.checkpoint"
