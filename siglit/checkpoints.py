@@ -107,8 +107,8 @@ def steps_taken(path: Path) -> int:
 def _is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # damage to the directory of the archive takes many shapes
+            return archive.testzip() is None and steps_taken(path) >= 0
+    except Exception:  # damage to the directory of the archive takes many shapes, and torch reads it in its own way
         return False
 
 
@@ -137,7 +137,13 @@ class Checkpoints(Checkpoint):
             trainer.val_check_batch = 1
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save and stop, where the step has no validation of its own."""
+        """See that the weights are finite; save and stop, where the step has no validation of its own."""
+        if not trainer.strategy.reduce_boolean_decision(_is_finite(pl_module)):
+            kept = f"{self._path} is kept" if self._path.exists() else "there is no checkpoint yet"
+            raise RuntimeError(
+                f"the weights are not finite after step {trainer.global_step} and are not saved; {kept}. "
+                "Lower optim.lr, or see whether the data are sound"
+            )
         if self._stopping and trainer.global_step % self._every and trainer.global_step != self._total:
             self._save(trainer)
             raise Stopped
@@ -161,12 +167,6 @@ class Checkpoints(Checkpoint):
             counters["completed"] -= 1
 
     def _save(self, trainer: pl.Trainer) -> None:
-        if not trainer.strategy.reduce_boolean_decision(_is_finite(trainer.lightning_module)):
-            kept = f"{self._path} is kept" if self._path.exists() else "there is no checkpoint yet"
-            raise RuntimeError(
-                f"the weights are not finite after step {trainer.global_step} and are not saved; {kept}. "
-                "Lower optim.lr, or see whether the data are sound"
-            )
         for logger in trainer.loggers:
             logger.save()
         trainer.save_checkpoint(self._path)

@@ -1,4 +1,4 @@
-"""metrics.csv: one row per logged step, kept through kills and resumes.
+"""metrics.csv: a row for what is logged of a step at once, kept through kills and resumes.
 
 Knows nothing of what is logged. Lightning's own CSV logger deletes the file of an earlier run when it opens it, and
 writes it anew in place when a column is added: a kill then loses all rows.
@@ -17,12 +17,12 @@ from lightning.pytorch.loggers.logger import Logger
 
 
 class MetricsTable(Logger):
-    """Appends rows on the first rank; figures of one step that come before `save` share a row."""
+    """Appends rows on the first rank, also where another brings new columns."""
 
     def __init__(self, path: Path):
         """Take the file; nothing is written yet."""
         super().__init__()
-        self._path, self._pending = path, dict[int, dict[str, Any]]()
+        self._path, self._pending = path, list[dict[str, Any]]()
         self._columns = ["step"]
 
     def go_on_after(self, steps: int) -> None:
@@ -50,15 +50,15 @@ class MetricsTable(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, torch.Tensor | float], step: int | None = None) -> None:
-        """Keep the figures of a step until they are saved."""
+        """Keep a row until it is saved, which Lightning does at once."""
         assert step is not None
         figures = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
-        self._pending.setdefault(step, {"step": step}).update(figures)
+        self._pending.append({"step": step, **figures})
 
     @rank_zero_only
     def save(self) -> None:
         """Write what has come since the last time."""
-        rows = list(self._pending.values())
+        rows, self._pending = self._pending, []
         new = [name for row in rows for name in row if name not in self._columns]
         if new or (rows and not self._path.exists()):
             earlier = _read(self._path) if self._path.exists() else []
@@ -67,7 +67,6 @@ class MetricsTable(Logger):
         elif rows:
             with self._path.open("a", newline="", encoding="utf-8") as file:
                 file.write(self._lines(rows))
-        self._pending.clear()
 
     def finalize(self, status: str) -> None:
         """Write the last rows, however the run ended."""
