@@ -29,6 +29,8 @@ class Command(NamedTuple):
 
 _CACHE = {"help": "folder of a cache, such as cache/NAME/train"}
 
+_RESUME = ("--train.resume", "true")
+
 COMMANDS = {
     "quickstart": Command(
         "train and evaluate on a generated set, with no network and no data", "siglit.quickstart:run"
@@ -131,7 +133,7 @@ def _run(words: list[str], debug: bool) -> int:
     except KeyboardInterrupt as stop:
         # Ctrl-C reaches all processes of a run.
         if _is_first_here():
-            print("stopped; what was finished is kept", file=sys.stderr)
+            print(str(stop) or "stopped; what was finished is kept", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except SystemExit as stop:  # jsonargparse leaves this way after --help and --print_config
         return stop.code if isinstance(stop.code, int) else 1
@@ -150,6 +152,7 @@ def _usage() -> str:
         f"{table}\n\n"
         "  siglit COMMAND --help       every field with its unit and default\n"
         "  siglit COMMAND -c FILE --print_config   the whole experiment as it would run\n"
+        "  --resume                    siglit train: go on from the last checkpoint (--train.resume true)\n"
         "  --debug                     show the traceback of an error\n"
     )
 
@@ -171,6 +174,8 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
         parser.add_argument(positional, type=str, nargs="+", help="what to look for")
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="the experiment file")
     parser.add_class_arguments(Experiment)
+    if name == "train":
+        words = [word for given in words for word in (_RESUME if given == "--resume" else (given,))]
     if name == "quickstart" and not _names_config(words):
         words = ["-c", str(packaged_config("quickstart.yaml")), *words]
     try:
