@@ -211,6 +211,12 @@ def test_another_pass_is_another_order_and_leaves_out_others(source, shuffle):
     assert len(set().union(*(order[:11] for order in passes))) > 30
 
 
+def test_every_caption_gets_its_turn(source):
+    """One per sample and pass; 40 passes leave none of the 78 out."""
+    pairs = everything(endless(loader(source)), 120)["ids"][:, :2]
+    assert {tuple(pair) for pair in pairs.tolist()} == {(n, c) for n in CAPTIONED for c in range(CAPTIONS_OF[n])}
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
 @pytest.mark.parametrize("ranks", [2, 3])
