@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from siglit import checkpoints
 from siglit import run as run_folder
 from siglit.config import Experiment
-from siglit.data_module import CacheData, PictureData, open_data
+from siglit.data_module import TrainData, open_data
 from siglit.errors import UserError
 from siglit.lightning_module import SigLiT
 from siglit.metrics_table import MetricsTable
@@ -128,7 +128,7 @@ def _going_on(experiment: Experiment, folder: Path) -> tuple[bool, int]:
     return True, checkpoints.steps_taken(path)
 
 
-def _fit(trainer: pl.Trainer, module: SigLiT, data: CacheData | PictureData, start: Path | None, signals: Signals) -> None:
+def _fit(trainer: pl.Trainer, module: SigLiT, data: TrainData, start: Path | None, signals: Signals) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
     except checkpoints.Stopped:
