@@ -30,6 +30,7 @@ class Command(NamedTuple):
 _CACHE = {"help": "folder of a cache, such as cache/NAME/train"}
 
 _RESUME = ("--train.resume", "true")
+_DRY_RUN = "--dry-run"
 
 COMMANDS = {
     "quickstart": Command(
@@ -120,9 +121,10 @@ def _run(words: list[str], debug: bool) -> int:
             result = _stage(COMMANDS[name].stage)(**given)
             _print(str(result))
             return getattr(result, "exit_code", 0)
-        experiment, extra, as_yaml = _parse(name, rest)
-        stage = _stage(COMMANDS[name].stage)
-        with _kept(as_yaml, experiment) if name in ("train", "quickstart") else contextlib.nullcontext():
+        dry = name == "train" and _DRY_RUN in rest
+        experiment, extra, as_yaml = _parse(name, [word for word in rest if not (dry and word == _DRY_RUN)])
+        stage = _stage("siglit.dry_run:run" if dry else COMMANDS[name].stage)
+        with _kept(as_yaml, experiment) if name in ("train", "quickstart") and not dry else contextlib.nullcontext():
             result = stage(experiment, **extra)
         _print(str(result))
     except (UserError, CacheError) as error:
@@ -152,6 +154,7 @@ def _usage() -> str:
         f"{table}\n\n"
         "  siglit COMMAND --help       every field with its unit and default\n"
         "  siglit COMMAND -c FILE --print_config   the whole experiment as it would run\n"
+        "  --dry-run                   siglit train: say what each parameter's rate and decay would be, and stop\n"
         "  --resume                    siglit train: go on from the last checkpoint (--train.resume true)\n"
         "  --debug                     show the traceback of an error\n"
     )

@@ -170,7 +170,9 @@ class TrainProgress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how the rows are shuffled; begin at the step the run goes on from."""
         if trainer.is_global_zero:
-            print(trainer.datamodule.shuffle_told(), file=sys.stderr, flush=True)  # type: ignore[attr-defined]
+            for told in (trainer.datamodule.shuffle_told(), pl_module.text_tower.told):  # type: ignore[attr-defined, union-attr]
+                if told:
+                    print(told, file=sys.stderr, flush=True)
         self.first_step = trainer.global_step
         done = trainer.global_step * self._batch_size
         self._meter = Meter(

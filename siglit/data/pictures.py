@@ -258,8 +258,9 @@ class PictureBatches(Passes):
         ids = self._texts(epoch, rows, [pair.sample for pair in pairs])
         if givers is not None:
             moved = givers != np.array(planned)
-            unique, place = np.unique(givers[moved], return_inverse=True)
-            ids[moved] = self._texts(epoch, unique, self._rows.read(unique))[place]
+            if moved.any():
+                unique, place = np.unique(givers[moved], return_inverse=True)
+                ids[moved] = self._texts(epoch, unique, self._rows.read(unique))[place]
         labels = [-1 if pair.sample.label is None else pair.sample.label for pair in pairs]
         of_images = image_ids(rows, np.array(labels, np.int64)) if self._labels else rows.copy()
         if self._corruption is not None:
