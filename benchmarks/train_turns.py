@@ -109,7 +109,7 @@ def recipe(folder: Path, args: argparse.Namespace, *, size: str, cache: Embeddin
     cuda = args.device == "cuda"
     return Experiment(
         data=DataConfig(train=SourceSpec(format="csv", path="unused: the cache is imported")),
-        output_dir=str(folder / f"run-{size}-{cache.dim}"),
+        output_dir=str(folder / f"run-{size}-{optimiser}-{cache.dim}"),
         image_tower=ImageTowerConfig(model="random"),
         cache=CacheConfig(path=str(Path(cache.path).parent)),
         tokenizer=TokenizerConfig(path=str(folder / "tokenizer"), length=args.length),
@@ -131,8 +131,13 @@ def recipe(folder: Path, args: argparse.Namespace, *, size: str, cache: Embeddin
 
 
 def write_cache(folder: Path, args: argparse.Namespace, *, dim: int, count: int) -> EmbeddingCache:
-    """Write `count` random rows with captions of random words, and the tokenizer that makes a token of each word."""
+    """Write `count` random rows with captions of random words, and the tokenizer that makes a token of each word.
+
+    What an earlier call has written is taken as it is.
+    """
     cache, rng = folder / f"cache-{count}-{dim}" / "train", np.random.default_rng(0)
+    if cache.exists():
+        return EmbeddingCache(cache)
     fingerprint = {"image_tower": {"model": "random", "imported": True}, "source": "benchmarks.train"}
     starts = range(0, count, _ROWS_OF_A_SHARD)
     for number, start in enumerate(starts):
