@@ -138,7 +138,7 @@ def _padded(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.T
 def _steps(loaders: dict[str, Callable[[], Iterable]], args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of `--steps` steps on each kind of batches, by turns; opening them and the first batch do not count."""
     model = Model(args).to(args.device)
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(model, OptimConfig(), {})
     inside: dict[str, list[float]] = {name: [] for name in loaders}
 
     def turn(name: str) -> None:
