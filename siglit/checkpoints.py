@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from torch import nn
 
 from siglit.errors import UserError
 from siglit.stopping import Signals
@@ -137,13 +136,7 @@ class Checkpoints(Checkpoint):
             trainer.val_check_batch = 1
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See that the weights are finite; save and stop, where the step has no validation of its own."""
-        if not trainer.strategy.reduce_boolean_decision(_is_finite(pl_module)):
-            kept = f"{self._path} is kept" if self._path.exists() else "there is no checkpoint yet"
-            raise RuntimeError(
-                f"the weights are not finite after step {trainer.global_step} and are not saved; {kept}. "
-                "Lower optim.lr, or see whether the data are sound"
-            )
+        """Save and stop, where the step has no validation of its own."""
         if self._stopping and trainer.global_step % self._every and trainer.global_step != self._total:
             self._save(trainer)
             raise Stopped
@@ -170,11 +163,3 @@ class Checkpoints(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         trainer.save_checkpoint(self._path)
-
-
-@torch.no_grad()
-def _is_finite(module: nn.Module) -> bool:
-    norm = torch.nn.utils.get_total_norm([p.detach() for p in module.parameters()])
-    if hasattr(norm, "full_tensor"):  # the weights are shared out among the ranks
-        norm = norm.full_tensor()
-    return bool(norm.isfinite())
