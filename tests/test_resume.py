@@ -14,8 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from siglit import checkpoints, evaluate, precompute, training
+from siglit.data_module import CacheData
 from siglit.errors import UserError
-from siglit.lightning_module import CacheData, SigLiT
+from siglit.lightning_module import SigLiT
 from siglit.models.text_tower import TextTower
 from siglit.stopping import Terminated
 from tests.conftest import ROOT, make_project, parse, siglit
@@ -56,7 +57,7 @@ def place(tmp_path_factory, tower_weights):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         precompute.run(parse("precompute"))
-        training.run(parse("train", "--train.steps", "1", "--output_dir", "runs/first"))
+        training.run(parse("train", "--train.steps", "2", "--output_dir", "runs/first"))
     shutil.copy(folder / "runs/first/tokenizer.model", folder / "tokenizer.model")
     (folder / "driver.py").write_text(DRIVER)
     return folder
@@ -170,7 +171,7 @@ def test_stopped_at_every_step_in_turn(mode, place, folder, monkeypatch):
     real = TextTower.forward
     dropped = lambda self, ids: F.dropout(real(self, ids), 0.2, self.training)  # noqa: E731
     monkeypatch.setattr(TextTower, "forward", dropped)
-    training.run(experiment("dropout", mode))
+    training.run(experiment(f"dropout-{mode}", mode))
     for step in range(1, 7):
         with pytest.MonkeyPatch.context() as patch:
             at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
@@ -181,12 +182,12 @@ def test_stopped_at_every_step_in_turn(mode, place, folder, monkeypatch):
         rows = [int(row["step"]) for row in table(folder)] if step > 1 else []
         assert rows == [n for n in (1, 2, 3, 5, 5) if n < step]
     training.run(experiment("stopped", mode, "--train.resume", "true"))
-    assert_equal(folder, place / "runs/dropout")
+    assert_equal(folder, place / f"runs/dropout-{mode}")
     losses = [row["train/loss"] for row in table(folder) if row["train/loss"]]
-    plain = experiment("plain", mode)
+    plain = experiment(f"plain-{mode}", mode)
     monkeypatch.setattr(TextTower, "forward", real)
     training.run(plain)
-    assert losses != [row["train/loss"] for row in table(place / "runs/plain") if row["train/loss"]]
+    assert losses != [row["train/loss"] for row in table(place / f"runs/plain-{mode}") if row["train/loss"]]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
