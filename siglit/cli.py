@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "precompute": Command("encode images once with the frozen tower into the cache", "siglit.precompute:run"),
     "tokenizer train": Command("train a SentencePiece vocabulary on the captions", "siglit.tokenizer_training:run"),
-    "train": Command("train the text tower on the cache", "siglit.training:run"),
+    "train": Command("train the text tower on the cache, or both towers on images", "siglit.training:run"),
     "eval-retrieval": Command("report Recall@K of images and captions", "siglit.evaluate:run"),
     "plot": Command(
         "draw the curves of runs into one picture: siglit plot RUN RUN ...",

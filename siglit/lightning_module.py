@@ -5,6 +5,7 @@ the image side and the batches that come in, nothing else. Shapes: B pairs per r
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -93,6 +94,11 @@ class SigLiT(pl.LightningModule):
         if self._experiment.train.compile:
             for tower in (self.image_tower, self.text_tower):
                 tower.compile()
+
+    def on_train_start(self) -> None:
+        """Say what is special about the text tower."""
+        if self.trainer.is_global_zero and self.text_tower.told:
+            print(self.text_tower.told, file=sys.stderr, flush=True)
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         """Loss of this rank's part of the global batch."""

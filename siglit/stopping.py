@@ -31,13 +31,14 @@ class Signals:
 
     Attributes:
         came: SIGTERM and SIGINT, in order.
+        raised: an exception for one of them was raised, wherever the program was then.
         hold: the first one is only noted in `came`; whoever sets this looks there and ends. A second one ends at once.
     """
 
     def __init__(self) -> None:
         """Nothing came yet."""
         self.came: list[int] = []
-        self.hold = False
+        self.hold = self.raised = False
         self._numbers = [signal.SIGTERM]
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
             self._numbers.append(signal.SIGINT)
@@ -61,6 +62,7 @@ class Signals:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.came.append(number)
         if not self.hold or len(self.came) > 1:
+            self.raised = True
             raise self.exception()
 
 
@@ -69,7 +71,8 @@ def stopping_at_signals() -> Iterator[Signals]:
     """Raise `Terminated` at SIGTERM and KeyboardInterrupt at Ctrl-C, and see that both end the block.
 
     Python drops what is raised while it runs a destructor: then the block is ended from outside, or, where it comes to
-    its end within the grace, the exception is raised there.
+    its end within the grace, the exception is raised there. Within a callback of a C library the exception is lost too,
+    and the library fails in a way of its own, which then stands for it.
 
     Does nothing outside of the main thread, where Python handles no signals.
     """
@@ -89,6 +92,10 @@ def stopping_at_signals() -> Iterator[Signals]:
         yield signals
         if signals.came:
             raise signals.exception()
+    except Exception as error:
+        if signals.raised:
+            raise signals.exception() from error
+        raise
     finally:
         left.set()
         signal.set_wakeup_fd(before_sink)

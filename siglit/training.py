@@ -1,4 +1,4 @@
-"""`siglit train`: trains the text tower on the cache.
+"""`siglit train`: trains the text tower on the cache, or both towers on images.
 
 Sets up Lightning and the run's folder; what is trained is `siglit.lightning_module`.
 """
@@ -170,9 +170,7 @@ class TrainProgress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how the rows are shuffled; begin at the step the run goes on from."""
         if trainer.is_global_zero:
-            for told in (trainer.datamodule.shuffle_told(), pl_module.text_tower.told):  # type: ignore[attr-defined, union-attr]
-                if told:
-                    print(told, file=sys.stderr, flush=True)
+            print(trainer.datamodule.shuffle_told(), file=sys.stderr, flush=True)  # type: ignore[attr-defined]
         self.first_step = trainer.global_step
         done = trainer.global_step * self._batch_size
         self._meter = Meter(

@@ -89,6 +89,17 @@ def slow(project):
     return project
 
 
+def test_what_a_library_makes_of_a_signal_is_still_the_signal():
+    """h5py was seen to turn what the handler raises into a TypeError."""
+    with pytest.raises(Terminated), stopping_at_signals():  # noqa: PT012
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise TypeError("operation not defined") from None
+    with pytest.raises(ValueError, match="our own"), stopping_at_signals():
+        raise ValueError("our own")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_signal_stops_at_once(slow, number, code, devices):

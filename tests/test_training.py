@@ -100,7 +100,7 @@ def gradients(experiment, batch):
     module.text_tower = TextTower(experiment.text_tower, vocab_size=64, length=8, eos_id=1, pad_id=1, dim=16)
     module.double()
     module.log = module.log_dict = lambda *_, **__: None
-    module.lr_schedulers = lambda: SimpleNamespace(get_last_lr=lambda: [0.0])
+    module._trainer = SimpleNamespace(global_step=0)
     module.training_step(batch, 0).backward()
     return {name: p.grad for name, p in module.named_parameters()}
 
