@@ -130,13 +130,14 @@ class TokenizerConfig:
     """Text to token ids."""
 
     path: str | None = None
-    """A SentencePiece .model, or a transformers tokenizer (folder or name); default: train one on the captions."""
+    """A SentencePiece .model, or a transformers tokenizer (folder or name); default: that of text_tower.pretrained,
+    else train one on the captions."""
     vocab_size: int = 32_000
     """Pieces of a trained SentencePiece vocabulary; small caption sets end up with fewer."""
     length: int = 16
     """Tokens per caption, end-of-sentence included; longer captions are cut."""
-    lowercase: bool = True
-    """Lower-case the text first."""
+    lowercase: bool | None = None
+    """Lower-case the text first; default: yes for SentencePiece, as the tokenizer itself does for transformers ones."""
     character_coverage: float = 1.0
     """Share of characters that a trained vocabulary covers, 0.0–1.0; 0.9995 for Chinese and Japanese at scale."""
 

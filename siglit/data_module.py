@@ -17,7 +17,7 @@ from siglit import run as run_folder
 from siglit.config import Experiment
 from siglit.data.batches import TrainBatches
 from siglit.data.corruption import corruption_of, noise_pool
-from siglit.data.decoding import UnitPixels, pixel_batches
+from siglit.data.decoding import Decoder, UnitPixels, pixel_batches
 from siglit.data.pictures import PictureBatches
 from siglit.data.shuffle import choose_shuffle
 from siglit.data.sources import open_source
@@ -235,21 +235,25 @@ class PictureData(TrainData):
         return np.concatenate(pixels)[:wanted], self.tokenizer(texts), image_of_text
 
     def _open_batches(self) -> PictureBatches:
-        tower = self._tower()
-        config = self._experiment.data
-        return PictureBatches(
-            self.train,
-            self.tokenizer,
+        tower, config = self._tower(), self._experiment.data
+        decoder = Decoder(
             tower.transform(),
-            shuffle=self._experiment.train.shuffle,
-            workers=self._workers(),
+            image_size=tower.image_size,
             max_pixels=config.max_image_pixels,
-            max_skipped=config.max_skipped,
             draft=tower.draft(),
             crop=config.random_crop,
             flip=config.random_flip,
-            image_size=tower.image_size,
+        )
+        shuffle = self._experiment.train.shuffle
+        return PictureBatches(
+            self.train,
+            self.tokenizer,
+            decoder,
+            workers=self._workers(),
+            max_skipped=config.max_skipped,
             labels=self._experiment.loss.same == "label",
+            shuffle="rows" if shuffle == "auto" else shuffle,
+            auto_shuffle=shuffle == "auto",
             **self._ranks(),
         )
 

@@ -72,7 +72,7 @@ class SigLiT(pl.LightningModule):
     def build(self, data: TrainData) -> None:
         """Build the towers for each other and for the tokenizer."""
         self.image_tower, identity = data.image_side()
-        built = {
+        built: dict[str, Any] = {
             "vocab_size": data.tokenizer.vocab_size,
             "length": data.tokenizer.length,
             "eos_id": data.tokenizer.eos_id,
@@ -83,7 +83,7 @@ class SigLiT(pl.LightningModule):
         self._description = {
             "mode": self._experiment.mode,
             "text_tower": asdict(self._experiment.text_tower),
-            "built_for": built,
+            "built_for": built | {"architecture": self.text_tower.architecture},
             "tokenizer": data.tokenizer.fingerprint,
             "image_tower": identity,
             "image_head": self._experiment.image_tower.head,

@@ -20,7 +20,7 @@ from siglit.cache import CacheError, EmbeddingCache
 from siglit.config import Experiment, ImageTowerConfig, SourceSpec
 from siglit.data.sources import source_identity
 from siglit.errors import UserError
-from siglit.models.tokenizer import train_sentencepiece
+from siglit.models.tokenizer import lowercases, train_sentencepiece
 
 
 def is_first_process() -> bool:
@@ -37,6 +37,7 @@ def quiet_lightning() -> None:
     for harmless in (
         "Experiment logs directory",  # its rows are kept, see siglit.training
         "Checkpoint directory .* exists and is not empty",
+        r"Found \d+ module\(s\) in eval mode",  # a locked model's, on purpose
         ".*does not have many workers",
         ".*The number of training batches .* is smaller than the logging interval",
         ".*LeafSpec.* is deprecated",
@@ -132,8 +133,9 @@ def file_hash(path: str) -> str:
 
 
 def tokenizer_path(experiment: Experiment) -> str:
-    """Where the run's tokenizer is, or will be once it is trained."""
-    return experiment.tokenizer.path or str(output_dir(experiment) / "tokenizer.model")
+    """Where the run's tokenizer is, or will be once it is trained; a pretrained text tower brings its own."""
+    given = experiment.tokenizer.path or experiment.text_tower.pretrained
+    return given or str(output_dir(experiment) / "tokenizer.model")
 
 
 def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
@@ -142,11 +144,15 @@ def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
     Raises:
         UserError: the one that is there was trained with other settings.
     """
+    if experiment.tokenizer.path or experiment.text_tower.pretrained:
+        return tokenizer_path(experiment)
     path = Path(tokenizer_path(experiment))
-    if experiment.tokenizer.path is not None:
-        return str(path)
     config = experiment.tokenizer
-    settings = {k: getattr(config, k) for k in ("vocab_size", "character_coverage", "lowercase")}
+    settings = {
+        "vocab_size": config.vocab_size,
+        "character_coverage": config.character_coverage,
+        "lowercase": lowercases(config),
+    }
     note = path.with_suffix(".json")
     if path.exists():
         made = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings

@@ -27,10 +27,15 @@ def run(experiment: Experiment) -> TokenizerResult:
     """Train on the captions of data.train and write tokenizer.model into the run's folder.
 
     Raises:
-        UserError: tokenizer.path is set, a model is there already, or there are no captions.
+        UserError: tokenizer.path or text_tower.pretrained is set, a model is there already, or there are no captions.
     """
     if experiment.tokenizer.path is not None:
         raise UserError(f"tokenizer.path names a tokenizer ({experiment.tokenizer.path}); remove it to train one")
+    if experiment.text_tower.pretrained is not None:
+        raise UserError(
+            f"text_tower.pretrained {experiment.text_tower.pretrained!r} brings its own tokenizer; remove it to "
+            "train one"
+        )
     captions = [c for several in open_source(experiment.data.train).captions() for c in several]
     path = run_folder.ensure_tokenizer(experiment, captions)
     length = experiment.tokenizer.length

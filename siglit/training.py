@@ -4,7 +4,6 @@ Sets up Lightning and the run's folder; what is trained is `siglit.lightning_mod
 """
 
 import csv
-import math
 import sys
 import time
 from dataclasses import asdict, dataclass

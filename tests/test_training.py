@@ -11,7 +11,7 @@ import torch
 from siglit import evaluate, precompute, search, training
 from siglit.cache import EmbeddingCache
 from siglit.data import shuffle
-from siglit.data.batches import _row_hash
+from siglit.data.batches import row_hash
 from siglit.errors import UserError
 from siglit.lightning_module import SigLiT
 from siglit.models.image_tower import ImageSide
@@ -114,7 +114,7 @@ def batch():
         "image": torch.from_numpy(rng.standard_normal((12, 16)).astype(np.float16)),
         "ids": torch.from_numpy(ids),
         "rows": torch.arange(12),
-        "text_ids": torch.from_numpy(_row_hash(ids)),
+        "text_ids": torch.from_numpy(row_hash(ids)),
         "image_ids": torch.arange(12),
     }
 

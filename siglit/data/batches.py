@@ -1,10 +1,11 @@
 """From caches to training batches: shuffled rows with one caption each, the same global order for any number of ranks.
 
-Knows caches and token ids, not towers; the order is drawn in `shuffle.py`. Shapes: B pairs per rank, G = B · W pairs
-over W ranks, D embedding width, L tokens, M captions.
+Knows caches and token ids, not towers; the order is drawn in `shuffle.py`. `pictures.py` does the same with images.
+Shapes: B pairs per rank, G = B · W pairs over W ranks, D embedding width, S × S pixels, L tokens, M captions.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any, Literal, TypedDict
 
@@ -24,11 +25,11 @@ class Batch(TypedDict):
     """One rank's pairs."""
 
     image: torch.Tensor
-    """(B, D) float16 embeddings as stored, not normalised."""
+    """(B, D) float16 embeddings as stored, not normalised; or (B, 3, S, S) uint8 pixels."""
     ids: torch.Tensor
     """(B, L) int64 token ids."""
     rows: torch.Tensor
-    """(B,) int64 rows of the cache, each of which is one image."""
+    """(B,) int64 rows of the cache, or numbers of the source's captioned samples, each of which is one image."""
     text_ids: torch.Tensor
     """(B,) int64, equal where captions are (as the text tower sees them)."""
     image_ids: torch.Tensor
@@ -36,19 +37,114 @@ class Batch(TypedDict):
     no label."""
 
 
-class TrainBatches:
-    """Endless passes over the captioned rows of a cache; one iteration is one pass.
+class Passes(ABC):
+    """Endless passes over captioned images; one iteration is one pass.
 
     Pass e visits the rows in an order drawn from (seed, e) and pairs each with one of its captions, drawn from (seed,
     e, row). The global batch is cut evenly into the ranks' parts and an incomplete last one is dropped: the loss is
-    exact only for equal parts. A thread gathers two batches ahead. `state_dict` counts the examples that were handed
-    out, never those made ahead, so that a restored loader goes on with the batch that would have followed.
+    exact only for equal parts. A thread makes batches ahead. `state_dict` counts the examples that were handed out,
+    never those made ahead, so that a restored loader goes on with the batch that would have followed.
 
     Attributes:
         shuffle: "rows" or "blocks".
         epoch: number of the current pass.
         examples: handed out of the current pass, over all ranks.
+        count: captioned images.
     """
+
+    shuffle: str
+    count: int
+    _ahead = 2
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: str,
+        auto_shuffle: bool,
+        rank: int,
+        world_size: int,
+        corruption: Corruption | None = None,
+    ):
+        """Take what `TrainBatches` takes; `name` is what the images come from, for messages.
+
+        Raises:
+            UserError: the batch cannot be divided among the ranks, or there are fewer captioned images than that.
+        """
+        if batch_size % world_size:
+            raise UserError(f"train.batch_size {batch_size} cannot be shared evenly by {world_size} devices")
+        self._seed, self._share, self._auto_shuffle = seed, Share(batch_size, rank, world_size), auto_shuffle
+        self._corruption = corruption
+        self.epoch = self.examples = 0
+        self._reshuffle(shuffle)
+        if self.count < batch_size:
+            raise UserError(
+                f"{name} has {self.count} images with captions, fewer than one batch; "
+                f"lower train.batch_size from {batch_size} to {self.count} or less"
+            )
+
+    @abstractmethod
+    def keys(self, rows: Sequence[int]) -> list[str]:
+        """The keys of rows as batches name them."""
+
+    @abstractmethod
+    def _reshuffle(self, shuffle: str) -> None:
+        """Set `shuffle` and `count`."""
+
+    @abstractmethod
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Make this rank's batches of a pass, from number `first` on."""
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+        return self.count // self._share.total
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Hand out the rest of the current pass, then make the next one current."""
+        made = self._batches(self.epoch, self.examples // self._share.total)
+        with closing(Prefetched(made, self._ahead)) as batches:
+            for batch in batches:
+                self.examples += self._share.total
+                # Before the last batch is out: who counts batches never asks for more.
+                if self.examples == len(self) * self._share.total:
+                    self.epoch, self.examples = self.epoch + 1, 0
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position: the pass, and the examples of it that were handed out; and what the order was drawn from."""
+        return {"epoch": self.epoch, "examples": self.examples, **self._drawn_from()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position; the number of ranks may be another, the global batch may not, not even between passes.
+
+        Raises:
+            UserError: the position counts other batches than these.
+        """
+        asked = state.get("train.shuffle")
+        if self._auto_shuffle and asked in _SHUFFLES and asked != self.shuffle:
+            self._reshuffle(asked)
+        for name, here in self._drawn_from().items():
+            if state.get(name) != here:
+                raise UserError(
+                    f"the checkpoint was made with {name} {state.get(name)}, but it is {here} now: the batches would "
+                    "be others. Resume with the same, or start anew with another --output_dir"
+                )
+        self.epoch, self.examples = state["epoch"], state["examples"]
+
+    def _drawn_from(self) -> dict[str, Any]:
+        return {
+            "train.batch_size": self._share.total,
+            "seed": self._seed,
+            "train.shuffle": self.shuffle,
+            "number of captioned images": self.count,
+            "data.corrupt": None if self._corruption is None else str(self._corruption),
+        }
+
+
+class TrainBatches(Passes):
+    """Passes over the captioned rows of a cache."""
 
     def __init__(
         self,
@@ -86,85 +182,49 @@ class TrainBatches:
         Raises:
             UserError: G cannot be divided among the ranks, or the cache has fewer captioned rows than G.
         """
-        if batch_size % world_size:
-            raise UserError(f"train.batch_size {batch_size} cannot be shared evenly by {world_size} devices")
-        self._cache, self._ids, self._labels, self._seed = cache, ids, labels, seed
-        self._share, self._pin = Share(batch_size, rank, world_size), pin_memory
+        self._cache, self._ids, self._labels, self._pin = cache, ids, labels, pin_memory
         assert corruption is None or "image" not in corruption.kinds or noise is not None
-        self._corruption, self._noise = corruption, noise
-        self.shuffle, self._auto_shuffle = shuffle, auto_shuffle
-        self._order: RowShuffle | BlockShuffle = _SHUFFLES[shuffle](cache.caption_offsets, seed)
-        self.epoch = self.examples = 0
-        if self._order.count < batch_size:
-            raise UserError(
-                f"{cache.path} has {self._order.count} images with captions, fewer than one batch; "
-                f"lower train.batch_size from {batch_size} to {self._order.count} or less"
-            )
+        self._noise = noise
+        super().__init__(
+            str(cache.path),
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            auto_shuffle=auto_shuffle,
+            rank=rank,
+            world_size=world_size,
+            corruption=corruption,
+        )
 
-    def __len__(self) -> int:
-        """Batches in one pass."""
-        return self._order.count // self._share.total
+    def keys(self, rows: Sequence[int]) -> list[str]:
+        """The keys of rows."""
+        return [self._cache.key(int(row)) for row in rows]
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Hand out the rest of the current pass, then make the next one current."""
-        with closing(Prefetched(self._batches(self.epoch, self.examples // self._share.total))) as batches:
-            for batch in batches:
-                self.examples += self._share.total
-                # Before the last batch is out: who counts batches never asks for more.
-                if self.examples == len(self) * self._share.total:
-                    self.epoch, self.examples = self.epoch + 1, 0
-                yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position: the pass, and the examples of it that were handed out; and what the order was drawn from."""
-        return {"epoch": self.epoch, "examples": self.examples, **self._drawn_from()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position; the number of ranks may be another, the global batch may not, not even between passes.
-
-        Raises:
-            UserError: the position counts other batches than these.
-        """
-        asked = state.get("train.shuffle")
-        if self._auto_shuffle and asked in _SHUFFLES and asked != self.shuffle:
-            self.shuffle, self._order = asked, _SHUFFLES[asked](self._cache.caption_offsets, self._seed)
-        for name, here in self._drawn_from().items():
-            if state.get(name) != here:
-                raise UserError(
-                    f"the checkpoint was made with {name} {state.get(name)}, but it is {here} now: the batches would "
-                    "be others. Resume with the same, or start anew with another --output_dir"
-                )
-        self.epoch, self.examples = state["epoch"], state["examples"]
-
-    def _drawn_from(self) -> dict[str, Any]:
-        return {
-            "train.batch_size": self._share.total,
-            "seed": self._seed,
-            "train.shuffle": self.shuffle,
-            "number of captioned images": self._order.count,
-            "data.corrupt": None if self._corruption is None else str(self._corruption),
-        }
+    def _reshuffle(self, shuffle: str) -> None:
+        self.shuffle = shuffle
+        self._order: RowShuffle | BlockShuffle = _SHUFFLES[shuffle](self._cache.caption_offsets, self._seed)
+        self.count = self._order.count
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         def fetch(rows: np.ndarray) -> Arrays:
             return {"rows": rows, "ids": self._texts(epoch, rows), **self._images(epoch, rows)}
 
         for arrays in self._exchanged(self._order.batches(epoch, first, self._share, fetch), epoch, first):
-            arrays["text_ids"] = _row_hash(arrays["ids"])
+            arrays["text_ids"] = row_hash(arrays["ids"])
             arrays["ids"] = arrays["ids"].astype(np.int64)
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             yield {name: tensor.pin_memory() if self._pin else tensor for name, tensor in tensors.items()}  # type: ignore[misc]
 
     def _images(self, epoch: int, rows: np.ndarray) -> Arrays:
         image = self._cache.gather(rows)
-        image_ids = rows if self._labels is None else np.where(self._labels[rows] < 0, -1 - rows, self._labels[rows])
+        found = rows if self._labels is None else image_ids(rows, self._labels[rows])
         if self._corruption is not None and self._noise is not None:
             hit, number = self._corruption.noise_numbers(epoch, rows, len(self._noise))
             image[hit] = self._noise[number]
             # Far from every row, label and -1 - row.
-            image_ids = image_ids.copy()
-            image_ids[hit] = np.iinfo(np.int64).min + number
-        return {"image": image, "image_ids": image_ids}
+            found = found.copy()
+            found[hit] = np.iinfo(np.int64).min + number
+        return {"image": image, "image_ids": found}
 
     def _texts(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """(k, L) token ids of the caption that each row has in this pass."""
@@ -190,7 +250,12 @@ class TrainBatches:
             yield arrays
 
 
-def _row_hash(ids: np.ndarray) -> np.ndarray:
+def image_ids(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(k,) int64, equal where labels are; a row without one (−1) is a class of its own."""
+    return np.where(labels < 0, -1 - rows, labels)
+
+
+def row_hash(ids: np.ndarray) -> np.ndarray:
     """(k,) int64 of (k, L) token ids: a random linear form modulo 2^64, equal for equal rows."""
     weights = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, ids.shape[1], endpoint=True) | 1
     return (ids.astype(np.int64) * weights).sum(1)

@@ -1,21 +1,27 @@
-"""From units of a source to batches of pixels: decoding and resizing in worker processes, in the source's order.
+"""From samples to pixels in worker processes: the units of a source in its order, or lists of samples as they come.
 
-Knows sources and pictures, not towers or caches. Shapes: N usable images of a batch, H × W the tower's input.
+Knows sources and pictures, not towers or caches. Shapes: N images of a batch, S × S the tower's input.
 """
 
+import gc
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from siglit.data.images import BadImage, decode_image
 from siglit.data.sources import Sample, Source, Unit
 from siglit.errors import UserError
+
+_RATIOS = (3 / 4, 4 / 3)
+_TRIES = 100
 
 
 @dataclass
@@ -27,7 +33,7 @@ class PixelBatch:
     last: bool
     """True for the unit's last batch."""
     pixels: torch.Tensor
-    """(N, 3, H, W) uint8."""
+    """(N, 3, S, S) uint8."""
     samples: list[Sample] = field(default_factory=list)
     """N samples, their image emptied."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -51,7 +57,7 @@ class UnitPixels(IterableDataset[PixelBatch | UserError]):
         max_pixels: int,
         draft: int | None = None,
     ):
-        """Decode with `transform`, an RGB picture to (3, H, W) uint8; `max_pixels` and `draft` as `decode_image`."""
+        """Decode with `transform`, an RGB picture to (3, S, S) uint8; `max_pixels` and `draft` as `decode_image`."""
         self._source, self._units, self._transform = source, units, transform
         self._batch_size, self._max_pixels, self._draft = batch_size, max_pixels, draft
 
@@ -82,12 +88,9 @@ class UnitPixels(IterableDataset[PixelBatch | UserError]):
                 batch.skipped.append((sample.key, "no caption"))
                 continue
             try:
-                picture = decode_image(sample.image_bytes(), self._max_pixels, self._draft)
-                pixels.append(self._transform(picture))
+                pixels.append(self._transform(_picture(sample, self._max_pixels, self._draft)))
             except BadImage as error:
                 batch.skipped.append((sample.key, str(error)))
-            except OSError as error:
-                batch.skipped.append((sample.key, f"cannot be read: {error.strerror or error}"))
             else:
                 batch.samples.append(replace(sample, image=b""))
         batch.pixels = torch.stack(pixels) if pixels else torch.empty(0, dtype=torch.uint8)
@@ -114,6 +117,150 @@ def pixel_batches(dataset: UnitPixels, workers: int, pin_memory: bool) -> Iterat
         yield item
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """A sample's image as pixels to train on, cropped and mirrored at random where that is asked for."""
+
+    transform: Callable[[Image.Image], torch.Tensor]
+    """An RGB picture to (3, S, S) uint8; after a random crop it should squash, or it cuts off more."""
+    image_size: int
+    """S."""
+    max_pixels: int
+    """As `decode_image`."""
+    draft: int | None = None
+    """As `decode_image`; a crop is decoded as much larger as it may be enlarged."""
+    crop: float | None = None
+    """Smallest share of the area that a random crop keeps; None: the whole picture."""
+    flip: bool = False
+    """Mirror every other picture."""
+
+    def __call__(self, sample: Sample, seed: Sequence[int]) -> torch.Tensor:
+        """Return (3, S, S) uint8 pixels; the same seed crops and mirrors the same way.
+
+        Raises:
+            BadImage: the image cannot be used.
+        """
+        draft = self.draft
+        if draft is not None and self.crop is not None:
+            draft = int(draft / (self.crop * _RATIOS[0]) ** 0.5)
+        picture = _picture(sample, self.max_pixels, draft)
+        # torchvision's own draw from torch's global generator, which here may be the training's.
+        draw = np.random.default_rng(seed)
+        flip = self.flip and draw.random() < 0.5
+        if self.crop is not None:
+            picture = picture.crop(_random_box(picture.width, picture.height, self.crop, draw))
+        pixels = self.transform(picture)
+        return pixels.flip(2) if flip else pixels
+
+
+class Job(NamedTuple):
+    """Samples to decode at one go, and a seed for each; images are carried, so that the source stays where it is."""
+
+    samples: list[Sample]
+    seeds: list[tuple[int, ...]]
+
+
+class Decoded(NamedTuple):
+    """What became of a job."""
+
+    pixels: torch.Tensor
+    """(N, 3, S, S) uint8, anything where an image is unusable."""
+    unusable: list[tuple[int, str]]
+    """Place in the job, and reason."""
+
+
+class Decoding:
+    """Worker processes that decode jobs; they stay between runs and end with `close`, or with this object."""
+
+    def __init__(self, decoder: Decoder, workers: int):
+        """Take the number of processes; 0: decode in this one. They start with the first run."""
+        self._jobs = _Jobs()
+        self._loader: DataLoader = DataLoader(
+            _DecodedJobs(decoder),
+            batch_size=None,
+            sampler=self._jobs,
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            persistent_workers=workers > 0,
+            worker_init_fn=_prepare_worker,
+            # A loader draws a seed for its workers; from torch's own generator it would shift the training's.
+            generator=torch.Generator(),
+        )
+
+    def run(self, jobs: Iterator[Job | UserError]) -> Iterator[Decoded | UserError]:
+        """Start on jobs, of which two per worker are taken ahead, and return what becomes of them, in their order.
+
+        A UserError is handed out instead of raised: a loader would wrap it in the worker's traceback. One that comes in
+        place of a job is handed out as it is.
+        """
+        self._jobs.jobs = jobs
+        return iter(self._loader)
+
+    def close(self) -> None:
+        """End the processes and wait for them."""
+        running = getattr(self._loader, "_iterator", None)
+        if running is not None:
+            # Dropping it does the same, but not while a traceback holds it. Lightning closes loaders this way too.
+            running._shutdown_workers()
+            self._loader._iterator = None
+
+
+class _Jobs:
+    """What a loader takes for its sampler."""
+
+    jobs: Iterator[Job | UserError] = iter(())
+
+    def __iter__(self) -> Iterator[Job | UserError]:
+        return self.jobs
+
+
+class _DecodedJobs(Dataset[Decoded | UserError]):
+    def __init__(self, decoder: Decoder):
+        self._decoder = decoder
+
+    def __getitem__(self, job: Job | UserError) -> Decoded | UserError:
+        if isinstance(job, UserError):
+            return job
+        size = self._decoder.image_size
+        pixels = torch.empty((len(job.samples), 3, size, size), dtype=torch.uint8)
+        unusable = []
+        for place, (sample, seed) in enumerate(zip(job.samples, job.seeds, strict=True)):
+            try:
+                pixels[place] = self._decoder(sample, seed)
+            except BadImage as error:
+                unusable.append((place, str(error)))
+            except UserError as error:
+                return error
+        return Decoded(pixels, unusable)
+
+
+def _random_box(width: int, height: int, least: float, draw: np.random.Generator) -> tuple[int, int, int, int]:
+    """Left, upper, right and lower edge of a crop of `least` … 1 of the area, its proportions between 3:4 and 4:3.
+
+    The whole picture where a hundred draws do not fit in it.
+
+    Source: torchvision `RandomResizedCrop.get_params`; when nothing fits, big_vision `inception_crop`.
+    """
+    area = width * height * draw.uniform(least, 1, _TRIES)
+    ratio = np.exp(draw.uniform(math.log(_RATIOS[0]), math.log(_RATIOS[1]), _TRIES))
+    wide, high = np.rint(np.sqrt(area * ratio)).astype(int), np.rint(np.sqrt(area / ratio)).astype(int)
+    fits = np.flatnonzero((wide > 0) & (wide <= width) & (high > 0) & (high <= height))
+    if not len(fits):
+        return 0, 0, width, height
+    w, h = int(wide[fits[0]]), int(high[fits[0]])
+    left, upper = int(draw.integers(width - w + 1)), int(draw.integers(height - h + 1))
+    return left, upper, left + w, upper + h
+
+
+def _picture(sample: Sample, max_pixels: int, draft: int | None) -> Image.Image:
+    """Read and decode a sample's image; BadImage also where its file cannot be read."""
+    try:
+        data = sample.image_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+    return decode_image(data, max_pixels, draft)
+
+
 def _say_nothing(*_: object) -> None:
     pass
 
@@ -124,5 +271,7 @@ def _prepare_worker(_: int) -> None:
     # A worker's errors travel to that process with its batches. What would be printed here is the complaint of
     # multiprocessing's own thread that the other end of its pipe has gone, as it has after Ctrl-C.
     sys.excepthook = _say_nothing
+    # A collection would write to every page that is shared with that process, and so copy it.
+    gc.freeze()
     # Each worker owns one core; more threads would fight over it.
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from siglit.cache import EmbeddingCache
+from siglit.data.sources import Source
 
 Arrays = dict[str, np.ndarray]
 Fetch = Callable[[np.ndarray], Arrays]
@@ -43,9 +44,12 @@ def choose_shuffle(cache: EmbeddingCache) -> tuple[Literal["rows", "blocks"], st
     Random rows of a cache that does not stay in memory cost one page fault each; half of the free memory is left to
     the training itself.
     """
-    size, free = len(cache) * cache.dim * 2, _free_memory()
-    told = f"{size / 1e9:,.2f} GB of embeddings, {free / 1e9:,.1f} GB of memory free"
-    return ("blocks" if size > free / 2 else "rows"), told
+    return _choose(len(cache) * cache.dim * 2, "embeddings")
+
+
+def choose_picture_shuffle(source: Source, processes: int) -> tuple[Literal["rows", "blocks"], str]:
+    """Return how to shuffle a source whose samples each of a machine's `processes` would hold, and why, in words."""
+    return _choose(source.memory() * processes, "images and captions")
 
 
 def choose_captions(seed: int, epoch: int, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -194,6 +198,12 @@ class _Window:
             self.read(BLOCK_ROWS)
         start, self._dealt = self._dealt, min(self._dealt + count, len(self._rows))
         return {k: a[start : self._dealt] for k, a in (self._arrays or {}).items()}, self._dealt - start
+
+
+def _choose(size: int, what: str) -> tuple[Literal["rows", "blocks"], str]:
+    free = _free_memory()
+    told = f"{size / 1e9:,.2f} GB of {what}, {free / 1e9:,.1f} GB of memory free"
+    return ("blocks" if size > free / 2 else "rows"), told
 
 
 def _captioned(offsets: np.ndarray, first: int, last: int) -> np.ndarray:

@@ -42,6 +42,9 @@ class Table(Protocol):
     def value(self, row: int, name: str) -> Any:
         """One cell."""
 
+    def size(self, name: str) -> int:
+        """Bytes of a column, unpacked; of all columns where it cannot be told."""
+
 
 class ParquetTable:
     """Parquet files one after another; keeps the last row group of the image and of the other columns in memory."""
@@ -112,6 +115,17 @@ class ParquetTable:
     def value(self, row: int, name: str) -> Any:
         first, table = self._group(row, (name,))
         return table.column(0)[row - first].as_py()
+
+    def size(self, name: str) -> int:
+        total = 0
+        for path in self._paths:
+            footer = pq.read_metadata(path)
+            for group in map(footer.row_group, range(footer.num_row_groups)):
+                parts = map(group.column, range(group.num_columns))
+                total += sum(
+                    part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == name
+                )
+        return total
 
     def _index(self, row: int) -> int:
         # The last of equal starts: an empty row group starts where its successor does.
@@ -189,6 +203,9 @@ class HubTable:
 
     def value(self, row: int, name: str) -> Any:
         return self._data.select_columns([name])[row][name]
+
+    def size(self, name: str) -> int:
+        return int(self._data.data.nbytes)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,11 @@
-"""The text tower: transformers' SigLIP text model from random weights, in the sizes of the field.
+"""The text tower: transformers' SigLIP text model from random weights, or a pretrained text model with a new head.
 
-Knows nothing of images but the width of their embeddings. Shapes: N captions, L tokens, D embedding width.
+Knows nothing of images but the width of their embeddings. Shapes: N captions, L tokens, D embedding width; of the
+token embedding: V ids, K bottleneck, W hidden width.
 Source: big_vision's text transformer; the layers, last-token pooling and head are `transformers.SiglipTextModel`'s.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +13,14 @@ from transformers import SiglipTextConfig, SiglipTextModel
 
 from siglit.config import TextTowerConfig
 from siglit.errors import UserError
+from siglit.models.pretrained_text import (
+    architecture_of,
+    check_text_model,
+    load_text_model,
+    pool,
+    rebuild_text_model,
+    text_mask,
+)
 
 # width, depth, heads; `L12` is the Large width with 12 layers of arXiv:2303.15343, section 4.4.
 PRESETS = {
@@ -25,40 +36,155 @@ PRESETS = {
 class TextTower(nn.Module):
     """Token ids in, embeddings of the image tower's width out."""
 
-    def __init__(self, config: TextTowerConfig, *, vocab_size: int, length: int, eos_id: int, pad_id: int, dim: int):
-        """Build the tower with random weights.
+    pretrained: frozenset[str]
+    """Names of the parameters that came from pretrained weights; the head is never one of them."""
+    told: str | None
+    """What is worth telling of the tower before training: what a bottleneck saves, what a pretrained model is."""
+    architecture: dict[str, Any] | None
+    """The pretrained model in JSON's types, for a tower that is to be built without its folder; None: not needed."""
+
+    def __init__(
+        self,
+        config: TextTowerConfig,
+        *,
+        vocab_size: int,
+        length: int,
+        eos_id: int,
+        pad_id: int,
+        dim: int,
+        architecture: dict[str, Any] | None = None,
+    ):
+        """Build the tower with random weights, or load the pretrained model and give it a head with random weights.
 
         Args:
-            config: size preset and overrides.
-            vocab_size: rows of the token embedding.
+            config: size preset and overrides, or the pretrained model.
+            vocab_size: ids of the tokenizer.
             length: tokens per caption L; captions are always padded to it.
             eos_id: end-of-sentence id of the tokenizer.
             pad_id: padding id of the tokenizer.
             dim: width of the output D, that of the image embeddings.
+            architecture: that of an earlier tower; then nothing is loaded, the pretrained model's weights are random.
 
         Raises:
-            UserError: the width cannot be divided among the heads.
+            UserError: the width cannot be divided among the heads, fields contradict each other, or the pretrained
+                model cannot be loaded or does not fit the tokenizer.
         """
         super().__init__()
-        width, depth, heads = PRESETS[config.size]
-        width, depth, heads = config.width or width, config.depth or depth, config.heads or heads
-        if width % heads:
-            raise UserError(f"a text tower of width {width} cannot have {heads} heads: {width} / {heads} is not whole")
-        self.model = SiglipTextModel(
-            SiglipTextConfig(
-                vocab_size=vocab_size,
-                hidden_size=width,
-                intermediate_size=config.mlp_width or 4 * width,
-                num_hidden_layers=depth,
-                num_attention_heads=heads,
-                max_position_embeddings=length,
-                projection_size=dim,
-                eos_token_id=eos_id,
-                pad_token_id=pad_id,
-                bos_token_id=None,
+        self._pooling, self._locked = config.pooling, config.locked
+        self._special = {"eos_id": eos_id, "pad_id": pad_id}
+        self.head: nn.Linear | None = None  # a random tower has its own, within the model
+        if config.pretrained is None:
+            if config.locked:
+                raise UserError("text_tower.locked is set, but random weights are to learn; set text_tower.pretrained")
+            self.model = _random_model(
+                config, vocab_size=vocab_size, length=length, projection_size=dim, eos_id=eos_id, pad_id=pad_id
             )
-        )
+            self.architecture, self.pretrained = None, frozenset()
+            self.told = _bottleneck_told(self.model, vocab_size)
+        else:
+            _refuse_sizes(config)
+            # Where a tower is built on a device right away: transformers would need accelerate for it.
+            with torch.device("cpu"):
+                model = rebuild_text_model(architecture) if architecture else load_text_model(config.pretrained)
+                width = check_text_model(model, config.pretrained, vocab_size=vocab_size, length=length)
+            self.model = model.requires_grad_(not config.locked)
+            self.head = _head(width, dim)
+            self.architecture = architecture_of(model)
+            self.pretrained = frozenset(f"model.{name}" for name, _ in model.named_parameters())
+            count = sum(p.numel() for p in model.parameters())
+            self.told = (
+                f"text tower {config.pretrained}: {type(model).__name__}, {_millions(count)} parameters, "
+                f"{'locked' if config.locked else 'learning'}, {config.pooling} pooling, new head {width:,} × {dim:,}"
+            )
+        self.train()
+
+    def train(self, mode: bool = True) -> "TextTower":
+        """Set training mode; a locked model stays in evaluation mode, without dropout."""
+        super().train(mode)
+        if self._locked:
+            self.model.eval()
+        return self
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embed (N, L) token ids as (N, D), not normalised; no mask, as padding is part of the text for this model."""
-        return self.model(input_ids=ids).pooler_output
+        """Embed (N, L) token ids as (N, D), not normalised.
+
+        A random tower sees no mask, as padding is part of the text for it; a pretrained model sees the text alone.
+        """
+        if self.head is None:
+            return self.model(input_ids=ids).pooler_output
+        mask = text_mask(ids, **self._special)
+        # Of a locked model autograd keeps nothing: none of its parameters asks for a gradient.
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return self.head(pool(states, mask, self._pooling))
+
+
+def _random_model(
+    config: TextTowerConfig, *, vocab_size: int, length: int, projection_size: int, eos_id: int, pad_id: int
+) -> nn.Module:
+    width, depth, heads = PRESETS[config.size]
+    width, depth, heads = config.width or width, config.depth or depth, config.heads or heads
+    if width % heads:
+        raise UserError(f"a text tower of width {width} cannot have {heads} heads: {width} / {heads} is not whole")
+    model = SiglipTextModel(
+        SiglipTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=config.mlp_width or 4 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            max_position_embeddings=length,
+            projection_size=projection_size,
+            eos_token_id=eos_id,
+            pad_token_id=pad_id,
+            bos_token_id=None,
+        )
+    )
+    if config.embedding_width is not None:
+        model.embeddings.token_embedding = _bottleneck(vocab_size, config.embedding_width, width)
+    return model
+
+
+def _bottleneck(vocab_size: int, narrow: int, width: int) -> nn.Sequential:
+    """Token embedding V × K, then K × W, without a bias (arXiv:2303.15343, section 4.3).
+
+    Each table starts like an embedding of its own output width; the product then has the variance 1 / W of the usual
+    table (that of flax and transformers).
+    """
+    table, up = nn.Embedding(vocab_size, narrow), nn.Linear(narrow, width, bias=False)
+    nn.init.normal_(table.weight, std=narrow**-0.5)
+    nn.init.normal_(up.weight, std=width**-0.5)
+    return nn.Sequential(table, up)
+
+
+def _bottleneck_told(model: Any, vocab_size: int) -> str | None:
+    embedding = model.embeddings.token_embedding
+    if isinstance(embedding, nn.Embedding):
+        return None
+    width, narrow = embedding[1].weight.shape
+    count = vocab_size * narrow + narrow * width
+    return (
+        f"token embedding {vocab_size:,} × {narrow:,} + {narrow:,} × {width:,} = {_millions(count)} parameters "
+        f"instead of {_millions(vocab_size * width)}"
+    )
+
+
+def _head(width: int, dim: int) -> nn.Linear:
+    """Linear map with a bias, as behind big_vision's text towers, its pretrained BERT included; same start."""
+    head = nn.Linear(width, dim)
+    nn.init.normal_(head.weight, std=width**-0.5)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _refuse_sizes(config: TextTowerConfig) -> None:
+    for name in ("width", "depth", "heads", "mlp_width", "embedding_width"):
+        value = getattr(config, name)
+        if value is not None:
+            raise UserError(
+                f"text_tower.{name} is {value}, but text_tower.pretrained {config.pretrained!r} has its own; "
+                "remove one of the two"
+            )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3g} M"

@@ -68,8 +68,8 @@ class SentencePieceTokenizer:
 class TransformersTokenizer:
     """A tokenizer of the transformers library, by folder or Hub name."""
 
-    def __init__(self, name: str, length: int, lowercase: bool):
-        """Load the tokenizer.
+    def __init__(self, name: str, length: int, lowercase: bool | None = None):
+        """Load the tokenizer; `lowercase` None leaves case to it.
 
         Raises:
             UserError: there is no such tokenizer, or it has no padding token.
@@ -82,7 +82,8 @@ class TransformersTokenizer:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise UserError(
                 f"cannot load the tokenizer {name!r} ({reason}). "
-                "Without access to the Hub give a folder or a SentencePiece .model as tokenizer.path"
+                "Without access to the Hub give a folder or a SentencePiece .model as tokenizer.path, or a folder as "
+                "text_tower.pretrained"
             ) from error
         eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
         eos = eos if eos is not None else self._tokenizer.sep_token_id
@@ -96,14 +97,17 @@ class TransformersTokenizer:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Encode N texts as (N, L) int32."""
         texts = [t.lower() for t in texts] if self._lowercase else list(texts)
-        encoded = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.length)
+        # On the right, whatever side the tokenizer likes: its model's positions start with the text.
+        encoded = self._tokenizer(
+            texts, padding="max_length", padding_side="right", truncation=True, max_length=self.length
+        )
         return np.asarray(encoded["input_ids"], dtype=np.int32)
 
     def _rules(self) -> str:
         """All that decides the ids: two tokenizers can share a vocabulary and cut words in other places."""
         fast = getattr(self._tokenizer, "backend_tokenizer", None)
         rules = fast.to_str() if fast is not None else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
-        return f"{rules} {self._tokenizer.padding_side} {self._tokenizer.truncation_side} {self.pad_id}"
+        return f"{rules} {self._tokenizer.truncation_side} {self.pad_id}"
 
 
 def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
@@ -122,9 +126,14 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     try:
-        return SentencePieceTokenizer(model, config.length, config.lowercase)
+        return SentencePieceTokenizer(model, config.length, lowercases(config))
     except UserError as error:
         raise UserError(f"tokenizer.path {path}: {error}") from error
+
+
+def lowercases(config: TokenizerConfig) -> bool:
+    """Tell whether a SentencePiece tokenizer lower-cases the text first: SigLIP's way unless told otherwise."""
+    return config.lowercase is not False
 
 
 def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> bytes:
@@ -139,7 +148,7 @@ def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> byt
     Raises:
         UserError: there is no caption to learn from, or the vocabulary is too small for the characters.
     """
-    lower = str.lower if config.lowercase else str
+    lower = str.lower if lowercases(config) else str
     sentences = (lower(c).replace("\n", " ") for c in captions)
     first = next(sentences, None)
     if first is None:
@@ -182,5 +191,5 @@ def _chain(first: str, rest: Iterable[str]) -> Iterable[str]:
     yield from rest
 
 
-def _digest(content: str, length: int, lowercase: bool) -> str:
+def _digest(content: str, length: int, lowercase: bool | None) -> str:
     return hashlib.blake2b(f"{content} {length} {lowercase}".encode(), digest_size=8).hexdigest()

@@ -99,6 +99,12 @@ def test_image_caption_and_row_belong_together(cache, ids):
         assert all(caption < CAPTIONS_OF_ROW[row] for row, caption in batch["ids"][:, :2].tolist())
 
 
+def test_keys_name_the_rows(cache, ids):
+    batches = loader(cache, ids)
+    batch = next(iter(batches))
+    assert batches.keys(batch["rows"].tolist()) == [f"k{number}" for number in batch["ids"][:, 0].tolist()]
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_take_the_same_global_batches(cache, ids, world_size):
     """In the same order, captions included, over several passes."""

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
+from siglit.data.decoding import Decoder, PixelBatch, UnitPixels, pixel_batches
 from siglit.data.sources import FilePart, Sample, Unit
 from siglit.errors import UserError
 
@@ -152,3 +153,76 @@ def test_pixels_are_pinned_where_the_loader_is_asked_to(monkeypatch):
     pinned = pin_memory(batch)
     assert pinned.pixels.tolist() == [1, 1]
     assert (pinned.unit, pinned.last, pinned.skipped) == (3, True, [("k", "r")])
+
+
+SIDE = 64
+
+
+def gradient(fmt="PNG", width=80, height=60):
+    """Red grows to the right, green downwards, so that a crop can be told from its pixels."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(width) * 3, np.arange(height)[:, None] * 3
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, fmt)
+    return Sample("k", file.getvalue(), ("c",))
+
+
+def squash(image):
+    return to_pixels(image.resize((SIDE, SIDE), Image.Resampling.NEAREST))
+
+
+def boxes(least, count=300, width=80, height=60):
+    """(count, 4) left, upper, right and lower edge of what the decoder kept, in pixels."""
+    kept = []
+
+    def note(image):
+        pixels = np.asarray(image) // 3
+        kept.append((pixels[0, 0, 0], pixels[0, 0, 1], pixels[-1, -1, 0] + 1, pixels[-1, -1, 1] + 1))
+        return squash(image)
+
+    decoder = Decoder(note, SIDE, 10_000, crop=least)
+    sample = gradient(width=width, height=height)
+    for seed in range(count):
+        decoder(sample, (0, seed))
+    return np.array(kept, dtype=float)
+
+
+def test_a_random_crop_keeps_the_share_and_the_proportions_it_should():
+    left, upper, right, lower = boxes(0.3).T
+    area, ratio = (right - left) * (lower - upper) / 4800, (right - left) / (lower - upper)
+    assert 0.28 < area.min() < 0.35
+    assert 0.9 < area.max() <= 1
+    assert 0.72 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < 1.38
+    assert ((left == 0).mean(), (right == 80).mean()) < (0.3, 0.3)
+    assert abs((left - (80 - right)).mean()) < 3, "as often at the left as at the right"
+    assert abs((upper - (60 - lower)).mean()) < 3
+
+
+def test_a_picture_that_no_crop_fits_in_is_kept_whole():
+    """A crop of nine tenths with sides of at most 4:3 cannot lie in a picture of 8:3."""
+    assert (boxes(0.9, 20, 80, 30) == (0, 0, 80, 30)).all()
+
+
+def test_the_seed_decides_on_crop_and_mirroring():
+    decoder = Decoder(squash, SIDE, 10_000, crop=0.3, flip=True)
+    made = [[decoder(gradient(), (seed, 1)) for seed in range(20)] for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
+    assert len({pixels.numpy().tobytes() for pixels in made[0]}) == 20
+
+
+def test_every_other_picture_is_mirrored():
+    plain = Decoder(squash, SIDE, 10_000)(gradient(), (0,))
+    made = [Decoder(squash, SIDE, 10_000, flip=True)(gradient(), (seed,)) for seed in range(200)]
+    mirrored = sum(torch.equal(pixels, plain.flip(2)) for pixels in made)
+    assert mirrored + sum(torch.equal(pixels, plain) for pixels in made) == 200
+    assert 70 < mirrored < 130
+
+
+@pytest.mark.parametrize(("crop", "side"), [(None, 20), (0.2, 51)])
+def test_a_crop_is_drafted_as_much_larger_as_it_may_be_enlarged(monkeypatch, crop, side):
+    """A fifth of the area at 3:4 has a side of 0.39 of the picture's."""
+    asked = []
+    monkeypatch.setattr(JpegImageFile, "draft", lambda self, mode, size: asked.append(size))
+    Decoder(squash, SIDE, 10_000, draft=20, crop=crop)(gradient("JPEG"), (0,))
+    assert asked == [(side, side)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from siglit.data import shuffle
-from siglit.data.shuffle import BlockShuffle, RowShuffle, Share, choose_captions, choose_shuffle
+from siglit.data.shuffle import BlockShuffle, RowShuffle, Share, choose_captions, choose_picture_shuffle, choose_shuffle
 
 
 def offsets(rows, every=3):
@@ -157,6 +157,16 @@ def test_blocks_are_chosen_above_half_of_the_free_memory(monkeypatch, free, chos
 
     monkeypatch.setattr(shuffle, "_free_memory", lambda: free)
     assert choose_shuffle(Cache(dim=100))[0] == chosen
+
+
+@pytest.mark.parametrize(("processes", "chosen"), [(2, "rows"), (3, "blocks")])
+def test_every_process_of_a_machine_holds_the_images(monkeypatch, processes, chosen):
+    class Source:
+        def memory(self):
+            return 1000
+
+    monkeypatch.setattr(shuffle, "_free_memory", lambda: 5000)
+    assert choose_picture_shuffle(Source(), processes)[0] == chosen
 
 
 def test_the_free_memory_is_the_machines():

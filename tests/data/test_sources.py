@@ -312,6 +312,33 @@ class TestUnits:
         assert list(opened.captions()) == [(f"c{i}",) for i in range(10)]
 
 
+class TestMemory:
+    """What samples take in memory is told from headers alone: bytes of images where the source holds them."""
+
+    def test_files_and_tars_leave_their_images_where_they_are(self, tmp_path):
+        text = "filepath,title\n" + "".join(f"{i}.jpg,c\n" for i in range(10))
+        assert source("csv", write(tmp_path / "x.csv", text)).memory() == 10 * 400
+        for name in ("a", "b", "c"):
+            write_tar(tmp_path / f"{name}.tar", [(f"{i}.jpg", b"x" * 9000) for i in range(7)])
+        opened = source("webdataset", tmp_path)
+        assert opened.memory() == 3 * 7 * 400
+
+    def test_tables_carry_them(self, tmp_path, monkeypatch):
+        images = [{"bytes": os.urandom(10_000), "path": None} for _ in range(6)]
+        columns = {"image": images, "caption": ["c" * 9000] * 6}
+        opened = source("parquet", write_parquet(tmp_path / "x.parquet", columns))
+        monkeypatch.setattr(pq.ParquetFile, "read_row_group", None)
+        assert 60_000 < opened.memory() < 66_000
+
+    def test_a_carried_sample_needs_no_source(self, tmp_path):
+        opened = source(
+            "parquet", write_parquet(tmp_path / "x.parquet", {"image": [b"A", b"B"], "caption": ["a", "b"]})
+        )
+        sample = opened.load(opened.units(2)[0])[1].carried()
+        (tmp_path / "x.parquet").unlink()
+        assert sample.image == pickle.loads(pickle.dumps(sample)).image_bytes() == b"B"
+
+
 class TestCocoAndKarpathy:
     IMAGES = [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"}, {"id": 9, "file_name": "c.jpg"}]  # noqa: RUF012
 
@@ -587,6 +614,7 @@ class FakeDataset:
     def __init__(self, rows, features):
         self.rows, self.features, self.column_names = rows, features, list(features)
         self.info = types.SimpleNamespace(dataset_size=123)
+        self.data = types.SimpleNamespace(nbytes=3_000)
         self.decode = True
 
     def __len__(self):
@@ -642,6 +670,7 @@ class TestHub:
         assert opened.identity()["dataset"] == "owner/set"
         assert json.dumps(opened.identity())
         assert list(opened.captions())[1] == ("c1",)
+        assert opened.memory() == 5 * 400 + 3_000
 
     def test_unreachable_hub_names_the_local_way(self, hub):
         refused("hub", "nobody/nothing", "nobody/nothing", "Couldn't reach", "format: parquet", split="train")

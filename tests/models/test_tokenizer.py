@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from siglit.config import TokenizerConfig
@@ -13,6 +13,7 @@ from siglit.errors import UserError
 from siglit.models.tokenizer import SentencePieceTokenizer, TransformersTokenizer, load_tokenizer, train_sentencepiece
 
 CONFIG = TokenizerConfig(vocab_size=400, length=12)
+LOWER = replace(CONFIG, lowercase=True)
 CAPTIONS = [
     f"A {colour} {thing} {place} the {other}."
     for colour in ("red", "green", "Blue")
@@ -48,6 +49,13 @@ class TestSentencePiece:
         tokenizer = SentencePieceTokenizer(trained, 40, True)
         assert decode(trained, tokenizer(["A Blue House"])[0]) == "a blue house"
         assert np.array_equal(tokenizer(["A BLUE house"]), tokenizer(["a blue House"]))
+
+    def test_lower_case_is_the_default(self, tmp_path, trained):
+        (tmp_path / "words.model").write_bytes(trained)
+        default, asked = (load_tokenizer(str(tmp_path / "words.model"), c) for c in (CONFIG, LOWER))
+        assert np.array_equal(default(["A Red dog"]), asked(["a red dog"]))
+        assert default.fingerprint == asked.fingerprint
+        assert train_sentencepiece(CAPTIONS, LOWER) == trained
 
     def test_case_is_kept_where_asked(self, trained):
         tokenizer = SentencePieceTokenizer(trained, 40, False)
@@ -134,11 +142,13 @@ def pieces_of(model):
     return [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
 
 
-def save_words(folder, *, pre_tokenizer=None, **special):
+def save_words(folder, *, pre_tokenizer=None, normalizer=None, **special):
     """A transformers tokenizer of whole words with an end-of-sentence, built without network."""
     words = ["<pad>", "</s>", "<unk>", "a", "red", "dog", "-", "red-dog", "left", "of"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizer or pre_tokenizers.Whitespace()
+    if normalizer is not None:
+        inner.normalizer = normalizer
     inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"} | special
     PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
@@ -147,16 +157,32 @@ def save_words(folder, *, pre_tokenizer=None, **special):
 
 class TestTransformers:
     def test_a_folder(self, tmp_path):
-        tokenizer = load_tokenizer(save_words(tmp_path / "words"), replace(CONFIG, length=6))
+        tokenizer = load_tokenizer(save_words(tmp_path / "words"), replace(CONFIG, length=6, lowercase=True))
         assert isinstance(tokenizer, TransformersTokenizer)
         assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id) == (10, 1, 0)
         ids = tokenizer(["A red dog", "zebra", "a red dog left of a dog"])
         assert ids.dtype == np.int32
         assert ids.tolist() == [[3, 4, 5, 1, 0, 0], [2, 1, 0, 0, 0, 0], [3, 4, 5, 8, 9, 1]]
 
-    def test_case_is_kept_where_asked(self, tmp_path):
-        tokenizer = load_tokenizer(save_words(tmp_path / "words"), replace(CONFIG, length=4, lowercase=False))
+    @pytest.mark.parametrize("lowercase", [False, None])
+    def test_case_is_kept_unless_asked(self, tmp_path, lowercase):
+        """A cased pretrained model knows capital letters."""
+        tokenizer = load_tokenizer(save_words(tmp_path / "words"), replace(CONFIG, length=4, lowercase=lowercase))
         assert tokenizer(["a RED"]).tolist() == [[3, 2, 1, 0]]
+
+    def test_a_tokenizer_that_lower_cases_still_does(self, tmp_path):
+        words = save_words(tmp_path / "words", normalizer=normalizers.Lowercase())
+        assert load_tokenizer(words, replace(CONFIG, length=4))(["a RED"]).tolist() == [[3, 4, 1, 0]]
+
+    def test_fingerprint_depends_on_length_and_case(self, tmp_path):
+        words = save_words(tmp_path / "words")
+        configs = [replace(CONFIG, length=n, lowercase=case) for n in (4, 5) for case in (True, None)]
+        assert len({load_tokenizer(words, config).fingerprint for config in configs}) == 4
+
+    def test_padding_is_on_the_right(self, tmp_path):
+        """Positions of a pretrained model start with the text."""
+        words = save_words(tmp_path / "words", padding_side="left")
+        assert load_tokenizer(words, replace(CONFIG, length=5))(["a red"]).tolist() == [[3, 4, 1, 0, 0]]
 
     def test_without_padding_token(self, tmp_path):
         with pytest.raises(UserError, match="no padding token"):

@@ -1,0 +1,143 @@
+"""The mode changes what is trained, and nothing else: locked with a head, unlocked and scratch, trained and evaluated."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from siglit import evaluate, precompute, search, training
+from siglit.cache import EmbeddingCache
+from siglit.errors import UserError
+from siglit.models.image_tower import ImageTower
+from siglit.trained import open_trained
+from tests.conftest import parse, siglit
+from tests.test_training import losses, weights
+
+LEARNT = ("unlocked", "scratch")
+
+
+def image_weights(folder):
+    prefix = "image_tower.tower."
+    return {k.removeprefix(prefix): v for k, v in weights(folder).items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("mode", LEARNT)
+def test_a_trained_image_tower_is_what_is_evaluated(experiment, project, mode):
+    """The rows that eval-retrieval searches in are the trained tower's, embedded once for each checkpoint."""
+    experiment = parse("train", "--mode", mode, "--train.steps", "40")
+    result = training.run(experiment)
+    folder = project / "runs/small"
+    seen = losses(folder)
+    assert seen[39] < 0.7 * seen[1]
+    assert result.metrics["val/text_to_image/R@1"] > 0
+    found = evaluate.run(experiment)
+    assert json.loads((folder / "retrieval.json").read_text())["images"] == 12
+    trained = open_trained(experiment)
+    tower = ImageTower(experiment.image_tower)
+    tower.load_state_dict(image_weights(folder))
+    cache = EmbeddingCache(next((folder / "embeddings").glob("*/val")))
+    assert trained.cache.digest == cache.digest
+    from PIL import Image
+
+    pixels = torch.stack([tower.transform()(Image.open(project / key).convert("RGB")) for key in cache.keys])
+    with torch.inference_mode():
+        rows = tower.eval()(pixels).numpy()
+    np.testing.assert_allclose(cache.gather(np.arange(12)), rows, atol=2e-3)
+    assert found.metrics["text_to_image/R@1"] == pytest.approx(result.metrics["val/text_to_image/R@1"], abs=0.1)
+    assert search.run(experiment, "a red square").keys
+    assert len(list((folder / "embeddings").iterdir())) == 1
+
+
+def test_unlocked_starts_from_the_weights_and_scratch_does_not(experiment, project, tower_weights):
+    from safetensors.torch import load_file
+
+    start = load_file(tower_weights)["patch_embed.proj.weight"]
+    for mode in LEARNT:
+        training.run(
+            parse(
+                "train",
+                "--mode",
+                mode,
+                "--train.steps",
+                "1",
+                "--optim.lr",
+                "1e-30",
+                "--output_dir",
+                f"runs/{mode}",
+                "--optim.warmup_steps",
+                "0",
+            )
+        )
+        found = image_weights(project / "runs" / mode)["backbone.patch_embed.proj.weight"]
+        assert torch.equal(found, start) == (mode == "unlocked")
+
+
+def test_two_devices_train_both_towers_like_one(experiment, project):
+    training.run(parse("train", "--mode", "unlocked", "--output_dir", "runs/1"))
+    words = ["--mode", "unlocked", "--output_dir", "runs/2", "--tokenizer.path", "runs/1/tokenizer.model"]
+    siglit("train", "-c", "experiment.yaml", *words, "--train.devices", "2", cwd=project, check=0)
+    assert losses(project / "runs/2") == pytest.approx(losses(project / "runs/1"), rel=1e-3)
+
+
+def test_micro_batches_of_both_towers_train_like_whole_ones(experiment, project):
+    training.run(parse("train", "--mode", "unlocked", "--output_dir", "runs/1"))
+    words = ["--output_dir", "runs/2", "--tokenizer.path", "runs/1/tokenizer.model", "--train.micro_batch_size", "5"]
+    training.run(parse("train", "--mode", "unlocked", *words))
+    assert losses(project / "runs/2") == pytest.approx(losses(project / "runs/1"), rel=1e-4)
+
+
+def test_a_head_on_locked_rows_is_trained_and_evaluated(experiment, project):
+    precompute.run(experiment)
+    experiment = parse("train", "--image_tower.head", "24")
+    result = training.run(experiment)
+    head = weights(project / "runs/small")["image_tower.head.weight"]
+    assert head.shape == (24, 48)
+    trained = open_trained(experiment)
+    rows = torch.from_numpy(trained.cache.gather(np.arange(12))).float()
+    expected = torch.nn.functional.normalize(rows @ head.T, dim=1)
+    np.testing.assert_allclose(trained.zimg, expected.numpy(), atol=1e-6)
+    found = evaluate.run(experiment).metrics
+    assert found["text_to_image/R@1"] == pytest.approx(result.metrics["val/text_to_image/R@1"])
+    with pytest.raises(UserError, match=r"image_tower.head 24"):
+        evaluate.run(parse("eval-retrieval"))
+
+
+def test_what_does_not_fit_a_mode_is_told(experiment, project):
+    with pytest.raises(UserError, match="nothing to precompute"):
+        precompute.run(parse("precompute", "--mode", "scratch"))
+    with pytest.raises(UserError, match="mode: scratch"):
+        words = ["--image_tower.pretrained", "false", "--image_tower.weights", "null"]
+        training.run(parse("train", "--mode", "unlocked", *words))
+    training.run(parse("train", "--mode", "unlocked"))
+    with pytest.raises(UserError, match="trained with mode unlocked"):
+        evaluate.run(parse("eval-retrieval", "--mode", "scratch"))
+
+
+def test_a_locked_run_decodes_no_image(experiment, project, monkeypatch):
+    precompute.run(experiment)
+    for picture in (project / "images").iterdir():
+        picture.unlink()
+    assert training.run(experiment).steps == 6
+
+
+def test_noise_images_reach_training_on_a_cache(experiment, project):
+    precompute.run(experiment)
+    words = ["--data.corrupt", "[image, text, alignment]", "--data.corrupt_share", "0.5"]
+    training.run(parse("train", *words))
+    pool = np.load(next((project / "runs/small").glob("noise-*.npy")))
+    assert pool.shape == (256, 48)
+    with pytest.raises(UserError, match="noise images need the same weights"):
+        precompute.run(
+            parse(
+                "precompute",
+                "--cache.path",
+                "other",
+                "--image_tower.weights",
+                "null",
+                "--image_tower.pretrained",
+                "false",
+            )
+        )
+        words += ["--cache.path", "other", "--output_dir", "runs/other"]
+        training.run(parse("train", *words))
