@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -136,6 +136,12 @@ class Footprint:
         """Bytes that both towers keep for backward after a pass of so many pairs."""
         return self.image.kept(pairs) + self.text.kept(pairs)
 
+    def activations(self, micro_batch_size: int | None) -> int:
+        """Bytes kept for backward at once; micro-batches keep those of one part of one tower."""
+        if micro_batch_size is None or micro_batch_size >= self.pairs:
+            return self.kept(self.pairs)
+        return max(self.image.kept(micro_batch_size), self.text.kept(micro_batch_size))
+
     def peak(self, micro_batch_size: int | None) -> int:
         """Most bytes of a training step, without the allocator's waste and what the device keeps for itself."""
         if micro_batch_size is None or micro_batch_size >= self.pairs:
@@ -215,9 +221,7 @@ def _tokenizer(experiment: Experiment) -> Tokenizer | Vocabulary:
         return Vocabulary(experiment.tokenizer.vocab_size, experiment.tokenizer.length)
 
 
-def _loss_bytes(
-    experiment: Experiment, dim: int, device: str, precision: str, trained_images: bool
-) -> tuple[int, int]:
+def _loss_bytes(experiment: Experiment, dim: int, device: str, precision: str, trained_images: bool) -> tuple[int, int]:
     """Rows and tiles of the loss, see "What it costs" in docs/loss.md."""
     ranks = experiment.train.devices * experiment.train.nodes
     pairs = experiment.train.batch_size // ranks

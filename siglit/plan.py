@@ -60,7 +60,7 @@ class Plan:
     activation_bytes_per_pair: int
     """Kept for backward by one pair more."""
     activation_bytes: int
-    """Kept for backward by the pairs of one pass."""
+    """Kept for backward by the pairs of one pass; with micro-batches, of one tower at a time."""
     loss_bytes: int
     """Tiles and rows."""
     pairs_per_device: int
@@ -113,13 +113,17 @@ class Plan:
         ]
 
     def _activations(self) -> str:
-        passed = min(self.asked_micro_batch_size or self.micro_batch_size or self.pairs_per_device, self.pairs_per_device)
+        passed = min(
+            self.asked_micro_batch_size or self.micro_batch_size or self.pairs_per_device, self.pairs_per_device
+        )
         return (
             f"{_bytes(self.activation_bytes)} for {passed:,} pairs in one pass "
             f"({self.activation_bytes_per_pair / 1e6:,.2f} MB a pair)"
         )
 
     def _peak(self) -> str:
+        if self.device.startswith("CPU"):
+            return f"{_bytes(self.peak_bytes)} of tensors; malloc may hold up to as much again"
         if self.memory_gib is None:
             return f"{_bytes(self.peak_bytes)} (memory of the device not known: give --gpu-memory)"
         told = "fits" if self.fits else "DOES NOT FIT"
@@ -150,8 +154,8 @@ class Plan:
             return f"{rate} (given)"
         return (
             f"{rate}, measured here: {self.probe.hardware}; step of {self.probe.pairs:,} random pairs, "
-            f"{self.probe.seconds_per_pair * 1e3:,.3g} ms a pair and {self.probe.optimizer_seconds * 1e3:,.3g} ms for the "
-            "optimiser; without reading and exchange"
+            f"{self.probe.seconds_per_pair * 1e3:,.3g} ms a pair and {self.probe.optimizer_seconds * 1e3:,.3g} ms for "
+            "the optimiser; without reading and exchange"
         )
 
     def _time(self) -> str:
@@ -167,7 +171,8 @@ class Plan:
             return "none: images are read in training"
         if self.cache_bytes is None or self.rows is None:
             return f"{self.embedding_width * 2:,} bytes an image and its caption (number of images not known: --rows)"
-        return f"{_bytes(self.cache_bytes)} of embeddings ({self.rows:,} images × {self.embedding_width} × 2 bytes), and captions"
+        told = f"{self.rows:,} images × {self.embedding_width} × 2 bytes"
+        return f"{_bytes(self.cache_bytes)} of embeddings ({told}), and captions"
 
 
 def run(
@@ -228,7 +233,7 @@ def run(
         optimizer=experiment.optim.name,
         optimizer_bytes=counted.optimizer,
         activation_bytes_per_pair=counted.kept(counted.pairs + 1) - counted.kept(counted.pairs),
-        activation_bytes=counted.kept(passed),
+        activation_bytes=counted.activations(passed),
         loss_bytes=counted.loss_tiles + counted.loss_rows,
         pairs_per_device=counted.pairs,
         micro_batch_size=fitting,
@@ -288,13 +293,13 @@ def _probe(experiment: Experiment, precision: str, passed: int) -> Probe:
     alone = replace(train, devices=1, nodes=1, micro_batch_size=micro, strategy="auto")
     experiment = replace(experiment, train=alone)
     data = _Growing(experiment, min(pairs, 2 * passed))
-    watch = _Stopwatch(data)
+    watch = _Stopwatch()
     accelerator = "cpu" if train.accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
     trainer = pl.Trainer(
         accelerator=accelerator,
         devices=1,
         precision=precision,  # type: ignore[arg-type]
-        max_steps=10_000,
+        max_epochs=1,
         limit_val_batches=0,
         gradient_clip_val=experiment.optim.clip or None,
         use_distributed_sampler=False,
@@ -307,9 +312,8 @@ def _probe(experiment: Experiment, precision: str, passed: int) -> Probe:
     with torch.random.fork_rng():
         trainer.fit(SigLiT(experiment, 10_000), datamodule=data)
     # A part that fits as a whole was not computed twice, as it will be.
-    again = 4 / 3 if micro is not None and data.pairs <= micro else 1.0
-    seconds = watch.towers / data.pairs * again
-    return Probe(_hardware(accelerator), data.pairs, seconds, watch.optimizer)
+    again = 4 / 3 if micro is not None and watch.pairs <= micro else 1.0
+    return Probe(_hardware(accelerator), watch.pairs, watch.towers / watch.pairs * again, watch.optimizer)
 
 
 class _Growing(RandomData):
@@ -317,46 +321,45 @@ class _Growing(RandomData):
 
     def __init__(self, experiment: Experiment, most: int):
         super().__init__(experiment)
-        self.pairs = min(_SMALLEST_PROBE, most)
-        self.enough = False
-        self._most = most
+        self._sizes = [min(_SMALLEST_PROBE, most)]
+        while self._sizes[-1] * 2 <= most:
+            self._sizes.append(self._sizes[-1] * 2)
 
     def train_dataloader(self) -> Iterator[Batch]:
-        """Go on until `enough` is set, or until the largest size."""
-        return iter(self._batches())
+        """All sizes; `_Stopwatch` does not wait for the end."""
+        return (self.batch(pairs) for pairs in self._sizes for _ in range(2))
 
     def val_dataloader(self) -> list[int]:
         """None."""
         return []
 
-    def _batches(self) -> Iterator[Batch]:
-        while True:
-            yield self.batch(self.pairs)
-            yield self.batch(self.pairs)
-            if self.enough or self.pairs * 2 > self._most:
-                return
-            self.pairs *= 2
-
 
 class _Stopwatch(pl.Callback):
-    """Seconds of the latest step: of forward and backward, and of the optimiser."""
+    """Seconds of the faster of the two latest steps: of forward and backward, and of the optimiser."""
 
-    def __init__(self, data: _Growing):
-        self._data, self._begun, self._middle = data, 0.0, 0.0
+    def __init__(self) -> None:
+        self.pairs = 0
         self.towers = self.optimizer = 0.0
+        self._begun = self._middle = 0.0
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Begin."""
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, _: int) -> None:
+        """Begin; a new size forgets the one before."""
+        if len(batch["ids"]) != self.pairs:
+            self.pairs, self.towers, self.optimizer = len(batch["ids"]), 0.0, 0.0
         self._begun = _now()
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         """Forward and backward are done."""
         self._middle = _now()
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """So is the step."""
-        self.towers, self.optimizer = self._middle - self._begun, _now() - self._middle
-        self._data.enough = self.towers >= _LONG_ENOUGH
+        towers, optimizer = self._middle - self._begun, _now() - self._middle
+        if not self.towers:
+            self.towers, self.optimizer = towers, optimizer
+            return
+        self.towers, self.optimizer = min(self.towers, towers), min(self.optimizer, optimizer)
+        trainer.should_stop = self.towers >= _LONG_ENOUGH
 
 
 def _now() -> float:
