@@ -27,7 +27,7 @@ def status(field):
 
 def train(experiment, pairs):
     data = RandomData(experiment)
-    data.train_dataloader = lambda: (data.batch(pairs) for _ in range(3))
+    data.train_dataloader = lambda: (data.batch(pairs) for _ in range(2))
     data.val_dataloader = lambda: []
     options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     precision = experiment.train.precision
@@ -55,7 +55,7 @@ image_tower:
 tokenizer: {{vocab_size: 2000, length: 48}}
 text_tower: {{width: 256, depth: 4, heads: 4}}
 optim: {{lr: 1.0e-4}}
-train: {{batch_size: 256, steps: 10, accelerator: cpu, precision: 32-true}}
+train: {{batch_size: 128, steps: 10, accelerator: cpu, precision: 32-true}}
 """
 
 
@@ -73,21 +73,29 @@ def small(tmp_path):
     [
         ["--optim.name", "lion"],
         ["--optim.name", "adamw", "--text_tower.width", "384", "--train.micro_batch_size", "64"],
-        ["--train.precision", "bf16-mixed"],
-        ["--mode", "scratch", "--text_tower.width", "64", "--optim.name", "adafactor"],
-        ["--mode", "scratch", "--text_tower.width", "64", "--train.micro_batch_size", "64"],
+        [
+            "--mode",
+            "scratch",
+            "--text_tower.width",
+            "64",
+            "--optim.name",
+            "adafactor",
+            "--train.precision",
+            "bf16-mixed",
+        ],
+        ["--mode", "unlocked", "--text_tower.width", "64", "--train.micro_batch_size", "64"],
     ],
     ids=" ".join,
 )
 def test_predicted_peak_is_within_15_percent_of_the_measured_one(small, words):
-    """The kernel's high-water mark of resident memory over three real training steps in a process of its own."""
+    """The kernel's high-water mark of resident memory over two real training steps in a process of its own."""
     from siglit.footprint import footprint
 
     # Otherwise malloc keeps what was freed for later, up to as much again: what it wastes is not what a step needs.
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, "-c", str(small), *words],
         cwd=ROOT,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -97,7 +105,7 @@ def test_predicted_peak_is_within_15_percent_of_the_measured_one(small, words):
     experiment = parse("train", *words, config=str(small))
     counted = footprint(experiment, device="cpu", precision=experiment.train.precision)
     predicted = counted.peak(experiment.train.micro_batch_size)
-    assert measured > 100 * 2**20  # or the process itself would be what is measured
+    assert measured > 50 * 2**20  # or the process itself would be what is measured
     assert predicted == pytest.approx(measured, rel=0.15), (
         f"predicted {predicted / 1e6:.0f} MB, saw {measured / 1e6:.0f}"
     )
@@ -131,10 +139,10 @@ def test_the_proposed_micro_batch_fits_and_twice_as_many_pairs_do_not(small):
 
     experiment = parse("train", config=str(small))
     counted = footprint(experiment, device="cpu", precision="32-true")
-    assert counted.largest_micro_batch(counted.peak(None)) == 256
-    budget = counted.peak(64) + 1000
-    assert counted.largest_micro_batch(budget) == 64
-    assert counted.peak(128) > budget
+    assert counted.largest_micro_batch(counted.peak(None)) == 128
+    budget = counted.peak(32) + 1000
+    assert counted.largest_micro_batch(budget) == 32
+    assert counted.peak(64) > budget
     assert counted.largest_micro_batch(1000) is None
 
 
@@ -144,8 +152,8 @@ def test_command_measures_here_and_leaves_plan_json(small, tmp_path):
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["probe"]["pairs"] >= 4
     assert "measured here" in done.stdout
-    assert plan["examples"] == 2560
-    assert plan["device_hours"] == pytest.approx(2560 / plan["examples_per_second"] / 3600)
+    assert plan["examples"] == 1280
+    assert plan["device_hours"] == pytest.approx(1280 / plan["examples_per_second"] / 3600)
     assert plan["days"] == pytest.approx(plan["device_hours"] / 2 / 24)
     assert plan["cache_bytes"] == 5000 * 96 * 2
 
