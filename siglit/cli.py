@@ -31,6 +31,9 @@ class Command(NamedTuple):
 
 _CACHE = {"help": "folder of a cache, such as cache/NAME/train"}
 
+_RESUME = ("--train.resume", "true")
+_DRY_RUN = "--dry-run"
+
 COMMANDS = {
     "quickstart": Command(
         "train and evaluate on a generated set, with no network and no data", "siglit.quickstart:run"
@@ -130,9 +133,10 @@ def _run(words: list[str], debug: bool) -> int:
             result = _stage(COMMANDS[name].stage)(**given)
             _print(str(result))
             return getattr(result, "exit_code", 0)
-        experiment, extra, as_yaml = _parse(name, rest)
-        stage = _stage(COMMANDS[name].stage)
-        with _kept(as_yaml, experiment) if name in ("train", "quickstart") else contextlib.nullcontext():
+        dry = name == "train" and _DRY_RUN in rest
+        experiment, extra, as_yaml = _parse(name, [word for word in rest if not (dry and word == _DRY_RUN)])
+        stage = _stage("siglit.dry_run:run" if dry else COMMANDS[name].stage)
+        with _kept(as_yaml, experiment) if name in ("train", "quickstart") and not dry else contextlib.nullcontext():
             result = stage(experiment, **extra)
         _print(str(result))
     except (UserError, CacheError) as error:
@@ -143,7 +147,7 @@ def _run(words: list[str], debug: bool) -> int:
     except KeyboardInterrupt as stop:
         # Ctrl-C reaches all processes of a run.
         if _is_first_here():
-            print("stopped; what was finished is kept", file=sys.stderr)
+            print(str(stop) or "stopped; what was finished is kept", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except SystemExit as stop:  # jsonargparse leaves this way after --help and --print_config
         return stop.code if isinstance(stop.code, int) else 1
@@ -162,6 +166,8 @@ def _usage() -> str:
         f"{table}\n\n"
         "  siglit COMMAND --help       every field with its unit and default\n"
         "  siglit COMMAND -c FILE --print_config   the whole experiment as it would run\n"
+        "  --dry-run                   siglit train: say what each parameter's rate and decay would be, and stop\n"
+        "  --resume                    siglit train: go on from the last checkpoint (--train.resume true)\n"
         "  --debug                     show the traceback of an error\n"
     )
 
@@ -186,6 +192,8 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
         parser.add_argument(option, **about)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="the experiment file")
     parser.add_class_arguments(Experiment)
+    if name == "train":
+        words = [word for given in words for word in (_RESUME if given == "--resume" else (given,))]
     if name == "quickstart" and not _names_config(words):
         words = ["-c", str(packaged_config("quickstart.yaml")), *words]
     try:

@@ -259,13 +259,14 @@ class TrainConfig:
     log_every: int = 10
     """Steps between rows of metrics.csv."""
     val_every: int = 500
-    """Steps between validation retrieval and checkpoints; 0: only at the end."""
+    """Steps between validation retrieval and checkpoints, which are also made at the end; 0: only there."""
     val_rows: int = 5000
     """Validation during training uses this many held-out images at most; eval-retrieval uses all."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Loggers beside metrics.csv, each with its pip extra."""
     resume: bool = False
-    """Continue from the last checkpoint in the output folder."""
+    """Continue from the last checkpoint in the output folder (`siglit train --resume`); a run that SLURM has started
+    again does so by itself."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from siglit.data.batches import TrainBatches
 from siglit.data.corruption import corruption_of, noise_pool
 from siglit.data.decoding import Decoder, UnitPixels, pixel_batches
 from siglit.data.pictures import PictureBatches
-from siglit.data.shuffle import choose_shuffle
+from siglit.data.shuffle import choose_picture_shuffle, choose_shuffle
 from siglit.data.sources import open_source
 from siglit.data.tokens import token_ids
 from siglit.errors import UserError
@@ -46,6 +46,7 @@ class TrainData(pl.LightningDataModule):
         super().__init__()
         self._experiment = experiment
         self._batches: Any = None
+        self._chosen, self._reason = "", ""
 
     def captions(self) -> Iterable[str]:
         """All captions to train on."""
@@ -66,6 +67,12 @@ class TrainData(pl.LightningDataModule):
     def val_dataloader(self) -> list[int]:
         """One empty step: the whole sample is embedded at once, see the module."""
         return [0]
+
+    def shuffle_told(self) -> str:
+        """How the pairs are shuffled and why, once the position of a resumed run is known."""
+        assert self._batches is not None
+        why = self._reason if self._batches.shuffle == self._chosen else "as before the run was resumed"
+        return f"shuffling {self._batches.shuffle} (train.shuffle {self._experiment.train.shuffle}; {why})"
 
     def _ranks(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -97,7 +104,6 @@ class CacheData(TrainData):
             )
         offsets = self.train.caption_offsets
         self.count = int((offsets[1:] > offsets[:-1]).sum())
-        self._chosen, self._reason = "", ""
 
     def captions(self) -> Iterable[str]:
         """All captions of the training cache."""
@@ -135,12 +141,6 @@ class CacheData(TrainData):
                 **self._ranks(),
             )
         return self._batches
-
-    def shuffle_told(self) -> str:
-        """How the rows are shuffled and why, once the position of a resumed run is known."""
-        assert self._batches is not None
-        why = self._reason if self._batches.shuffle == self._chosen else "as before the run was resumed"
-        return f"shuffling {self._batches.shuffle} (train.shuffle {self._experiment.train.shuffle}; {why})"
 
     def _noise(self) -> np.ndarray | None:
         """Embeddings of noise images for the noise study: made on the first process, read by the others."""
@@ -215,10 +215,10 @@ class PictureData(TrainData):
             self._batches = self._open_batches()
         return self._batches
 
-    def shuffle_told(self) -> str:
-        """How the images are shuffled."""
-        assert self._batches is not None
-        return f"shuffling {self._batches.shuffle} (train.shuffle {self._experiment.train.shuffle})"
+    def teardown(self, stage: str) -> None:
+        """End the worker processes."""
+        if self._batches is not None:
+            self._batches.close()
 
     def val_sample(self) -> Sample:
         """First usable images of the held-out source."""
@@ -235,9 +235,11 @@ class PictureData(TrainData):
         return np.concatenate(pixels)[:wanted], self.tokenizer(texts), image_of_text
 
     def _open_batches(self) -> PictureBatches:
+        assert self.trainer is not None
         tower, config = self._tower(), self._experiment.data
         decoder = Decoder(
-            tower.transform(),
+            # A random crop is the only one: what it leaves is squashed.
+            tower.transform(squash=config.random_crop is not None),
             image_size=tower.image_size,
             max_pixels=config.max_image_pixels,
             draft=tower.draft(),
@@ -245,6 +247,10 @@ class PictureData(TrainData):
             flip=config.random_flip,
         )
         shuffle = self._experiment.train.shuffle
+        # One choice for all ranks: their machines may differ in the memory that is free.
+        here = choose_picture_shuffle(self.train, self._experiment.train.devices)
+        chosen, self._reason = self.trainer.strategy.broadcast(here)
+        self._chosen = chosen if shuffle == "auto" else shuffle
         return PictureBatches(
             self.train,
             self.tokenizer,
@@ -252,8 +258,9 @@ class PictureData(TrainData):
             workers=self._workers(),
             max_skipped=config.max_skipped,
             labels=self._experiment.loss.same == "label",
-            shuffle="rows" if shuffle == "auto" else shuffle,
+            shuffle=self._chosen,
             auto_shuffle=shuffle == "auto",
+            corruption=corruption_of(config, self._experiment.seed, self.tokenizer),
             **self._ranks(),
         )
 

@@ -154,6 +154,8 @@ class SigLiT(pl.LightningModule):
 
     def validation_step(self, *_: Any) -> None:
         """Retrieval on the held-out sample: each rank embeds its share, and all ranks get the same figures."""
+        if self.trainer.datamodule.val is None:  # type: ignore[attr-defined]
+            return  # Lightning comes here all the same: the hooks around it are where checkpoints are made
         if self._val is None:
             self._val = self.trainer.datamodule.val_sample()  # type: ignore[attr-defined]
         images, ids, image_of_text = self._val

@@ -1,7 +1,8 @@
-"""Stop at once when told to, and never outlive the first process of a run.
+"""Stop when told to, and never outlive the first process of a run.
 
-What has to be whole is whole at any moment (see siglit.cache), so nothing is finished first: whoever does not unwind
-within some seconds, as a process that waits for others does not, is ended.
+What has to be whole is whole at any moment (see siglit.cache), so nothing need be finished first: whoever does not
+unwind within some seconds, as a process that waits for others does not, is ended. Work that would rather come to the
+end of its step holds the first signal back, and only that.
 """
 
 import contextlib
@@ -25,8 +26,46 @@ class Terminated(KeyboardInterrupt):
     exit_code = 128 + signal.SIGTERM
 
 
+class Signals:
+    """What came within `stopping_at_signals`.
+
+    Attributes:
+        came: SIGTERM and SIGINT, in order.
+        hold: the first one is only noted in `came`; whoever sets this looks there and ends. A second one ends at once.
+    """
+
+    def __init__(self) -> None:
+        """Nothing came yet."""
+        self.came: list[int] = []
+        self.hold = False
+        self._numbers = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+            self._numbers.append(signal.SIGINT)
+        self._before = {number: signal.getsignal(number) for number in self._numbers}
+
+    def install(self) -> None:
+        """Handle the signals here, also where somebody else has begun to. Only in the main thread."""
+        for number in self._numbers:
+            signal.signal(number, self._stop)
+
+    def restore(self) -> None:
+        """Handle the signals as before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def exception(self, told: str = "") -> KeyboardInterrupt:
+        """What to leave with after the first signal (SIGTERM if it reached another process), and what to say then."""
+        number = self.came[0] if self.came else signal.SIGTERM
+        return (Terminated if number == signal.SIGTERM else KeyboardInterrupt)(*[told][: bool(told)])
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.came.append(number)
+        if not self.hold or len(self.came) > 1:
+            raise self.exception()
+
+
 @contextlib.contextmanager
-def stopping_at_signals() -> Iterator[None]:
+def stopping_at_signals() -> Iterator[Signals]:
     """Raise `Terminated` at SIGTERM and KeyboardInterrupt at Ctrl-C, and see that both end the block.
 
     Python drops what is raised while it runs a destructor: then the block is ended from outside, or, where it comes to
@@ -34,34 +73,26 @@ def stopping_at_signals() -> Iterator[None]:
 
     Does nothing outside of the main thread, where Python handles no signals.
     """
+    signals = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        signals.install = lambda: None  # type: ignore[method-assign]
+        yield signals
         return
     # Python's own handlers run only between two instructions; the pipe is written from within a blocking call too.
     source, sink = os.pipe()
     os.set_blocking(sink, False)
     left = threading.Event()
-    threading.Thread(target=_end_after_grace, args=(source, left), daemon=True).start()
-    came: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        raise _exception(number)
-
-    numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
-        numbers.append(signal.SIGINT)
-    before = {number: signal.signal(number, stop) for number in numbers}
+    threading.Thread(target=_end_after_grace, args=(source, left, signals), daemon=True).start()
+    signals.install()
     before_sink = signal.set_wakeup_fd(sink)
     try:
-        yield
-        if came:
-            raise _exception(came[0])
+        yield signals
+        if signals.came:
+            raise signals.exception()
     finally:
         left.set()
         signal.set_wakeup_fd(before_sink)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signals.restore()
         os.close(sink)
 
 
@@ -80,17 +111,18 @@ def ending_with_first_process(is_first: bool) -> Iterator[None]:
         os.environ.pop(_PARENT, None)
 
 
-def _exception(number: int) -> KeyboardInterrupt:
-    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
-
-
-def _end_after_grace(source: int, left: threading.Event) -> None:
+def _end_after_grace(source: int, left: threading.Event, signals: Signals) -> None:
+    held = 0
     with open(source, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
-            if number[0] in (signal.SIGTERM, signal.SIGINT) and not left.wait(_GRACE):
+            if number[0] not in (signal.SIGTERM, signal.SIGINT):
+                continue
+            if signals.hold and not held:
+                held = number[0]
+            elif not left.wait(_GRACE):
                 if os.environ.get("LOCAL_RANK", "0") == "0":
                     print("stopped; what was finished is kept", file=sys.stderr, flush=True)
-                _end(128 + number[0])
+                _end(128 + (held or number[0]))
 
 
 def _end_with(parent: int) -> None:

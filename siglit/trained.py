@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from siglit import run as run_folder
 from siglit.cache import CacheError, EmbeddingCache
+from siglit.checkpoints import LAST, newest
 from siglit.config import Experiment, TextTowerConfig
 from siglit.data.sources import open_source
 from siglit.embedding import embed_source
@@ -91,7 +92,8 @@ def open_trained(experiment: Experiment) -> Trained:
 
 
 def _read(experiment: Experiment) -> tuple[str, dict[str, Any]]:
-    path = experiment.eval.checkpoint or str(run_folder.output_dir(experiment) / "checkpoints" / "last.ckpt")
+    kept = run_folder.output_dir(experiment) / "checkpoints"
+    path = experiment.eval.checkpoint or str(newest(kept) or kept / LAST)
     if not Path(path).is_file():
         raise UserError(
             f"there is no checkpoint {path}; run `siglit train` with this experiment, or set eval.checkpoint"

@@ -3,7 +3,7 @@
 Sets up Lightning and the run's folder; what is trained is `siglit.lightning_module`.
 """
 
-import csv
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
+from siglit import checkpoints
 from siglit import run as run_folder
 from siglit.config import Experiment
-from siglit.data_module import open_data
+from siglit.data_module import TrainData, open_data
 from siglit.errors import UserError
 from siglit.lightning_module import SigLiT
-from siglit.optim import total_steps
+from siglit.metrics_table import MetricsTable
+from siglit.optim import rate, total_steps
 from siglit.progress import Meter
+from siglit.stopping import Signals, ending_with_first_process, stopping_at_signals
 from siglit.watching import Watch, is_logged
 
 
@@ -51,10 +55,18 @@ class TrainResult:
 def run(experiment: Experiment) -> TrainResult:
     """Train as the experiment says and write checkpoints, metrics.csv and summary.json into the run's folder.
 
+    SIGTERM and Ctrl-C end the run once the step is done and saved, before the first step at once; a second one at once.
+
     Raises:
-        UserError: caches, tokenizer or settings are not fit to train on.
+        UserError: caches, tokenizer, settings or the checkpoints to go on from are not fit to train on.
+        KeyboardInterrupt: a signal came; `siglit.stopping.Terminated` for SIGTERM.
     """
     run_folder.quiet_lightning()
+    with stopping_at_signals() as signals, ending_with_first_process(run_folder.is_first_process()):
+        return _run(experiment, signals)
+
+
+def _run(experiment: Experiment, signals: Signals) -> TrainResult:
     if experiment.train.batch_size % (experiment.train.devices * experiment.train.nodes):
         raise UserError(
             f"train.batch_size {experiment.train.batch_size} cannot be shared evenly by "
@@ -64,21 +76,14 @@ def run(experiment: Experiment) -> TrainResult:
     data = open_data(experiment)
     folder = run_folder.output_dir(experiment)
     steps = total_steps(experiment.train, data.count)
-    last = folder / "checkpoints" / "last.ckpt"
-    resuming = experiment.train.resume and last.exists()
-    if last.exists() and not resuming and run_folder.is_first_process():
-        raise UserError(
-            f"{folder} holds the checkpoints of an earlier run; continue it with --train.resume true, "
-            "or choose another --output_dir"
-        )
+    rate(0, experiment.optim, steps, experiment.train.batch_size)  # raises before anything is made
+    last = folder / "checkpoints" / checkpoints.LAST
+    resuming, taken_before = _going_on(experiment, folder)
     pl.seed_everything(experiment.seed, verbose=False)
     module = SigLiT(experiment, steps)
-    trainer = _trainer(experiment, folder, steps, keep_rows=resuming)
+    trainer = _trainer(experiment, folder, steps, taken_before, signals)
     begun = time.monotonic()
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=str(last) if resuming else None, weights_only=True)
-    except SystemExit as stop:  # how Lightning leaves after Ctrl-C
-        raise (KeyboardInterrupt if trainer.interrupted else stop) from stop
+    _fit(trainer, module, data, last if resuming else None, signals)
     seconds = time.monotonic() - begun
     taken = trainer.global_step
     progress = next(c for c in trainer.callbacks if isinstance(c, TrainProgress))  # type: ignore[attr-defined]
@@ -87,7 +92,6 @@ def run(experiment: Experiment) -> TrainResult:
     earlier = run_folder.summary(experiment).get("train")
     if progress.first_step in (None, taken) and earlier:
         return TrainResult(**earlier)
-    trainer.save_checkpoint(last)
     result = TrainResult(
         steps=taken,
         examples_seen=taken * experiment.train.batch_size,
@@ -99,6 +103,57 @@ def run(experiment: Experiment) -> TrainResult:
     if trainer.is_global_zero:
         run_folder.add_to_summary(experiment, "train", asdict(result))
     return result
+
+
+def _going_on(experiment: Experiment, folder: Path) -> tuple[bool, int]:
+    """Whether there is a checkpoint to go on from, and its step as far as the first process needs to know it.
+
+    Raises:
+        UserError: the run is not to be resumed but has checkpoints, or all of them are damaged.
+    """
+    kept = folder / "checkpoints"
+    wanted = experiment.train.resume or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    if not run_folder.is_first_process():
+        return wanted and checkpoints.exist(kept), 0
+    if checkpoints.exist(kept) and not wanted:
+        raise UserError(
+            f"{folder} holds the checkpoints of an earlier run; continue it with --resume (or --train.resume true), "
+            "or choose another --output_dir"
+        )
+    path = checkpoints.prepare(kept)
+    if path is None:
+        if wanted:
+            print(f"{kept} holds no checkpoint: training begins at the first step", file=sys.stderr, flush=True)
+        return False, 0
+    return True, checkpoints.steps_taken(path)
+
+
+def _fit(trainer: pl.Trainer, module: SigLiT, data: TrainData, start: Path | None, signals: Signals) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
+    except checkpoints.Stopped:
+        if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+            # Lightning kills the first process of a machine when one that it started there fails.
+            sys.exit(0)
+        told = f"stopped at step {trainer.global_step:,} of {trainer.max_steps:,}; go on with --resume"
+        raise signals.exception(told) from None
+    except SystemExit as stop:  # how Lightning leaves after a signal that came before the first step
+        raise (signals.exception() if trainer.interrupted else stop) from stop
+    finally:
+        signals.hold = False
+
+
+class StepSeed(pl.Callback):
+    """Draws what is random in a step, such as dropout, from (seed, step, rank) alone: nothing of it is to be saved."""
+
+    def __init__(self, seed: int):
+        """Take the experiment's seed."""
+        self._seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Seed the CPU and all devices."""
+        drawn = np.random.SeedSequence((self._seed, trainer.global_step, trainer.global_rank))
+        torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]))
 
 
 class TrainProgress(pl.Callback):
@@ -115,7 +170,9 @@ class TrainProgress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how the rows are shuffled; begin at the step the run goes on from."""
         if trainer.is_global_zero:
-            print(trainer.datamodule.shuffle_told(), file=sys.stderr, flush=True)  # type: ignore[attr-defined]
+            for told in (trainer.datamodule.shuffle_told(), pl_module.text_tower.told):  # type: ignore[attr-defined, union-attr]
+                if told:
+                    print(told, file=sys.stderr, flush=True)
         self.first_step = trainer.global_step
         done = trainer.global_step * self._batch_size
         self._meter = Meter(
@@ -151,60 +208,55 @@ class TrainProgress(pl.Callback):
             self._meter = None
 
 
-def _trainer(experiment: Experiment, folder: Path, steps: int, *, keep_rows: bool) -> pl.Trainer:
+def _trainer(experiment: Experiment, folder: Path, steps: int, taken: int, signals: Signals) -> pl.Trainer:
     train = experiment.train
     several = train.devices * train.nodes > 1
     precision = train.precision
     if precision == "auto":
         precision = "bf16-mixed" if train.accelerator != "cpu" and torch.cuda.is_available() else "32-true"
     every = min(train.val_every or steps, steps)
-    checkpoints = ModelCheckpoint(
-        dirpath=folder / "checkpoints",
-        filename="last",
-        every_n_train_steps=every,
-        save_top_k=1,
-        enable_version_counter=False,
-    )
+    plugins: list[Any] = [checkpoints.AtomicFiles()]
+    if SLURMEnvironment.detect():
+        # Lightning's own requeueing would go on from a file of its own.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     return pl.Trainer(
         accelerator=train.accelerator,
         devices=train.devices,
         num_nodes=train.nodes,
         strategy=DDPStrategy(gradient_as_bucket_view=True) if several else "auto",
         precision=precision,
+        plugins=plugins,
         max_steps=steps,
         max_epochs=-1,
         val_check_interval=every,
         check_val_every_n_epoch=None,
-        limit_val_batches=0 if experiment.data.val is None else 1,
+        limit_val_batches=1,
         num_sanity_val_steps=0,
         log_every_n_steps=min(train.log_every, steps),
         gradient_clip_val=experiment.optim.clip or None,
         use_distributed_sampler=False,
         callbacks=[
-            checkpoints,
+            StepSeed(experiment.seed),
             Watch(train.batch_size, folder / "checkpoints"),
             TrainProgress(train.batch_size, steps),
+            checkpoints.Checkpoints(folder / "checkpoints" / checkpoints.LAST, every, steps, signals),
         ],
-        logger=_loggers(experiment, folder, keep_rows=keep_rows),
+        logger=_loggers(experiment, folder, taken),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
 
 
-def _loggers(experiment: Experiment, folder: Path, *, keep_rows: bool) -> list[Logger]:
-    table = CSVLogger(folder, name="", version="")
-    earlier = folder / "metrics.csv"
-    if keep_rows and earlier.exists() and run_folder.is_first_process():
-        with earlier.open(newline="") as file:
-            rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
-        # Opening the logger for writing deletes the file; the rows so far are handed back to it.
-        table.experiment.metrics.extend(rows)
+def _loggers(experiment: Experiment, folder: Path, taken: int) -> list[Logger]:
+    table = MetricsTable(folder / "metrics.csv")
+    if run_folder.is_first_process():
+        table.go_on_after(taken)
     loggers: list[Logger] = [table]
     try:
         if "tensorboard" in experiment.train.loggers:
             from lightning.pytorch.loggers import TensorBoardLogger
 
-            loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+            loggers.append(TensorBoardLogger(folder, name="", version="tensorboard", purge_step=taken or None))
         if "wandb" in experiment.train.loggers:
             from lightning.pytorch.loggers import WandbLogger
 

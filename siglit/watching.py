@@ -116,7 +116,8 @@ class Watch(pl.Callback):
         self._peak = None if sharded else peak_flops(pl_module.device)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the time of validation out of the rate."""
+        """Look before anything is validated or saved; leave the time of validation out of the rate."""
+        self.check(trainer)
         self._mark = self._mark[0] - time.perf_counter(), self._mark[1]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -68,6 +68,11 @@ def tower_weights(tmp_path_factory):
 @pytest.fixture
 def project(tmp_path, tower_weights):
     """A folder with train.csv (40 pictures), val.csv (12) and an experiment.yaml that trains in seconds."""
+    return make_project(tmp_path, tower_weights)
+
+
+def make_project(tmp_path, tower_weights):
+    """Fill a folder as `project` says."""
     (tmp_path / "train.csv").write_text("\n".join(make_pictures(tmp_path, 40)) + "\n")
     (tmp_path / "val.csv").write_text("\n".join(make_pictures(tmp_path, 12, seed=1, start=40)) + "\n")
     (tmp_path / "experiment.yaml").write_text(

@@ -1,4 +1,4 @@
-"""The mode changes what is trained, and nothing else: locked with a head, unlocked and scratch, trained and evaluated."""
+"""The mode changes what is trained, and nothing else: locked with a head, unlocked, scratch; trained and evaluated."""
 
 import json
 
@@ -106,8 +106,8 @@ def test_a_head_on_locked_rows_is_trained_and_evaluated(experiment, project):
 def test_what_does_not_fit_a_mode_is_told(experiment, project):
     with pytest.raises(UserError, match="nothing to precompute"):
         precompute.run(parse("precompute", "--mode", "scratch"))
+    words = ["--image_tower.pretrained", "false", "--image_tower.weights", "null"]
     with pytest.raises(UserError, match="mode: scratch"):
-        words = ["--image_tower.pretrained", "false", "--image_tower.weights", "null"]
         training.run(parse("train", "--mode", "unlocked", *words))
     training.run(parse("train", "--mode", "unlocked"))
     with pytest.raises(UserError, match="trained with mode unlocked"):
@@ -127,17 +127,7 @@ def test_noise_images_reach_training_on_a_cache(experiment, project):
     training.run(parse("train", *words))
     pool = np.load(next((project / "runs/small").glob("noise-*.npy")))
     assert pool.shape == (256, 48)
+    random = ["--cache.path", "other", "--image_tower.weights", "null", "--image_tower.pretrained", "false"]
+    precompute.run(parse("precompute", *random))
     with pytest.raises(UserError, match="noise images need the same weights"):
-        precompute.run(
-            parse(
-                "precompute",
-                "--cache.path",
-                "other",
-                "--image_tower.weights",
-                "null",
-                "--image_tower.pretrained",
-                "false",
-            )
-        )
-        words += ["--cache.path", "other", "--output_dir", "runs/other"]
-        training.run(parse("train", *words))
+        training.run(parse("train", *words, *random, "--output_dir", "runs/other"))

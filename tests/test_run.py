@@ -3,16 +3,17 @@
 import json
 import shutil
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from siglit import trained
 from siglit.config import DataConfig, Experiment, SourceSpec, TextTowerConfig, TokenizerConfig
 from siglit.errors import UserError
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import load_tokenizer
-from siglit.run import ensure_tokenizer, load_trained, tokenizer_path
+from siglit.run import ensure_tokenizer, tokenizer_path
 from siglit.tokenizer_training import run as train_tokenizer
 from tests.models.text_models import save_model, save_tokenizer
 
@@ -44,8 +45,20 @@ class TestTokenizer:
             ensure_tokenizer(experiment_of(tmp_path, tokenizer=replace(small, lowercase=False)), [])
 
 
+class ThreeRows:
+    """As much of a cache as an evaluation asks of it."""
+
+    fingerprint, path, dim, digest = {"image_tower": {"model": "vit"}}, "cache", 20, "0" * 32
+
+    def __len__(self):
+        return 3
+
+    def gather(self, rows):
+        return np.ones((len(rows), 20), np.float16)
+
+
 @pytest.mark.parametrize("locked", [False, True])
-def test_a_run_is_loaded_without_the_weights_it_started_from(tmp_path, locked):
+def test_a_run_is_loaded_without_the_weights_it_started_from(tmp_path, monkeypatch, locked):
     """The layout of a sentence-transformers folder: the model, the tokenizer, and files that do not matter."""
     folder = save_tokenizer(save_model(tmp_path / "model"))
     (tmp_path / "model" / "1_Pooling").mkdir()
@@ -65,8 +78,10 @@ def test_a_run_is_loaded_without_the_weights_it_started_from(tmp_path, locked):
         "built_for": built | {"architecture": tower.architecture},
         "tokenizer": tokenizer.fingerprint,
         "image_tower": {"model": "vit"},
+        "image_head": None,
+        "mode": "locked",
     }
-    weights = {f"tower.{name}": value for name, value in tower.state_dict().items()}
+    weights = {f"text_tower.{name}": value for name, value in tower.state_dict().items()}
     weights |= {"log_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-10.0)}
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     torch.save(
@@ -77,6 +92,7 @@ def test_a_run_is_loaded_without_the_weights_it_started_from(tmp_path, locked):
     shutil.rmtree(folder)
     (tmp_path / "words" / "model.safetensors").unlink()
     moved = replace(experiment, tokenizer=replace(experiment.tokenizer, path=str(tmp_path / "words")))
-    text = load_trained(moved, SimpleNamespace(fingerprint={"image_tower": {"model": "vit"}}, path="cache"))
+    monkeypatch.setattr(trained.run_folder, "open_cache", lambda *_: ThreeRows())
+    text = trained.open_trained(moved)
     ids = torch.from_numpy(text.tokenizer(["a red dog", "A Red picture of a dog"])).long()
     assert torch.equal(text.tower(ids), tower.eval()(ids))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from siglit.data.batches import Batch, Passes, image_ids, row_hash
+from siglit.data.corruption import Corruption, noise_pixels
 from siglit.data.decoding import Decoded, Decoder, Decoding, Job
 from siglit.data.images import BadImage
 from siglit.data.prefetch import Prefetched
@@ -70,6 +71,7 @@ class PictureBatches(Passes):
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        corruption: Corruption | None = None,
     ):
         """Count the captions of the source, which reads its listing, or the headers and texts of its tars.
 
@@ -87,6 +89,7 @@ class PictureBatches(Passes):
             rank: number of this rank.
             world_size: number of ranks W.
             pin_memory: hand out page-locked tensors, which CUDA copies while it computes.
+            corruption: what to spoil, for the noise study.
 
         Raises:
             UserError: the source cannot be read, G cannot be divided among the ranks, or there are fewer captioned
@@ -106,6 +109,7 @@ class PictureBatches(Passes):
             auto_shuffle=auto_shuffle,
             rank=rank,
             world_size=world_size,
+            corruption=corruption,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -156,8 +160,8 @@ class PictureBatches(Passes):
     ) -> Iterator[Batch]:
         whole = False
         try:
-            for number in range(first, len(self)):
-                batch = self._batch(epoch, decoded, dealt)
+            for number, givers in zip(range(first, len(self)), self._givers(epoch, first), strict=False):
+                batch = self._batch(epoch, decoded, dealt, givers)
                 whole = number == len(self) - 1
                 yield batch
         finally:
@@ -194,26 +198,50 @@ class PictureBatches(Passes):
                 # The thread may read on as soon as the next one is taken, and then this one would be a third.
                 del window
 
-    def _windows(self, epoch: int, first: int) -> "Iterator[_Window]":
-        """This rank's windows of the pass, from the one of batch `first` on."""
+    def _drawn(self, epoch: int, first: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The rows of all ranks, window by window from the one of batch `first` on, and the place where each begins."""
         order = np.random.default_rng((self._seed, epoch, 0)).permutation(self._rows.units)
         size = len(order) if self.shuffle == "rows" else WINDOW_UNITS
-        share, end = self._share, 0
+        end = 0
         for number, start in enumerate(range(0, len(order), size)):
             rows = self._rows.of_units(order[start : start + size])
             begin, end = end, end + len(rows)
-            if end <= first * share.total:
-                continue
-            np.random.default_rng((self._seed, epoch, 2, number)).shuffle(rows)
-            place = np.arange(begin, end)
+            if end > first * self._share.total:
+                np.random.default_rng((self._seed, epoch, 2, number)).shuffle(rows)
+                yield begin, rows
+
+    def _givers(self, epoch: int, first: int) -> Iterator[np.ndarray | None]:
+        """For each batch the (B,) rows whose texts this rank's pairs are handed; None where each keeps its own."""
+        if self._corruption is None or "alignment" not in self._corruption.kinds:
+            yield from itertools.repeat(None)
+        share, left = self._share, np.empty(0, np.int64)
+        for begin, rows in self._drawn(epoch, first):
+            left = np.concatenate([left, rows[max(0, first * share.total - begin) :]])
+            while len(left) >= share.total:
+                everyone, left = left[: share.total], left[share.total :]
+                assert self._corruption is not None
+                yield self._corruption.givers(epoch, everyone)[share.rank * share.own :][: share.own]
+
+    def _windows(self, epoch: int, first: int) -> "Iterator[_Window]":
+        """This rank's windows of the pass, from the one of batch `first` on."""
+        share = self._share
+        for begin, rows in self._drawn(epoch, first):
+            place = np.arange(begin, begin + len(rows))
             own = place % share.total // share.own == share.rank
             own &= (place >= first * share.total) & (place < len(self) * share.total)
             yield _Window(self._rows, rows[own], rows[:SPARES])
 
-    def _batch(self, epoch: int, decoded: Iterator[Decoded | UserError], dealt: "deque[list[_Pair]]") -> Batch:
+    def _batch(
+        self,
+        epoch: int,
+        decoded: Iterator[Decoded | UserError],
+        dealt: "deque[list[_Pair]]",
+        givers: np.ndarray | None,
+    ) -> Batch:
         own, size = self._share.own, self._decoder.image_size
         image = torch.empty((own, 3, size, size), dtype=torch.uint8, pin_memory=self._pin)
         pairs: list[_Pair] = []
+        planned: list[int] = []
         while len(pairs) < own:
             found = next(decoded)
             if isinstance(found, UserError):
@@ -221,22 +249,34 @@ class PictureBatches(Passes):
             chunk, start = dealt.popleft(), len(pairs)
             image[start : start + len(chunk)] = found.pixels
             self.seen += len(chunk)
+            planned += [pair.row for pair in chunk]
             for i, reason in found.unusable:
                 self._count_skipped(chunk[i].sample.key, reason)
                 chunk[i], image[start + i] = self._stand_in(epoch, chunk[i])
             pairs += chunk
         rows = np.array([pair.row for pair in pairs], np.int64)
-        chosen = choose_captions(self._seed, epoch, rows, np.array([len(pair.sample.captions) for pair in pairs]))
-        ids = self._tokenizer([pair.sample.captions[i] for pair, i in zip(pairs, chosen, strict=True)]).astype(np.int64)
+        ids = self._texts(epoch, rows, [pair.sample for pair in pairs])
+        if givers is not None:
+            moved = givers != np.array(planned)
+            if moved.any():
+                unique, place = np.unique(givers[moved], return_inverse=True)
+                ids[moved] = self._texts(epoch, unique, self._rows.read(unique))[place]
         labels = [-1 if pair.sample.label is None else pair.sample.label for pair in pairs]
-        arrays = {
-            "ids": ids,
-            "rows": rows,
-            "text_ids": row_hash(ids),
-            "image_ids": image_ids(rows, np.array(labels, np.int64)) if self._labels else rows,
-        }
+        of_images = image_ids(rows, np.array(labels, np.int64)) if self._labels else rows.copy()
+        if self._corruption is not None:
+            for i in np.flatnonzero(self._corruption.hits("image", epoch, rows)).tolist():
+                image[i] = torch.from_numpy(noise_pixels(self._seed, epoch, int(rows[i]), size))
+                of_images[i] = np.iinfo(np.int64).min + rows[i]  # far from every row and label
+        arrays = {"ids": ids, "rows": rows, "text_ids": row_hash(ids), "image_ids": of_images}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {"image": image} | {k: t.pin_memory() if self._pin else t for k, t in tensors.items()}  # type: ignore[return-value]
+
+    def _texts(self, epoch: int, rows: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
+        """(k, L) int64 token ids of the caption that each row has in this pass."""
+        counts = np.array([len(sample.captions) for sample in samples], np.int64)
+        chosen = choose_captions(self._seed, epoch, rows, counts)
+        ids = self._tokenizer([sample.captions[i] for sample, i in zip(samples, chosen, strict=True)]).astype(np.int64)
+        return ids if self._corruption is None else self._corruption.texts(epoch, rows, ids)
 
     def _augmented_by(self, epoch: int, row: int) -> tuple[int, ...]:
         return self._seed, epoch, 3, row

@@ -86,13 +86,14 @@ class ImageTower(nn.Module):
             parts.append(tokens[:, prefix:].mean(1))
         return torch.cat(parts, dim=1)
 
-    def transform(self) -> Callable[[Image.Image], torch.Tensor]:
-        """Return the function from an RGB picture to (3, H, W) uint8 pixels."""
+    def transform(self, *, squash: bool = False) -> Callable[[Image.Image], torch.Tensor]:
+        """Return the function from an RGB picture to (3, H, W) uint8 pixels; `squash` it whatever the config says."""
+        squash = squash or self.config.resize == "squash"
         return timm.data.create_transform(
             input_size=(3, self.image_size, self.image_size),
             interpolation=self.interpolation,
-            crop_mode="squash" if self.config.resize == "squash" else "center",
-            crop_pct=self.crop_pct,
+            crop_mode="squash" if squash else "center",
+            crop_pct=1.0 if squash else self.crop_pct,
             normalize=False,
         )
 

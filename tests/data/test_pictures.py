@@ -21,6 +21,7 @@ from PIL import Image
 
 from siglit.config import ImageTowerConfig, SourceSpec
 from siglit.data import pictures
+from siglit.data.corruption import Corruption
 from siglit.data.decoding import Decoder, UnitPixels, pixel_batches
 from siglit.data.pictures import PictureBatches
 from siglit.data.sources import open_source
@@ -209,6 +210,12 @@ def test_another_pass_is_another_order_and_leaves_out_others(source, shuffle):
     assert len({tuple(order) for order in passes}) == 8
     assert set().union(*passes) == CAPTIONED
     assert len(set().union(*(order[:11] for order in passes))) > 30
+
+
+def test_every_caption_gets_its_turn(source):
+    """One per sample and pass; 40 passes leave none of the 78 out."""
+    pairs = everything(endless(loader(source)), 120)["ids"][:, :2]
+    assert {tuple(pair) for pair in pairs.tolist()} == {(n, c) for n in CAPTIONED for c in range(CAPTIONS_OF[n])}
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -623,3 +630,40 @@ def test_a_batch_that_cannot_be_filled_or_shared(source):
         loader(source, world_size=5)
     with pytest.raises(UserError, match=r"x.parquet has 39 images with captions.*lower train.batch_size from 40 to 39"):
         loader(source, batch_size=40)
+
+
+def spoilt(source, kinds, share=0.5, **options):
+    """A loader with corruption, each text of which is a number of its own."""
+    corruption = Corruption(frozenset(kinds), share, 0, Tokens.vocab_size, Tokens.eos_id, Tokens.pad_id)
+    return loader(source, corruption=corruption, **options)
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+@pytest.mark.parametrize("kinds", [["image"], ["text"], ["alignment"], ["image", "text", "alignment"]])
+def test_corruption_is_the_same_on_any_number_of_ranks_and_after_resuming(source, kinds, shuffle):
+    whole = everything(endless(spoilt(source, kinds, shuffle=shuffle)), 5)
+    parts = [spoilt(source, kinds, shuffle=shuffle, rank=rank, world_size=3) for rank in range(3)]
+    streams = [endless(part) for part in parts]
+    batches = [[next(stream) for stream in streams] for _ in range(5)]
+    together = everything(iter([{k: torch.cat([b[k] for b in batch]) for k in batch[0]} for batch in batches]))
+    assert equal(together, whole)
+    resumed = spoilt(source, kinds, shuffle=shuffle)
+    resumed.load_state_dict({**resumed.state_dict(), "epoch": 0, "examples": 24})
+    assert equal(everything(endless(resumed), 3), {k: v[24:] for k, v in whole.items()})
+    for stream in streams:
+        stream.close()
+
+
+def test_corruption_spoils_about_its_share_and_nothing_else(source):
+    plain, found = everything(endless(loader(source)), 15), everything(endless(spoilt(source, ["image"])), 15)
+    noise = (plain["image"] != found["image"]).flatten(1).any(1)
+    assert 60 < noise.sum() < 120
+    assert equal({k: plain[k] for k in ("ids", "rows", "text_ids")}, {k: found[k] for k in ("ids", "rows", "text_ids")})
+    assert torch.equal(found["image_ids"] == found["rows"], ~noise)
+    found = everything(endless(spoilt(source, ["alignment"])), 15)
+    moved = (plain["ids"] != found["ids"]).any(1)
+    assert 40 < moved.sum() < 120
+    for start in range(0, 180, 12):  # nothing is lost: the texts of a batch are those of its own pairs
+        batches = plain["ids"][start : start + 12], found["ids"][start : start + 12]
+        assert sorted(batches[0].tolist()) == sorted(batches[1].tolist())
+    assert torch.equal(plain["image"], found["image"])

@@ -1,0 +1,166 @@
+"""A real `siglit train` on a generated cache, within which other contenders take their turns.
+
+Knows nothing of who they are. The run goes on through the whole measurement: what is timed of it is its steady state.
+Shapes: N rows of the cache, D embedding width, B pairs of a step, L tokens.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from siglit import training
+from siglit.cache import EmbeddingCache, finish, write_shard
+from siglit.config import (
+    CacheConfig,
+    DataConfig,
+    Experiment,
+    ImageTowerConfig,
+    OptimConfig,
+    SourceSpec,
+    TextTowerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from siglit.lightning_module import SigLiT
+
+VOCABULARY = 32_000
+SIGLIT = "siglit train"
+Contenders = Mapping[str, Callable[[], object]]
+_SPECIAL = ("<pad>", "</s>", "<unk>")
+_ROWS_OF_A_SHARD = 65_536
+_LOG_EVERY = TrainConfig.log_every
+
+
+class _AllTurnsTaken(BaseException):
+    """Leaves the run; no Exception, for it is no error that a handler should see."""
+
+
+def in_turns(
+    experiment: Experiment, make: Callable[[SigLiT], Contenders], *, steps: int, repeats: int
+) -> dict[str, list[float]]:
+    """Time `siglit train`, and the others each time it has taken `steps` steps.
+
+    A turn of the run lasts from the end of one step to the end of a later one, with everything that lies between. The
+    first turn of all does not count.
+
+    Args:
+        experiment: what to train; the run is left once all turns are taken.
+        make: called once, with the module in training, for those that are timed beside it, by name.
+        steps: of a turn of the run.
+        repeats: turns.
+
+    Returns:
+        Seconds by name, one for each turn.
+    """
+    seconds: dict[str, list[float]] = {SIGLIT: []}
+    others: dict[str, Callable[[], object]] = {}
+    taken, begun = 0, 0.0
+    own = SigLiT.on_train_batch_end
+
+    def after_step(module: SigLiT, *given: Any) -> None:
+        nonlocal taken, begun
+        own(module, *given)
+        taken += 1
+        turn, rest = divmod(taken, steps)
+        if rest:
+            return
+        if turn == 1:
+            others.update(make(module))
+            seconds.update({name: [] for name in others})
+        else:
+            seconds[SIGLIT].append(_now() - begun)
+        order = list(others)
+        random.Random(turn).shuffle(order)
+        for name in order:
+            begun = _now()
+            others[name]()
+            if turn > 1:
+                seconds[name].append(_now() - begun)
+        if turn > repeats:
+            raise _AllTurnsTaken
+        begun = _now()
+
+    with mock.patch.object(SigLiT, "on_train_batch_end", after_step):
+        try:
+            training.run(experiment)
+        except _AllTurnsTaken:
+            return seconds
+    raise AssertionError("the run ended before its turns did")
+
+
+def _now() -> float:
+    """Seconds on a clock, once the device has done all that it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def recipe(folder: Path, args: argparse.Namespace, *, size: str, cache: EmbeddingCache, optimiser: str) -> Experiment:
+    """Write down a locked training on the cache with a text tower of that size."""
+    cuda = args.device == "cuda"
+    return Experiment(
+        data=DataConfig(train=SourceSpec(format="csv", path="unused: the cache is imported")),
+        output_dir=str(folder / f"run-{size}-{optimiser}-{cache.dim}"),
+        image_tower=ImageTowerConfig(model="random"),
+        cache=CacheConfig(path=str(Path(cache.path).parent)),
+        tokenizer=TokenizerConfig(path=str(folder / "tokenizer"), length=args.length),
+        text_tower=TextTowerConfig(size=size),
+        optim=OptimConfig(name=optimiser),
+        train=TrainConfig(
+            batch_size=args.batch,
+            micro_batch_size=args.micro_batch or None,
+            # More than are taken, see `in_turns`: the end of a run writes a checkpoint.
+            steps=args.steps * (args.repeats + 2),
+            accelerator=args.device,
+            compile=cuda,
+            precision="bf16-mixed" if cuda else "32-true",
+            # A turn of fewer steps would else have no logging in it at all.
+            log_every=min(_LOG_EVERY, args.steps),
+            val_every=0,
+        ),
+    )
+
+
+def write_cache(folder: Path, args: argparse.Namespace, *, dim: int, count: int) -> EmbeddingCache:
+    """Write `count` random rows with captions of random words, and the tokenizer that makes a token of each word.
+
+    What an earlier call has written is taken as it is.
+    """
+    cache, rng = folder / f"cache-{count}-{dim}" / "train", np.random.default_rng(0)
+    if cache.exists():
+        return EmbeddingCache(cache)
+    fingerprint = {"image_tower": {"model": "random", "imported": True}, "source": "benchmarks.train"}
+    starts = range(0, count, _ROWS_OF_A_SHARD)
+    for number, start in enumerate(starts):
+        rows = range(start, min(start + _ROWS_OF_A_SHARD, count))
+        words = rng.integers(0, VOCABULARY - len(_SPECIAL), (len(rows), args.length))
+        write_shard(
+            cache,
+            number,
+            embeddings=rng.standard_normal((len(rows), dim), np.float32),
+            keys=[str(row) for row in rows],
+            captions=[[" ".join(map(str, caption))] for caption in words.tolist()],
+            fingerprint=fingerprint,
+        )
+    finish(cache, len(starts), fingerprint)
+    if not (folder / "tokenizer").exists():
+        _write_tokenizer(folder / "tokenizer")
+    return EmbeddingCache(cache)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A word is a token, so that the vocabulary has its full size without a corpus to learn it from."""
+    words = (*_SPECIAL, *map(str, range(VOCABULARY - len(_SPECIAL))))
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(zip(("pad_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
