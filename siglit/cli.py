@@ -25,6 +25,8 @@ class Command(NamedTuple):
     words: str | None = None
     arguments: dict[str, dict[str, Any]] | None = None
     """What argparse is to know of a command that takes folders instead of an experiment."""
+    options: dict[str, dict[str, Any]] | None = None
+    """Options of a command that takes an experiment, beside its fields."""
 
 
 _CACHE = {"help": "folder of a cache, such as cache/NAME/train"}
@@ -39,6 +41,16 @@ COMMANDS = {
     "precompute": Command("encode images once with the frozen tower into the cache", "siglit.precompute:run"),
     "tokenizer train": Command("train a SentencePiece vocabulary on the captions", "siglit.tokenizer_training:run"),
     "train": Command("train the text tower on the cache, or both towers on images", "siglit.training:run"),
+    "plan": Command(
+        "say before any run what training takes: memory, time and disk",
+        "siglit.plan:run",
+        options={
+            "--devices": {"type": int, "help": "devices that share the batch; default: train.devices × train.nodes"},
+            "--gpu-memory": {"type": float, "help": "GiB of each device; default: those of this machine's GPU"},
+            "--examples-per-second": {"type": float, "help": "of one device; default: measured here in a few steps"},
+            "--rows": {"type": int, "help": "images to train on; default: as the cache or the source tells"},
+        },
+    ),
     "eval-retrieval": Command("report Recall@K of images and captions", "siglit.evaluate:run"),
     "plot": Command(
         "draw the curves of runs into one picture: siglit plot RUN RUN ...",
@@ -175,6 +187,9 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
     positional = COMMANDS[name].words
     if positional:
         parser.add_argument(positional, type=str, nargs="+", help="what to look for")
+    options = COMMANDS[name].options or {}
+    for option, about in options.items():
+        parser.add_argument(option, **about)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="the experiment file")
     parser.add_class_arguments(Experiment)
     if name == "train":
@@ -190,8 +205,10 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
         if isinstance(error, SystemExit):
             raise
         raise UserError(_told(error, words)) from error
-    fields = {k: v for k, v in vars(ready).items() if k not in ("config", positional)}
-    extra = {positional: " ".join(getattr(ready, positional))} if positional else {}
+    extra = {name: getattr(ready, name) for name in (o.lstrip("-").replace("-", "_") for o in options)}
+    fields = {k: v for k, v in vars(ready).items() if k not in ("config", positional, *extra)}
+    if positional:
+        extra[positional] = " ".join(getattr(ready, positional))
     as_yaml = parser.dump(parsed, skip_unset=True)
     return Experiment(**fields).with_default_folders(), extra, as_yaml
 

@@ -1,0 +1,377 @@
+"""`siglit plan`: what a training run will take, said before it runs: memory, micro-batch, time, device-hours, disk.
+
+Needs neither data nor pretrained weights. Memory is counted by `siglit.footprint`; speed is measured by a few real
+training steps on random pairs, or given. Assumes that devices scale linearly and that reading keeps up.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from siglit import run as run_folder
+from siglit.cache import CacheError, EmbeddingCache
+from siglit.config import Experiment
+from siglit.data.batches import Batch
+from siglit.data.sources import open_source
+from siglit.errors import UserError
+from siglit.footprint import RandomData, footprint
+from siglit.lightning_module import SigLiT
+from siglit.optim import total_steps
+
+_GIB = 2**30
+_FILLED = 0.9
+"""Share of a device's memory that a run may plan on; the rest is for fragmentation, kernels and the driver."""
+_LONG_ENOUGH = 1.0
+"""Seconds of a probe step from which more pairs would tell no more."""
+_SMALLEST_PROBE = 4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few training steps on random pairs on this machine."""
+
+    hardware: str
+    pairs: int
+    """Of the last step, which is the one that counts."""
+    seconds_per_pair: float
+    """Of forward and backward."""
+    optimizer_seconds: float
+    """Of an optimiser step, clipping included."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run will take. Bytes are per device unless said otherwise; GiB are 2^30 bytes."""
+
+    mode: str
+    devices: int
+    device: str
+    precision: str
+    parameters: dict[str, int]
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer: str
+    optimizer_bytes: int
+    activation_bytes_per_pair: int
+    """Kept for backward by one pair more."""
+    activation_bytes: int
+    """Kept for backward by the pairs of one pass; with micro-batches, of one tower at a time."""
+    loss_bytes: int
+    """Tiles and rows."""
+    pairs_per_device: int
+    micro_batch_size: int | None
+    """The largest that fits, the whole per-device batch included; None where the memory is not known."""
+    asked_micro_batch_size: int | None
+    memory_gib: float | None
+    peak_bytes: int
+    """With the micro-batch that was asked for, else with the one that fits, else with the whole batch."""
+    fits: bool | None
+    steps: int | None
+    examples: int | None
+    examples_per_second: float | None
+    """Of one device."""
+    probe: Probe | None
+    days: float | None
+    device_hours: float | None
+    rows: int | None
+    cache_bytes: int | None
+    """Embeddings alone, over all shards."""
+    embedding_width: int
+    checkpoint_bytes: int
+
+    def __str__(self) -> str:
+        """A table."""
+        width = max(len(name) for name, _ in self._lines())
+        return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in self._lines())
+
+    def _lines(self) -> list[tuple[str, str]]:
+        towers = {name: f"{count / 1e6:,.1f} M parameters" for name, count in self.parameters.items() if count}
+        if self.mode == "locked":
+            towers = {"image tower": "locked: its embeddings come from the cache", **towers}
+        return [
+            ("planned for", f"{self.devices} × {self.device}, {self.precision}, {self.pairs_per_device:,} pairs each"),
+            *towers.items(),
+            ("", ""),
+            ("weights", _bytes(self.weight_bytes)),
+            ("gradients", _bytes(self.gradient_bytes)),
+            (f"state of {self.optimizer}", _bytes(self.optimizer_bytes)),
+            ("activations", self._activations()),
+            ("loss", f"{_bytes(self.loss_bytes)} in tiles and rows"),
+            ("peak per device", self._peak()),
+            ("micro-batch", self._micro_batch()),
+            ("", ""),
+            ("length", self._length()),
+            ("speed", self._speed()),
+            ("time", self._time()),
+            ("cache on disk", self._cache()),
+            ("checkpoint", _bytes(self.checkpoint_bytes)),
+        ]
+
+    def _activations(self) -> str:
+        passed = min(
+            self.asked_micro_batch_size or self.micro_batch_size or self.pairs_per_device, self.pairs_per_device
+        )
+        return (
+            f"{_bytes(self.activation_bytes)} for {passed:,} pairs in one pass "
+            f"({self.activation_bytes_per_pair / 1e6:,.2f} MB a pair)"
+        )
+
+    def _peak(self) -> str:
+        if self.device.startswith("CPU"):
+            return f"{_bytes(self.peak_bytes)} of tensors; malloc may hold up to as much again"
+        if self.memory_gib is None:
+            return f"{_bytes(self.peak_bytes)} (memory of the device not known: give --gpu-memory)"
+        told = "fits" if self.fits else "DOES NOT FIT"
+        return f"{_bytes(self.peak_bytes)} of {self.memory_gib:,.0f} GiB: {told} ({_FILLED:.0%} are planned on)"
+
+    def _micro_batch(self) -> str:
+        if self.memory_gib is None:
+            asked = self.asked_micro_batch_size
+            return f"as asked for, {asked:,}" if asked else "none asked for"
+        if self.micro_batch_size is None:
+            return "even one pair does not fit; see train.strategy fsdp2, or a smaller tower"
+        if self.micro_batch_size >= self.pairs_per_device:
+            return "not needed: all pairs of a device fit in one pass"
+        asked = self.asked_micro_batch_size
+        told = f"asked for is {asked:,}" if asked else f"set train.micro_batch_size: {self.micro_batch_size}"
+        return f"needed: at most {self.micro_batch_size:,} pairs fit in one pass; {told}"
+
+    def _length(self) -> str:
+        if self.steps is None or self.examples is None:
+            return "not known, as the number of images is not: give --rows"
+        return f"{self.steps:,} steps, {self.examples:,} examples"
+
+    def _speed(self) -> str:
+        if self.examples_per_second is None:
+            return "not known"
+        rate = f"{self.examples_per_second:,.4g} examples/s on one device"
+        if self.probe is None:
+            return f"{rate} (given)"
+        return (
+            f"{rate}, measured here: {self.probe.hardware}; step of {self.probe.pairs:,} random pairs, "
+            f"{self.probe.seconds_per_pair * 1e3:,.3g} ms a pair and {self.probe.optimizer_seconds * 1e3:,.3g} ms for "
+            "the optimiser; without reading and exchange"
+        )
+
+    def _time(self) -> str:
+        if self.days is None or self.device_hours is None:
+            return "not known"
+        return (
+            f"{self.days:,.3g} days, {self.device_hours:,.4g} device-hours on {self.devices} such devices, "
+            "if they scale linearly"
+        )
+
+    def _cache(self) -> str:
+        if self.mode != "locked":
+            return "none: images are read in training"
+        if self.cache_bytes is None or self.rows is None:
+            return f"{self.embedding_width * 2:,} bytes an image and its caption (number of images not known: --rows)"
+        told = f"{self.rows:,} images × {self.embedding_width} × 2 bytes"
+        return f"{_bytes(self.cache_bytes)} of embeddings ({told}), and captions"
+
+
+def run(
+    experiment: Experiment,
+    devices: int | None = None,
+    gpu_memory: float | None = None,
+    examples_per_second: float | None = None,
+    rows: int | None = None,
+) -> Plan:
+    """Plan the experiment's training and write plan.json into the run's folder.
+
+    Args:
+        experiment: what is to be trained.
+        devices: that share the batch; default: the experiment's.
+        gpu_memory: GiB of each; default: this machine's GPU, or not known.
+        examples_per_second: of one device; default: measured here.
+        rows: images to train on; default: those of the cache or the source, where they can be counted.
+
+    Raises:
+        UserError: a number is out of range, or the experiment cannot be built.
+    """
+    run_folder.quiet_lightning()
+    given = {"--devices": devices, "--gpu-memory": gpu_memory, "--examples-per-second": examples_per_second}
+    for name, value in {**given, "--rows": rows}.items():
+        if value is not None and value <= 0:
+            raise UserError(f"{name} is {value}, but it must be more than 0")
+    devices = devices or experiment.train.devices * experiment.train.nodes
+    if experiment.train.batch_size % devices:
+        raise UserError(
+            f"train.batch_size {experiment.train.batch_size} cannot be shared evenly by {devices} devices; change one"
+        )
+    experiment = replace(experiment, train=replace(experiment.train, devices=devices, nodes=1))
+    here = torch.cuda.is_available() and experiment.train.accelerator != "cpu"
+    cuda = here or (gpu_memory is not None and experiment.train.accelerator != "cpu")
+    if gpu_memory is None and here:
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory / _GIB
+    asked = experiment.train.precision
+    precision = asked if asked != "auto" else "bf16-mixed" if cuda else "32-true"
+    counted = footprint(experiment, device="cuda" if cuda else "cpu", precision=precision)
+    fitting = None if gpu_memory is None else counted.largest_micro_batch(_FILLED * gpu_memory * _GIB)
+    wanted = experiment.train.micro_batch_size
+    passed = min(wanted or fitting or counted.pairs, counted.pairs)
+    probe = None if examples_per_second else _probe(experiment, precision, passed)
+    rate = examples_per_second or _rate(probe, counted.pairs)  # type: ignore[arg-type]
+    rows = rows or _rows(experiment)
+    steps = _steps(experiment, rows)
+    seconds = None if steps is None else steps * experiment.train.batch_size / (rate * devices)
+    width = RandomData(experiment).width
+    plan = Plan(
+        mode=experiment.mode,
+        devices=devices,
+        device=("CUDA device" if cuda else "CPU process")
+        + (f" of {gpu_memory:,.0f} GiB" if gpu_memory is not None else ""),
+        precision=precision,
+        parameters=counted.parameters,
+        weight_bytes=counted.weights,
+        gradient_bytes=counted.gradients,
+        optimizer=experiment.optim.name,
+        optimizer_bytes=counted.optimizer,
+        activation_bytes_per_pair=counted.kept(counted.pairs + 1) - counted.kept(counted.pairs),
+        activation_bytes=counted.activations(passed),
+        loss_bytes=counted.loss_tiles + counted.loss_rows,
+        pairs_per_device=counted.pairs,
+        micro_batch_size=fitting,
+        asked_micro_batch_size=wanted,
+        memory_gib=gpu_memory,
+        peak_bytes=counted.peak(passed),
+        fits=None if gpu_memory is None else counted.peak(passed) <= _FILLED * gpu_memory * _GIB,
+        steps=steps,
+        examples=None if steps is None else steps * experiment.train.batch_size,
+        examples_per_second=rate,
+        probe=probe,
+        days=None if seconds is None else seconds / 86_400,
+        device_hours=None if seconds is None else seconds / 3600 * devices,
+        rows=rows,
+        cache_bytes=rows * width * 2 if rows and experiment.mode == "locked" else None,
+        embedding_width=width,
+        checkpoint_bytes=counted.weights + counted.optimizer,
+    )
+    run_folder.write_json(run_folder.output_dir(experiment) / "plan.json", asdict(plan))
+    return plan
+
+
+def _bytes(number: int) -> str:
+    return f"{number / _GIB:,.2f} GiB" if number >= _GIB // 10 else f"{number / 2**20:,.1f} MiB"
+
+
+def _steps(experiment: Experiment, rows: int | None) -> int | None:
+    if rows is None and experiment.train.epochs is not None:
+        return None
+    return total_steps(experiment.train, rows or experiment.train.batch_size)
+
+
+def _rows(experiment: Experiment) -> int | None:
+    """Images to train on, where that can be told without reading them."""
+    if experiment.mode == "locked":
+        try:
+            return len(EmbeddingCache(run_folder.cache_path(experiment, "train"))) or None
+        except (CacheError, OSError):
+            pass
+    try:
+        units = open_source(experiment.data.train).units(experiment.cache.shard_size)
+    except (UserError, OSError):
+        return None
+    return sum(unit.stop - unit.start for unit in units) or None
+
+
+def _rate(probe: Probe, pairs: int) -> float:
+    """Examples/s of a step of so many pairs: the optimiser's share shrinks as they grow."""
+    return pairs / (probe.optimizer_seconds + probe.seconds_per_pair * pairs)
+
+
+def _probe(experiment: Experiment, precision: str, passed: int) -> Probe:
+    """Time training steps of growing size, until one takes long enough to tell."""
+    train = experiment.train
+    pairs = train.batch_size // train.devices
+    micro = passed if passed < pairs else None
+    alone = replace(train, devices=1, nodes=1, micro_batch_size=micro, strategy="auto")
+    experiment = replace(experiment, train=alone)
+    data = _Growing(experiment, min(pairs, 2 * passed))
+    watch = _Stopwatch()
+    accelerator = "cpu" if train.accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=1,
+        limit_val_batches=0,
+        gradient_clip_val=experiment.optim.clip or None,
+        use_distributed_sampler=False,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with torch.random.fork_rng():
+        trainer.fit(SigLiT(experiment, 10_000), datamodule=data)
+    # A part that fits as a whole was not computed twice, as it will be.
+    again = 4 / 3 if micro is not None and watch.pairs <= micro else 1.0
+    return Probe(_hardware(accelerator), watch.pairs, watch.towers / watch.pairs * again, watch.optimizer)
+
+
+class _Growing(RandomData):
+    """Batches of random pairs, each size twice: what the first of a size has to set up does not count."""
+
+    def __init__(self, experiment: Experiment, most: int):
+        super().__init__(experiment)
+        self._sizes = [min(_SMALLEST_PROBE, most)]
+        while self._sizes[-1] * 2 <= most:
+            self._sizes.append(self._sizes[-1] * 2)
+
+    def train_dataloader(self) -> Iterator[Batch]:
+        """All sizes; `_Stopwatch` does not wait for the end."""
+        return (self.batch(pairs) for pairs in self._sizes for _ in range(2))
+
+    def val_dataloader(self) -> list[int]:
+        """None."""
+        return []
+
+
+class _Stopwatch(pl.Callback):
+    """Seconds of the faster of the two latest steps: of forward and backward, and of the optimiser."""
+
+    def __init__(self) -> None:
+        self.pairs = 0
+        self.towers = self.optimizer = 0.0
+        self._begun = self._middle = 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, _: int) -> None:
+        """Begin; a new size forgets the one before."""
+        if len(batch["ids"]) != self.pairs:
+            self.pairs, self.towers, self.optimizer = len(batch["ids"]), 0.0, 0.0
+        self._begun = _now()
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        """Forward and backward are done."""
+        self._middle = _now()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """So is the step."""
+        towers, optimizer = self._middle - self._begun, _now() - self._middle
+        if not self.towers:
+            self.towers, self.optimizer = towers, optimizer
+            return
+        self.towers, self.optimizer = min(self.towers, towers), min(self.optimizer, optimizer)
+        trainer.should_stop = self.towers >= _LONG_ENOUGH
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _hardware(accelerator: str) -> str:
+    if accelerator == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{torch.get_num_threads()} threads of {model}"
