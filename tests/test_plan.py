@@ -95,7 +95,7 @@ def test_predicted_peak_is_within_15_percent_of_the_measured_one(small, words):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, "-c", str(small), *words],
         cwd=ROOT,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

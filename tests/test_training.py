@@ -95,7 +95,7 @@ def test_two_devices_train_like_one(project):
 def gradients(experiment, batch):
     """{name: gradient} of one step of the module in float64, without a trainer's optimiser."""
     torch.manual_seed(0)
-    module = SigLiT(experiment, 1)
+    module = SigLiT(experiment, 100)
     module.image_tower = ImageSide(None, width=16, head=None)
     module.text_tower = TextTower(experiment.text_tower, vocab_size=64, length=8, eos_id=1, pad_id=1, dim=16)
     module.double()
