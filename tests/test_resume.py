@@ -31,14 +31,18 @@ WORDS = [
 """Two steps a pass; rows, checkpoints and passes end at different steps."""
 
 DRIVER = """
-import os, signal, time
+import os, signal, subprocess, time
 from siglit.lightning_module import SigLiT
 
 real = SigLiT.training_step
 def step(self, batch, number):
     at = self.trainer.global_step + 1
     if os.environ["STEP"] == str(at) and os.environ.get("LOCAL_RANK", "0") == "0":
-        os.kill(os.getpid(), int(os.environ["NUMBER"]))
+        if os.environ["GROUP"]:  # by another process: a worker obeys its parent in a way of its own
+            subprocess.run(["kill", "-" + os.environ["NUMBER"], "--", str(-os.getpgrp())])
+            time.sleep(0.5)
+        else:
+            os.kill(os.getpid(), int(os.environ["NUMBER"]))
     with open("steps", "a") as file:
         file.write(f"{at}\\n")
     return real(self, batch, number)
@@ -47,7 +51,7 @@ SigLiT.training_step = step
 from siglit.cli import main
 main()
 """
-"""The command, with signal $NUMBER to its first process in step $STEP."""
+"""The command, with signal $NUMBER to its first process, or to all if $GROUP is not empty, in step $STEP."""
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +125,20 @@ def assert_equal(folder, whole):
     assert {"1", "3", "5", "2", "6"} == {row["step"] for row in table(folder)}
 
 
-def start(place, name, devices=1, step=0, number=0, *more, mode="locked"):
+def start(place, name, devices=1, step=0, number=0, *more, mode="locked", group=""):
     """Begin training in a session of its own; see DRIVER."""
     return subprocess.Popen(
         [sys.executable, "driver.py", "train", "-c", "experiment.yaml", *words(name, mode, devices), *more],
         cwd=place,
         env={
             **os.environ,
-            **{"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "STEP": str(step), "NUMBER": str(int(number))},
+            **{
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "STEP": str(step),
+                "NUMBER": str(int(number)),
+                "GROUP": group,
+            },
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -208,6 +218,17 @@ def test_a_signal_to_the_first_process_saves_and_stops_all(place, folder, whole,
     assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 4
     siglit("train", "-c", "experiment.yaml", *words("stopped", devices=devices), "--resume", cwd=place, check=0)
     assert_equal(folder, whole(devices=devices))
+
+
+def test_a_signal_to_all_processes_finds_the_workers_at_work_until_the_step_is_saved(place, folder, whole):
+    """As `timeout` and SLURM send it; a worker that went before would take the batch with it."""
+    process = start(place, "stopped", 1, 4, signal.SIGTERM, mode="unlocked", group="all")
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 143, err
+    assert [line for line in err.splitlines() if "stopped" in line] == ["stopped at step 4 of 7; go on with --resume"]
+    assert gone(process.pid, 8)
+    siglit("train", "-c", "experiment.yaml", *words("stopped", "unlocked"), "--resume", cwd=place, check=0)
+    assert_equal(folder, whole("unlocked"))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,8 +5,10 @@ Knows sources and pictures, not towers or caches. Shapes: N images of a batch, S
 
 import gc
 import math
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
@@ -22,6 +24,7 @@ from siglit.errors import UserError
 
 _RATIOS = (3 / 4, 4 / 3)
 _TRIES = 100
+_WORKER_GRACE = 30.0
 
 
 @dataclass
@@ -265,9 +268,17 @@ def _say_nothing(*_: object) -> None:
     pass
 
 
+def _end_later(*_: object) -> None:
+    timer = threading.Timer(_WORKER_GRACE, os._exit, (128 + signal.SIGTERM,))
+    timer.daemon = True
+    timer.start()
+
+
 def _prepare_worker(_: int) -> None:
     # Ctrl-C reaches the workers too; it is the affair of the process that they work for.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # SLURM and `timeout` send SIGTERM to all processes of a run; the first one may still want to end its step.
+    signal.signal(signal.SIGTERM, _end_later)
     # A worker's errors travel to that process with its batches. What would be printed here is the complaint of
     # multiprocessing's own thread that the other end of its pipe has gone, as it has after Ctrl-C.
     sys.excepthook = _say_nothing
