@@ -4,13 +4,13 @@ Builds the towers as training does, so what is missing is found here too.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from siglit import run as run_folder
 from siglit.config import Experiment
 from siglit.data_module import open_data
+from siglit.footprint import tokenizer_or_numbers
 from siglit.lightning_module import SigLiT
-from siglit.models.tokenizer import Tokenizer, load_tokenizer
+from siglit.models.tokenizer import load_tokenizer
 from siglit.optim import group_table, parameter_groups, rate, total_steps
 
 
@@ -26,16 +26,6 @@ class DryRun:
         return f"{self.table}\n\n{self.schedule}"
 
 
-class _Untrained:
-    """Stands for the tokenizer that training would make first: only its numbers are asked for."""
-
-    fingerprint = "not trained yet"
-    eos_id = pad_id = 1
-
-    def __init__(self, vocab_size: int, length: int):
-        self.vocab_size, self.length = vocab_size, length
-
-
 def run(experiment: Experiment) -> DryRun:
     """Build what `siglit train` would build and say what its optimiser would do.
 
@@ -46,7 +36,9 @@ def run(experiment: Experiment) -> DryRun:
     data = open_data(experiment)
     optim, train = experiment.optim, experiment.train
     steps = total_steps(train, data.count)
-    data.tokenizer = _tokenizer(experiment)  # type: ignore[assignment]
+    named = experiment.tokenizer.path or experiment.text_tower.pretrained
+    found = load_tokenizer(named, experiment.tokenizer) if named else tokenizer_or_numbers(experiment)
+    data.tokenizer = found  # type: ignore[assignment]
     module = SigLiT(experiment, steps)
     module.build(data)
     groups = parameter_groups(module, optim, module.multipliers())
@@ -61,11 +53,3 @@ def run(experiment: Experiment) -> DryRun:
         f"{steps:,} steps of {train.batch_size:,} pairs = {steps * train.batch_size:,} examples, {passes:,.2f} passes "
         f"over {data.count:,} images; mode {experiment.mode}\nlearning rate at step {rates}",
     )
-
-
-def _tokenizer(experiment: Experiment) -> Tokenizer | _Untrained:
-    path, config = run_folder.tokenizer_path(experiment), experiment.tokenizer
-    trained_by_us = config.path is None and path.endswith(".model")
-    if trained_by_us and not Path(path).exists():
-        return _Untrained(config.vocab_size, config.length)
-    return load_tokenizer(path, config)

@@ -53,7 +53,7 @@ class RandomData(TrainData):
     def __init__(self, experiment: Experiment):
         """Look at the architectures; nothing is read but a tokenizer, where there is one."""
         super().__init__(experiment)
-        self.tokenizer = _tokenizer(experiment)  # type: ignore[assignment]
+        self.tokenizer = tokenizer_or_numbers(experiment)  # type: ignore[assignment]
         self._config = replace(experiment.image_tower, pretrained=False, weights=None)
         with torch.device("meta"):
             tower = ImageTower(self._config)
@@ -214,7 +214,8 @@ def build(experiment: Experiment, data: RandomData) -> SigLiT:
     return module
 
 
-def _tokenizer(experiment: Experiment) -> Tokenizer | Vocabulary:
+def tokenizer_or_numbers(experiment: Experiment) -> Tokenizer | Vocabulary:
+    """The run's tokenizer, or what is known of the one that training will make."""
     try:
         return load_tokenizer(run_folder.tokenizer_path(experiment), experiment.tokenizer)
     except UserError:
