@@ -255,7 +255,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the towers with torch.compile: a minute at the start for faster steps."""
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """auto: DDP on several devices; fsdp2 also shares out the weights, for towers that do not fit on one."""
+    """On several devices, auto: ddp; fsdp2 also shares out weights, gradients and the optimiser's state, for towers too
+    large for one. One device has nothing to share, whatever is asked for."""
     log_every: int = 10
     """Steps between rows of metrics.csv."""
     val_every: int = 500

@@ -21,14 +21,15 @@ from siglit.config import Experiment
 from siglit.data.batches import Batch
 from siglit.data_module import Sample, TrainData
 from siglit.errors import UserError
-from siglit.evaluation.encoding import encode, encode_ids
+from siglit.evaluation.encoding import encode
 from siglit.evaluation.retrieval import retrieval_metrics
 from siglit.loss import Negatives, sigmoid_loss, softmax_loss
 from siglit.loss.exchange import gather_rows
 from siglit.models.image_tower import ImageSide
 from siglit.models.text_tower import TextTower
 from siglit.optim import build_optimizer, rate
-from siglit.watching import Clock
+from siglit.sharding import shard, unsharded
+from siglit.watching import Clock, is_logged
 
 _WATCHED = ("positive_logit", "negative_logit", "positive_share")
 """Statistics of the loss that are logged, see `sigmoid_loss`."""
@@ -65,10 +66,12 @@ class SigLiT(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Build the towers once the tokenizer is known."""
+        """Build the towers once the tokenizer is known, and share them out if the strategy asks for it."""
         if not hasattr(self, "text_tower"):
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             self.build(data)
+            if self.device_mesh is not None:
+                shard(self, self.device_mesh["data_parallel"])
 
     def build(self, data: TrainData) -> None:
         """Build the towers for each other and for the tokenizer."""
@@ -106,19 +109,24 @@ class SigLiT(pl.LightningModule):
         if torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type) == torch.bfloat16:
             # Half the bytes to send, and fast products; logits and sums stay float32 (siglit.loss).
             zimg, ztxt = zimg.bfloat16(), ztxt.bfloat16()
-        statistics: dict[str, torch.Tensor] = {}
+        logged = is_logged(self.trainer)
+        statistics: dict[str, torch.Tensor] | None = {} if logged else None
         with self.clock("loss"):
             loss = self._loss(zimg, ztxt, batch, statistics)
+        if logged:  # the ranks have to sum up for each row
+            self._log(loss, statistics or {})
+        return loss
+
+    def _log(self, loss: torch.Tensor, statistics: dict[str, torch.Tensor]) -> None:
         self.log("train/loss", loss, sync_dist=True)
         self.log_dict(
             {
                 **{f"train/{name}": statistics[name] for name in _WATCHED if name in statistics},
                 "train/lr": self._experiment.optim.lr * self._share_of_peak(self.trainer.global_step),
-                "train/logit_scale": self.log_scale.detach().exp(),
-                "train/logit_bias": self.logit_bias.detach(),
+                "train/logit_scale": unsharded(self.log_scale.detach()).exp(),
+                "train/logit_bias": unsharded(self.logit_bias.detach()),
             }
         )
-        return loss
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, D) float32 unit rows of the images and of the texts."""
@@ -133,10 +141,10 @@ class SigLiT(pl.LightningModule):
         return torch.cat([checkpoint(tower, part, use_reentrant=False) for part in inputs.split(size)])
 
     def _loss(
-        self, zimg: torch.Tensor, ztxt: torch.Tensor, batch: Batch, statistics: dict[str, torch.Tensor]
+        self, zimg: torch.Tensor, ztxt: torch.Tensor, batch: Batch, statistics: dict[str, torch.Tensor] | None
     ) -> torch.Tensor:
         config = self._experiment.loss
-        scale = self.log_scale.exp()
+        scale = unsharded(self.log_scale).exp()
         if config.name == "softmax":
             return softmax_loss(zimg, ztxt, scale, exchange=config.exchange, chunk_size=config.chunk_size)
         negatives = None
@@ -148,7 +156,7 @@ class SigLiT(pl.LightningModule):
             zimg,
             ztxt,
             scale,
-            self.logit_bias,
+            unsharded(self.logit_bias),
             exchange=config.exchange,
             chunk_size=config.chunk_size,
             negatives=negatives,
@@ -165,23 +173,23 @@ class SigLiT(pl.LightningModule):
         if self._val is None:
             self._val = self.trainer.datamodule.val_sample()  # type: ignore[attr-defined]
         images, ids, image_of_text = self._val
-        size, device = self._experiment.eval.batch_size, self.device
-
-        def embed_images(part: np.ndarray) -> np.ndarray:
-            return encode(self.image_tower, part, batch_size=size, device=device, told="images", quiet=True)
-
-        def embed_texts(part: np.ndarray) -> np.ndarray:
-            return encode_ids(self.text_tower, part, batch_size=size, device=device, quiet=True)
-
-        metrics = retrieval_metrics(self._shared(embed_images, images), self._shared(embed_texts, ids), image_of_text)
+        # Each distinct caption once, and before they are shared out: ranks of a sharded tower make its passes together.
+        distinct, number = np.unique(ids, axis=0, return_inverse=True)
+        zimg = self._shared(self.image_tower, images, "images")
+        ztxt = self._shared(self.text_tower, distinct.astype(np.int64), "captions")[number.reshape(-1)]
+        metrics = retrieval_metrics(zimg, ztxt, image_of_text)
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=True)
 
-    def _shared(self, embed: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray) -> np.ndarray:
-        """Embed (N, …) inputs, a share on each rank."""
+    def _shared(self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: np.ndarray, told: str) -> np.ndarray:
+        """Embed (N, …) inputs, an equal share on each rank."""
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         share = -(-len(inputs) // ranks)
         mine = inputs[np.minimum(np.arange(rank * share, (rank + 1) * share), len(inputs) - 1)]
-        return gather_rows(torch.from_numpy(embed(mine)).to(self.device)).cpu().numpy()[: len(inputs)]
+        size, device = self._experiment.eval.batch_size, self.device
+        # Compiling for other shapes and without gradients would take longer than it saves.
+        with torch.compiler.set_stance("force_eager"):
+            found = encode(tower, mine, batch_size=size, device=device, told=told, quiet=True)
+        return gather_rows(torch.from_numpy(found).to(device)).cpu().numpy()[: len(inputs)]
 
     def configure_optimizers(self) -> Any:
         """The experiment's optimiser, its rate set anew before every step."""

@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from siglit import checkpoints
 from siglit import run as run_folder
-from siglit.config import Experiment
+from siglit.config import Experiment, TrainConfig
 from siglit.data_module import TrainData, open_data
 from siglit.errors import UserError
 from siglit.lightning_module import SigLiT
 from siglit.metrics_table import MetricsTable
 from siglit.optim import rate, total_steps
 from siglit.progress import Meter
+from siglit.sharding import Sharded
 from siglit.stopping import Signals, ending_with_first_process, stopping_at_signals
 from siglit.watching import Watch, is_logged
 
@@ -208,7 +209,6 @@ class TrainProgress(pl.Callback):
 
 def _trainer(experiment: Experiment, folder: Path, steps: int, taken: int, signals: Signals) -> pl.Trainer:
     train = experiment.train
-    several = train.devices * train.nodes > 1
     precision = train.precision
     if precision == "auto":
         precision = "bf16-mixed" if train.accelerator != "cpu" and torch.cuda.is_available() else "32-true"
@@ -221,7 +221,7 @@ def _trainer(experiment: Experiment, folder: Path, steps: int, taken: int, signa
         accelerator=train.accelerator,
         devices=train.devices,
         num_nodes=train.nodes,
-        strategy=DDPStrategy(gradient_as_bucket_view=True) if several else "auto",
+        strategy=_strategy(train),
         precision=precision,
         plugins=plugins,
         max_steps=steps,
@@ -243,6 +243,17 @@ def _trainer(experiment: Experiment, folder: Path, steps: int, taken: int, signa
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def _strategy(train: TrainConfig) -> Strategy | str:
+    ranks = train.devices * train.nodes
+    if ranks == 1:
+        return "auto"
+    if train.strategy != "fsdp2":
+        return DDPStrategy(gradient_as_bucket_view=True)
+    if train.precision == "16-mixed":
+        raise UserError("train.strategy fsdp2 has no 16-mixed; set train.precision to bf16-mixed or 32-true")
+    return Sharded(ranks)
 
 
 def _loggers(experiment: Experiment, folder: Path, taken: int) -> list[Logger]:

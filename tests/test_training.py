@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from siglit import evaluate, precompute, search, training
+from siglit import evaluate, lightning_module, precompute, search, training
 from siglit.cache import EmbeddingCache
 from siglit.data import shuffle
 from siglit.data.batches import row_hash
@@ -92,6 +92,15 @@ def test_two_devices_train_like_one(project):
     assert losses(project / "runs/2") == pytest.approx(losses(project / "runs/1"), rel=1e-4)
 
 
+def test_only_steps_that_are_logged_are_summed_up(cached, monkeypatch):
+    asked = []
+    real = lightning_module.sigmoid_loss
+    told = lambda *a, **k: (asked.append(k["statistics"] is not None), real(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(lightning_module, "sigmoid_loss", told)
+    training.run(cached)
+    assert asked == [False, True] * 3
+
+
 def gradients(experiment, batch):
     """{name: gradient} of one step of the module in float64, without a trainer's optimiser."""
     torch.manual_seed(0)
@@ -99,8 +108,7 @@ def gradients(experiment, batch):
     module.image_tower = ImageSide(None, width=16, head=None)
     module.text_tower = TextTower(experiment.text_tower, vocab_size=64, length=8, eos_id=1, pad_id=1, dim=16)
     module.double()
-    module.log = module.log_dict = lambda *_, **__: None
-    module._trainer = SimpleNamespace(global_step=0)
+    module._trainer = SimpleNamespace(global_step=0, _logger_connector=SimpleNamespace(should_update_logs=False))
     module.training_step(batch, 0).backward()
     return {name: p.grad for name, p in module.named_parameters()}
 
