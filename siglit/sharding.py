@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -124,5 +124,5 @@ class Sharded(ModelParallelStrategy):
             full = part.full_tensor()
             return full.cpu() if self.is_global_zero else None
 
-        gathered: dict[str, Any] = apply_to_collection(state, DTensor, whole)
+        gathered: dict[str, Any] = tree_map_only(DTensor, whole, state)
         return gathered
