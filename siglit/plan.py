@@ -148,7 +148,7 @@ class Plan:
         if self.mode != "locked":
             return "none: images are read in training"
         if self.cache_bytes is None or self.rows is None:
-            return f"{self.embedding_width * 2:,} bytes an image and its caption (number of images not known: --rows)"
+            return f"{self.embedding_width * 2:,} bytes an image, and its captions (how many is not known: --rows)"
         told = f"{self.rows:,} images × {self.embedding_width} × 2 bytes"
         return f"{_bytes(self.cache_bytes)} of embeddings ({told}), and captions"
 
