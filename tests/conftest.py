@@ -5,6 +5,7 @@ import os
 # Before any import that reads it: no test may reach for the Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+
+# A shell that runs the tests in the background has Ctrl-C ignored, and every process they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
 TOWER = {
     "model": "vit_tiny_patch16_224",
