@@ -27,7 +27,7 @@ from siglit.loss import Negatives, sigmoid_loss, softmax_loss
 from siglit.loss.exchange import gather_rows
 from siglit.models.image_tower import ImageSide
 from siglit.models.text_tower import TextTower
-from siglit.optim import build_optimizer, rate
+from siglit.optim import build_optimizer, parameter_groups, rate
 from siglit.sharding import shard, unsharded
 from siglit.watching import Clock, is_logged
 
@@ -91,6 +91,7 @@ class SigLiT(pl.LightningModule):
             "tokenizer": data.tokenizer.fingerprint,
             "image_tower": identity,
             "image_head": self._experiment.image_tower.head,
+            "optimizer": self._experiment.optim.name,
             "batch_size": self._experiment.train.batch_size,
             "seed": self._experiment.seed,
         }
@@ -99,7 +100,8 @@ class SigLiT(pl.LightningModule):
                 tower.compile()
 
     def on_train_start(self) -> None:
-        """Say what is special about the text tower."""
+        """Take rates and decay from the experiment, also where a checkpoint has others; tell of the text tower."""
+        self._ask_optimizer()
         if self.trainer.is_global_zero and self.text_tower.told:
             print(self.text_tower.told, file=sys.stderr, flush=True)
 
@@ -197,6 +199,23 @@ class SigLiT(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _ask_optimizer(self) -> None:
+        """Put the experiment's numbers in place of those that a checkpoint's optimiser and schedule brought along."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        asked = build_optimizer(self, self._experiment.optim, self.multipliers()).param_groups
+        share = self._share_of_peak(self.trainer.global_step)
+        for group, own in zip(optimizer.param_groups, asked, strict=True):  # type: ignore[union-attr]
+            numbers = {name: value for name, value in own.items() if name != "params"}
+            group |= {**numbers, "initial_lr": own["lr"], "lr": own["lr"] * share}
+        schedule.base_lrs = [group["lr"] for group in asked]
+
+    def _learning(self) -> list[list[str]]:
+        """Names of the parameters of each of the optimiser's groups: its state is kept by their order."""
+        groups = parameter_groups(self, self._experiment.optim, self.multipliers())
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        return [[names[parameter] for parameter in group["params"]] for group in groups]
+
     def multipliers(self) -> dict[str, float]:
         """Names of the parameters that came pretrained, each with its multiplier of the learning rate."""
         config = self._experiment.optim
@@ -210,16 +229,31 @@ class SigLiT(pl.LightningModule):
         """Refuse to go on with a run that was another.
 
         Raises:
-            UserError: the checkpoint's towers, tokenizer, batch size or seed are not the experiment's.
+            UserError: the checkpoint's towers, tokenizer, optimiser, batch size or seed are not the experiment's.
         """
         made = checkpoint.get("siglit", {})
         for name, asked in self._description.items():
             if made.get(name) != asked:
+                told, before, now = _difference(name, made.get(name), asked)
                 raise UserError(
-                    f"cannot resume: the checkpoint was made with {name} {made.get(name)}, the experiment asks for "
-                    f"{asked}; change it back, or choose another --output_dir"
+                    f"cannot resume: the checkpoint was made with {told} {before}, the experiment asks for {now}; "
+                    "change it back, or choose another --output_dir"
                 )
+        if made.get("learning") != self._learning():
+            raise UserError(
+                "cannot resume: the checkpoint's optimiser has its parameters in other groups; set loss.name, "
+                "optim.decay_pretrained, optim.image_lr_multiplier and optim.text_lr_multiplier back, or choose "
+                "another --output_dir"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in plain types how to rebuild the tower and which towers and tokenizer it belongs to."""
-        checkpoint["siglit"] = self._description
+        checkpoint["siglit"] = self._description | {"learning": self._learning()}
+
+
+def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """What to tell of two values that differ: of two dictionaries, the first entry that does."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in [*now, *before] if before.get(key) != now.get(key))
+        return _difference(f"{name}.{key}", before.get(key), now.get(key))
+    return name, before, now

@@ -142,6 +142,8 @@ def _fit(trainer: pl.Trainer, module: SigLiT, data: TrainData, start: Path | Non
         raise (signals.exception() if trainer.interrupted else stop) from stop
     finally:
         signals.hold = False
+        # Lightning does so only at the end of a whole run; workers that are at work then keep the program waiting.
+        data.teardown("fit")
 
 
 class StepSeed(pl.Callback):

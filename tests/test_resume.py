@@ -231,6 +231,17 @@ def test_a_signal_to_all_processes_finds_the_workers_at_work_until_the_step_is_s
     assert_equal(folder, whole("unlocked"))
 
 
+@pytest.mark.parametrize("group", ["", "all"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_was_stopped_is_gone_at_once_also_with_workers_at_work(place, folder, number, group):
+    """In the middle of a pass, where the workers have batches in hand."""
+    process = start(place, "stopped", 1, 4, number, "--train.batch_size", "4", mode="unlocked", group=group)
+    while process.poll() is None and not (folder / "checkpoints/last.ckpt").exists():
+        time.sleep(0.1)
+    _, err = process.communicate(timeout=15)
+    assert "stopped at step 4 of 7" in err
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_at_random_moments(place, folder, whole, mode):
     """SIGKILL to the first process of 1 and 2 in turn, which no other outlives; SIGLIT_KILL_ROUNDS kills."""

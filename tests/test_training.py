@@ -240,6 +240,36 @@ def test_a_run_is_not_resumed_as_another(cached):
         training.run(parse("train", "--train.resume", "true", "--train.batch_size", "8"))
 
 
+@pytest.mark.parametrize(
+    "asked", [("--optim.lr", "0.3"), ("--optim.weight_decay", "0.3"), ("--optim.betas", "[0.1, 0.2]")]
+)
+def test_a_resumed_run_takes_the_rate_that_is_asked_for_now(cached, project, asked):
+    """As one does after a loss that is not finite: the weights move otherwise than under the checkpoint's numbers."""
+    usual = ["--optim.schedule", "constant", "--train.val_every", "3"]
+    for folder, words in (("same", []), ("other", asked)):
+        training.run(parse("train", *usual, "--output_dir", folder, "--train.steps", "3"))
+        training.run(parse("train", *usual, *words, "--output_dir", folder, "--train.resume", "true"))
+    same, other = weights(project / "same"), weights(project / "other")
+    assert max((other[name] - same[name]).abs().max() for name in same) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--optim.name", "lion"], "optimizer adamw, the experiment asks for lion"),
+        (["--optim.name", "adafactor"], "optimizer adamw, the experiment asks for adafactor"),
+        (["--loss.name", "softmax"], "optim.image_lr_multiplier"),
+        (["--text_tower.width", "16"], "text_tower.width 32, the experiment asks for 16"),
+        (["--tokenizer.length", "9"], "built_for.length 8, the experiment asks for 9"),
+    ],
+)
+def test_momentum_is_not_taken_for_what_it_is_not(cached, words, told):
+    training.run(cached)
+    with pytest.raises(UserError, match=f"cannot resume.*{told}") as error:
+        training.run(parse("train", "--train.resume", "true", "--train.steps", "8", *words))
+    assert len(str(error.value)) < 300
+
+
 def test_training_without_a_cache_says_how_to_make_it(experiment):
     with pytest.raises(UserError, match="siglit precompute"):
         training.run(experiment)

@@ -77,6 +77,7 @@ class Passes(ABC):
             raise UserError(f"train.batch_size {batch_size} cannot be shared evenly by {world_size} devices")
         self._seed, self._share, self._auto_shuffle = seed, Share(batch_size, rank, world_size), auto_shuffle
         self._corruption = corruption
+        self._running: Prefetched[Batch] | None = None
         self.epoch = self.examples = 0
         self._reshuffle(shuffle)
         if self.count < batch_size:
@@ -97,6 +98,11 @@ class Passes(ABC):
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Make this rank's batches of a pass, from number `first` on."""
 
+    def close(self) -> None:
+        """Break off the pass under way, also where a traceback keeps its iterator alive."""
+        if self._running is not None:
+            self._running.close()
+
     def __len__(self) -> int:
         """Batches in one pass."""
         return self.count // self._share.total
@@ -105,6 +111,7 @@ class Passes(ABC):
         """Hand out the rest of the current pass, then make the next one current."""
         made = self._batches(self.epoch, self.examples // self._share.total)
         with closing(Prefetched(made, self._ahead)) as batches:
+            self._running = batches
             for batch in batches:
                 self.examples += self._share.total
                 # Before the last batch is out: who counts batches never asks for more.

@@ -98,6 +98,7 @@ class PictureBatches(Passes):
         self._source, self._tokenizer, self._decoder = source, tokenizer, decoder
         self._workers, self._max_skipped, self._labels, self._pin = workers, max_skipped, labels, pin_memory
         self._idle: Decoding | None = None
+        self._busy: Decoding | None = None
         self.seen = 0
         self.skipped: Counter[str] = Counter()
         self._first_skipped = ""
@@ -122,7 +123,7 @@ class PictureBatches(Passes):
             yield from super().__iter__()
         finally:
             if self.epoch == epoch:
-                self.close()
+                self._end_idle()
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """The keys of rows; reads their units again unless all samples are in memory."""
@@ -131,7 +132,14 @@ class PictureBatches(Passes):
         return [found[i].key for i in place]
 
     def close(self) -> None:
-        """End the worker processes that wait for another pass."""
+        """End the worker processes, those at work and those that wait for another pass."""
+        super().close()
+        self._end_idle()
+        if self._busy is not None:
+            self._busy.close()
+            self._busy = None
+
+    def _end_idle(self) -> None:
         if self._idle is not None:
             self._idle.close()
             self._idle = None
@@ -144,7 +152,8 @@ class PictureBatches(Passes):
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         dealt: deque[list[_Pair]] = deque()
         jobs = self._jobs(epoch, first, dealt)
-        decoding, self._idle = self._idle or Decoding(self._decoder, self._workers), None
+        self._busy = decoding = self._idle or Decoding(self._decoder, self._workers)
+        self._idle = None
         # Here and not in the thread that makes the batches: the processes are forked before there are threads.
         decoded = decoding.run(jobs)
         return self._made(epoch, first, decoding, decoded, dealt, jobs)
