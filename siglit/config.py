@@ -322,16 +322,19 @@ _RANGES = {
         (
             "data.workers",
             "seed",
-            "optim.weight_decay",
             "optim.warmup_steps",
             "optim.cooldown_steps",
             "optim.clip",
             "train.val_every",
         ),
     ),
-    "a finite number of 0 or more": (lambda v: 0 <= v < math.inf, ("loss.negatives_per_positive",)),
-    "more than 0": (
-        lambda v: v > 0,
+    "a finite number of 0 or more": (
+        lambda v: 0 <= v < math.inf,
+        ("loss.negatives_per_positive", "optim.weight_decay"),
+    ),
+    "finite": (math.isfinite, ("loss.logit_bias",)),
+    "a finite number of more than 0": (
+        lambda v: 0 < v < math.inf,
         (
             "optim.lr",
             "optim.image_lr_multiplier",

@@ -230,6 +230,10 @@ class PictureData(TrainData):
             captions += [sample.captions for sample in batch.samples]
             if len(captions) >= wanted:
                 break
+        if not captions:
+            raise UserError(
+                f"{self.val.name} has no usable image with a caption to validate on; mend data.val, or leave it out"
+            )
         texts = [caption for several in captions[:wanted] for caption in several]
         image_of_text = np.repeat(np.arange(len(captions[:wanted])), [len(several) for several in captions[:wanted]])
         return np.concatenate(pixels)[:wanted], self.tokenizer(texts), image_of_text

@@ -131,3 +131,11 @@ def test_noise_images_reach_training_on_a_cache(experiment, project):
     precompute.run(parse("precompute", *random))
     with pytest.raises(UserError, match="noise images need the same weights"):
         training.run(parse("train", *words, *random, "--output_dir", "runs/other"))
+
+
+@pytest.mark.parametrize("mode", LEARNT)
+@pytest.mark.parametrize("listing", ["images/0040.png,", "train.csv,not an image"])
+def test_held_out_data_without_a_usable_pair_is_told(experiment, project, mode, listing):
+    (project / "val.csv").write_text(f"filepath,title\n{listing}\n")
+    with pytest.raises(UserError, match="val.csv has no usable image with a caption"):
+        training.run(parse("train", "--mode", mode))
