@@ -5,6 +5,8 @@ Shapes: I images, T captions, L tokens, D embedding width, H × W the tower's in
 
 import itertools
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -205,7 +207,9 @@ class PictureData(TrainData):
             tower = ImageTower(config, trainable=True)
             side = ImageSide(tower, width=tower.embedding_width, head=config.head)
             # Random weights are no part of what a run started from: the seed is.
-            identity = tower.fingerprint() | ({"weights": None} if self._experiment.mode == "scratch" else {})
+            started = tower.fingerprint() | ({"weights": None} if self._experiment.mode == "scratch" else {})
+            # A position counts the rows of this listing and of no other.
+            identity = started | {"source": self.train.identity()}
             self._side = side, identity
         return self._side
 
@@ -216,9 +220,19 @@ class PictureData(TrainData):
         return self._batches
 
     def teardown(self, stage: str) -> None:
-        """End the worker processes."""
-        if self._batches is not None:
-            self._batches.close()
+        """End the worker processes; tell of unusable images, once."""
+        if self._batches is None:
+            return
+        self._batches.close()
+        skipped, self._batches.skipped = self._batches.skipped, Counter()
+        if skipped and run_folder.is_first_process():
+            reasons = "; ".join(f"{count} {reason}" for reason, count in skipped.most_common(5))
+            print(
+                f"{skipped.total():,} of {self._batches.seen:,} images (of this process) could not be used and others "
+                f"took their places: {reasons}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def val_sample(self) -> Sample:
         """First usable images of the held-out source."""

@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from siglit.cache import CacheError, EmbeddingCache
-from siglit.config import Experiment, ImageTowerConfig, SourceSpec
+from siglit.config import Experiment, ImageTowerConfig, SourceSpec, TrainConfig
 from siglit.data.sources import source_identity
 from siglit.errors import UserError
 from siglit.models.tokenizer import lowercases, train_sentencepiece
@@ -55,6 +55,17 @@ def check_accelerator(field: str, accelerator: str) -> None:
     """
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{field} is cuda, but this machine has no CUDA device; use cpu or auto")
+
+
+def check_batch_size(train: TrainConfig) -> None:
+    """Refuse a global batch that cannot be cut into equal parts.
+
+    Raises:
+        UserError: it cannot.
+    """
+    devices = train.devices * train.nodes
+    if train.batch_size % devices:
+        raise UserError(f"train.batch_size {train.batch_size} cannot be shared evenly by {devices} devices")
 
 
 def output_dir(experiment: Experiment) -> Path:

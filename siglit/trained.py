@@ -5,6 +5,7 @@ run's folder, named after its weights. Shapes: N images, D embedding width.
 """
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,11 +152,13 @@ def _embed(experiment: Experiment, side: ImageSide) -> EmbeddingCache:
     weights = side.tower.fingerprint()["weights"]
     fabric = Fabric(accelerator=experiment.eval.accelerator, devices=1)
     side.tower.to(fabric.device)
-    path = run_folder.output_dir(experiment) / "embeddings" / weights[:16] / split
+    source = open_source(spec)
+    made_of = hashlib.blake2b(json.dumps(source.identity(), sort_keys=True).encode(), digest_size=4).hexdigest()
+    path = run_folder.output_dir(experiment) / "embeddings" / weights[:16] / f"{split}-{made_of}"
     # The file that the tower started from is not what made these rows.
     started = replace(experiment, image_tower=replace(experiment.image_tower, weights=None))
     try:
-        done = embed_source(started, fabric, side.tower, open_source(spec), path, f"embedding {split}")
+        done = embed_source(started, fabric, side.tower, source, path, f"embedding {split}")
     except CacheError as error:
         raise UserError(str(error)) from error
     side.cpu()

@@ -68,11 +68,7 @@ def run(experiment: Experiment) -> TrainResult:
 
 
 def _run(experiment: Experiment, signals: Signals) -> TrainResult:
-    if experiment.train.batch_size % (experiment.train.devices * experiment.train.nodes):
-        raise UserError(
-            f"train.batch_size {experiment.train.batch_size} cannot be shared evenly by "
-            f"{experiment.train.devices * experiment.train.nodes} devices"
-        )
+    run_folder.check_batch_size(experiment.train)
     run_folder.check_accelerator("train.accelerator", experiment.train.accelerator)
     data = open_data(experiment)
     folder = run_folder.output_dir(experiment)

@@ -6,7 +6,7 @@ import pytest
 
 from siglit import dry_run, precompute
 from siglit.errors import UserError
-from tests.conftest import siglit
+from tests.conftest import parse, siglit
 
 
 def test_it_prints_every_groups_rate_and_decay_and_writes_nothing(experiment, project):
@@ -37,3 +37,9 @@ def test_a_locked_run_has_no_image_parameters(experiment, project):
     assert "image_tower" not in done.stdout
     assert "text_tower" in done.stdout
     assert not list((project / "runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("words", [["--train.batch_size", "41"], ["--train.devices", "3"]])
+def test_it_refuses_a_batch_that_training_would_refuse(experiment, words):
+    with pytest.raises(UserError, match="train.batch_size"):
+        dry_run.run(parse("train", "--mode", "unlocked", *words))

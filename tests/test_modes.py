@@ -36,7 +36,7 @@ def test_a_trained_image_tower_is_what_is_evaluated(experiment, project, mode):
     trained = open_trained(experiment)
     tower = ImageTower(experiment.image_tower)
     tower.load_state_dict(image_weights(folder))
-    cache = EmbeddingCache(next((folder / "embeddings").glob("*/val")))
+    cache = EmbeddingCache(next((folder / "embeddings").glob("*/val-*")))
     assert trained.cache.digest == cache.digest
     from PIL import Image
 
@@ -139,3 +139,26 @@ def test_held_out_data_without_a_usable_pair_is_told(experiment, project, mode, 
     (project / "val.csv").write_text(f"filepath,title\n{listing}\n")
     with pytest.raises(UserError, match="val.csv has no usable image with a caption"):
         training.run(parse("train", "--mode", mode))
+
+
+def test_a_changed_listing_is_not_gone_on_with(experiment, project):
+    words = ["--mode", "unlocked", "--train.val_every", "3"]
+    training.run(parse("train", *words))
+    listing = (project / "train.csv").read_text()
+    (project / "train.csv").write_text(listing.replace("a red square", "a big red square"))
+    with pytest.raises(UserError, match="cannot resume.*source"):
+        training.run(parse("train", *words, "--train.steps", "8", "--train.resume", "true"))
+
+
+def test_images_that_cannot_be_used_are_told_of(experiment, project, capsys):
+    (project / "images" / "0003.png").write_bytes(b"no image")
+    training.run(parse("train", "--mode", "unlocked", "--data.max_skipped", "0.5"))
+    assert "could not be used and others took their places: " in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_on_another_set_without_losing_the_first(experiment, project):
+    training.run(parse("train", "--mode", "unlocked"))
+    evaluate.run(parse("eval-retrieval", "--mode", "unlocked"))
+    found = evaluate.run(parse("eval-retrieval", "--mode", "unlocked", "--data.val.path", "train.csv"))
+    assert found.images == 40
+    assert len(list((project / "runs/small/embeddings").glob("*/val-*"))) == 2
