@@ -269,7 +269,6 @@ def _loggers(experiment: Experiment, folder: Path, taken: int) -> list[Logger]:
 
             loggers.append(WandbLogger(name=experiment.name, save_dir=folder))
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"train.loggers: {error}; install the extra, such as pip install 'siglit[tensorboard]'"
-        ) from error
+        told, extras = str(error).splitlines()[0], ",".join(experiment.train.loggers)
+        raise UserError(f"train.loggers: {told}; install it: pip install 'siglit[{extras}]'") from error
     return loggers

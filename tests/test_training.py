@@ -297,7 +297,7 @@ def test_training_on_other_weights_is_noticed(cached, project, tower_weights):
         (["--text_tower.heads", "5"], "heads"),
         (["--tokenizer.path", "missing.model"], "missing.model"),
         (["--tokenizer.vocab_size", "100"], "tokenizer"),
-        (["--train.loggers", "[wandb]"], "siglit"),
+        (["--train.loggers", "[wandb]"], r"pip install 'siglit\[wandb\]'"),
     ],
 )
 def test_settings_that_cannot_work_are_told(cached, words, told):
