@@ -10,7 +10,7 @@ quickstart: .venv/run
 	$(BIN)/siglit quickstart
 
 test: .venv/test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
 
 check: lint types imports test
 
