@@ -109,8 +109,9 @@ class Passes(ABC):
 
     def __iter__(self) -> Iterator[Batch]:
         """Hand out the rest of the current pass, then make the next one current."""
-        made = self._batches(self.epoch, self.examples // self._share.total)
-        with closing(Prefetched(made, self._ahead)) as batches:
+        first = self.examples // self._share.total
+        # The thread alone holds what makes the batches, which so ends with it.
+        with closing(Prefetched(self._batches(self.epoch, first), self._ahead)) as batches:
             self._running = batches
             for batch in batches:
                 self.examples += self._share.total
@@ -217,8 +218,8 @@ class TrainBatches(Passes):
             return {"rows": rows, "ids": self._texts(epoch, rows), **self._images(epoch, rows)}
 
         for arrays in self._exchanged(self._order.batches(epoch, first, self._share, fetch), epoch, first):
-            arrays["text_ids"] = row_hash(arrays["ids"])
             arrays["ids"] = arrays["ids"].astype(np.int64)
+            arrays["text_ids"] = row_hash(arrays["ids"])
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             yield {name: tensor.pin_memory() if self._pin else tensor for name, tensor in tensors.items()}  # type: ignore[misc]
 
@@ -265,4 +266,5 @@ def image_ids(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def row_hash(ids: np.ndarray) -> np.ndarray:
     """(k,) int64 of (k, L) token ids: a random linear form modulo 2^64, equal for equal rows."""
     weights = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, ids.shape[1], endpoint=True) | 1
-    return (ids.astype(np.int64) * weights).sum(1)
+    # Not a sum of products: those would be as many numbers again as a batch has ids.
+    return ids.astype(np.int64, copy=False) @ weights

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
@@ -114,7 +115,7 @@ def pixel_batches(dataset: UnitPixels, workers: int, pin_memory: bool) -> Iterat
         prefetch_factor=4 if workers else None,
         worker_init_fn=_prepare_worker,
     )
-    for item in loader:
+    for item in _ended_with_program(loader):
         if isinstance(item, UserError):
             raise item
         yield item
@@ -197,7 +198,7 @@ class Decoding:
         place of a job is handed out as it is.
         """
         self._jobs.jobs = jobs
-        return iter(self._loader)
+        return _ended_with_program(self._loader)
 
     def close(self) -> None:
         """End the processes and wait for them."""
@@ -262,6 +263,21 @@ def _picture(sample: Sample, max_pixels: int, draft: int | None) -> Image.Image:
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
     return decode_image(data, max_pixels, draft)
+
+
+def _ended_with_program(loader: DataLoader) -> Iterator:
+    """iter(loader); at the program's end its workers are asked to end before multiprocessing sends them SIGTERM."""
+    items = iter(loader)
+    if loader.num_workers:
+        # Finalizers run last made first, so a thread that takes items ends before the workers that make them.
+        weakref.finalize(items, _shut_down, weakref.ref(items))
+    return items
+
+
+def _shut_down(items: weakref.ref) -> None:
+    running = items()
+    if running is not None:
+        running._shutdown_workers()
 
 
 def _say_nothing(*_: object) -> None:

@@ -250,7 +250,7 @@ def test_at_most_three_batches_are_added(tmp_path):
     )
     finish(tmp_path, 1, {"tower": "none"})
     batches = loader(EmbeddingCache(tmp_path), np.zeros((rows, 16), np.uint16), size)
-    whole = size * (dim * 2 + 16 * 8 + 8)
+    whole = size * (dim * 2 + 16 * 8 + 2 * 8)
     list(batches)
     tracemalloc.start()
     try:

@@ -72,6 +72,14 @@ def texts(number):
     return [f"{number} {c}" for c in range(CAPTIONS_OF[number])]
 
 
+PIXELS = """
+dataset = decoding.UnitPixels(source, list(source.units(8)), shrink, 4, 1000)
+stream = decoding.pixel_batches(dataset, 2, False)
+next(stream)
+tell()
+"""
+
+
 def write_csv(folder, images):
     lines = ["filepath,title,label"]
     for number, image in enumerate(images):
@@ -578,7 +586,17 @@ def test_our_own_mistakes_are_not_hidden(source):
         next(iter(loader(source, transform=None)))
 
 
-def test_a_program_that_ends_in_the_middle_of_a_pass_ends(tmp_path):
+@pytest.mark.parametrize(
+    "last_words",
+    [
+        "stream = iter(batches); next(stream); tell()",
+        "list(batches); tell()",
+        "for _ in batches: tell(); exit()",
+        PIXELS,
+    ],
+    ids=["iterator", "between passes", "exit", "pixels"],
+)
+def test_a_program_that_ends_while_workers_run_ends(tmp_path, last_words):
     """At once, without a word, and its workers with it."""
     spec = write_csv(tmp_path, [png(number) for number in range(COUNT)])
     program = f"""
@@ -586,16 +604,18 @@ import multiprocessing
 import numpy as np
 import torch
 from siglit.config import SourceSpec
+from siglit.data import decoding
 from siglit.data.decoding import Decoder
 from siglit.data.pictures import PictureBatches
 from siglit.data.sources import open_source
 
+decoding._WORKER_GRACE = 1000.0
 source = open_source(SourceSpec("csv", {spec.path!r}, label_column="label"))
-decoder = Decoder(lambda image: torch.zeros(3, 4, 4, dtype=torch.uint8), 4, 1000)
+shrink = lambda image: torch.zeros(3, 4, 4, dtype=torch.uint8)
 tokens = lambda texts: np.zeros((len(texts), 2), np.int32)
-stream = iter(PictureBatches(source, tokens, decoder, batch_size=4, seed=0, workers=2, max_skipped=0))
-next(stream)
-print(*(child.pid for child in multiprocessing.active_children()))
+batches = PictureBatches(source, tokens, Decoder(shrink, 4, 1000), batch_size=4, seed=0, workers=2, max_skipped=0)
+tell = lambda: print(*(child.pid for child in multiprocessing.active_children()))
+{last_words}
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
