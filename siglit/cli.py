@@ -51,7 +51,16 @@ COMMANDS = {
             "--rows": {"type": int, "help": "images to train on; default: as the cache or the source tells"},
         },
     ),
-    "eval-retrieval": Command("report Recall@K of images and captions", "siglit.evaluate:run"),
+    "eval-retrieval": Command("report Recall@K of images and captions", "siglit.eval_retrieval:run"),
+    "eval-zeroshot": Command("classify images by the texts of their classes", "siglit.eval_zeroshot:run"),
+    "eval-fewshot": Command(
+        "classify images by ridge regression on a few labelled ones per class", "siglit.eval_fewshot:run"
+    ),
+    "eval-probe": Command("classify images by logistic regression on the locked tower", "siglit.eval_probe:run"),
+    "eval-logits": Command(
+        "histogram and calibration of the logits of pairs, and nearest captions", "siglit.eval_logits:run"
+    ),
+    "report": Command("put everything known of a run on one page, runs/<name>/report.html", "siglit.report:run"),
     "plot": Command(
         "draw the curves of runs into one picture: siglit plot RUN RUN ...",
         "siglit.plot:run",

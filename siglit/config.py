@@ -284,6 +284,28 @@ class EvalConfig:
     """Where the towers run."""
     top_k: int = 10
     """Answers that `siglit search` prints."""
+    name: str | None = None
+    """What the evaluated set is called in the names of the result files, such as imagenet for zeroshot-imagenet.json;
+    default: nothing, as for the experiment's own held-out images."""
+    index: str | None = None
+    """eval-retrieval: a faiss factory string such as "IVF4096,PQ64"; the approximate index is reported beside the exact
+    search; default: none."""
+    folds: int = 1
+    """eval-retrieval: cut the images into this many equal parts, in order, and report the mean over the parts as well;
+    5 for the 1k figures of COCO's 5k images."""
+    classes: str | None = None
+    """eval-zeroshot: names of the classes, label 0 first: a JSON list, a text file with a name a line, or
+    `open_clip:imagenet`; several names of one class are given as a list in JSON. Default: the names in the source."""
+    templates: str | None = None
+    """eval-zeroshot: prompts with {} for the name: a JSON list, a text file with a prompt a line, or
+    `open_clip:openai_imagenet`, `open_clip:simple_imagenet`. Default: "{}" alone."""
+    shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
+    """eval-fewshot: labelled training images per class."""
+    seeds: int = 3
+    """eval-fewshot: draws of the shots, from seeds 0, 1, …"""
+    paper: dict[str, float] = field(default_factory=dict)
+    """report: the paper's figures to stand beside ours, in per cent, by result file and metric, such as
+    {"zeroshot-imagenet/top1": 79.7}."""
 
 
 _RANGES = {
@@ -313,6 +335,8 @@ _RANGES = {
             "train.val_rows",
             "eval.batch_size",
             "eval.top_k",
+            "eval.folds",
+            "eval.seeds",
             "data.max_image_pixels",
         ),
     ),

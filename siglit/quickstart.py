@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from siglit import evaluate, precompute, training
+from siglit import eval_retrieval, precompute, training
 from siglit import run as run_folder
 from siglit.config import Experiment
 from siglit.data import shapes
@@ -34,7 +34,7 @@ _QUERIES, _ANSWERS = 8, 5
 class QuickstartResult:
     """What the quickstart came to."""
 
-    retrieval: evaluate.RetrievalResult
+    retrieval: eval_retrieval.RetrievalResult
     folder: str
     picture: str
     seconds: float
@@ -67,7 +67,7 @@ def run(experiment: Experiment) -> QuickstartResult:
     _draw(Path(experiment.data.val.path), scenes[_TRAIN_IMAGES:], (experiment.seed, 1))
     print(precompute.run(experiment), flush=True)
     print(training.run(experiment), flush=True)
-    result = evaluate.run(experiment)
+    result = eval_retrieval.run(experiment)
     folder = run_folder.output_dir(experiment)
     picture = folder / "retrieval.png"
     _gallery(experiment, Path(experiment.data.val.path).parent).save(picture)

@@ -84,6 +84,12 @@ def cache_path(experiment: Experiment, split: str) -> Path:
     return Path(experiment.cache.path) / split
 
 
+def result_path(experiment: Experiment, kind: str, suffix: str = ".json") -> Path:
+    """File of an evaluation's result: zeroshot.json, zeroshot-imagenet.json (eval.name), zeroshot-train.json."""
+    split = None if experiment.eval.split == "val" else experiment.eval.split
+    return output_dir(experiment) / ("-".join(part for part in (kind, experiment.eval.name, split) if part) + suffix)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")

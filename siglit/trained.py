@@ -53,6 +53,15 @@ class Trained:
     index: Path
     """The faiss index over `zimg`."""
 
+    def origin(self) -> dict[str, Any]:
+        """What a result belongs to, for its JSON: checkpoint, step, cache and the digest of its rows."""
+        return {
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "cache": str(self.cache.path),
+            "cache_digest": self.cache.digest,
+        }
+
 
 def open_trained(experiment: Experiment) -> Trained:
     """Load the run's checkpoint, embed the images of eval.split where no cache holds them, and index them.

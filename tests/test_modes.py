@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from siglit import evaluate, precompute, search, training
+from siglit import eval_retrieval, precompute, search, training
 from siglit.cache import EmbeddingCache
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
@@ -31,7 +31,7 @@ def test_a_trained_image_tower_is_what_is_evaluated(experiment, project, mode):
     seen = losses(folder)
     assert seen[39] < 0.7 * seen[1]
     assert result.metrics["val/text_to_image/R@1"] > 0
-    found = evaluate.run(experiment)
+    found = eval_retrieval.run(experiment)
     assert json.loads((folder / "retrieval.json").read_text())["images"] == 12
     trained = open_trained(experiment)
     tower = ImageTower(experiment.image_tower)
@@ -97,10 +97,10 @@ def test_a_head_on_locked_rows_is_trained_and_evaluated(experiment, project):
     rows = torch.from_numpy(trained.cache.gather(np.arange(12))).float()
     expected = torch.nn.functional.normalize(rows @ head.T, dim=1)
     np.testing.assert_allclose(trained.zimg, expected.numpy(), atol=1e-6)
-    found = evaluate.run(experiment).metrics
+    found = eval_retrieval.run(experiment).metrics
     assert found["text_to_image/R@1"] == pytest.approx(result.metrics["val/text_to_image/R@1"])
     with pytest.raises(UserError, match=r"image_tower.head 24"):
-        evaluate.run(parse("eval-retrieval"))
+        eval_retrieval.run(parse("eval-retrieval"))
 
 
 def test_what_does_not_fit_a_mode_is_told(experiment, project):
@@ -111,7 +111,7 @@ def test_what_does_not_fit_a_mode_is_told(experiment, project):
         training.run(parse("train", "--mode", "unlocked", *words))
     training.run(parse("train", "--mode", "unlocked"))
     with pytest.raises(UserError, match="trained with mode unlocked"):
-        evaluate.run(parse("eval-retrieval", "--mode", "scratch"))
+        eval_retrieval.run(parse("eval-retrieval", "--mode", "scratch"))
 
 
 def test_a_locked_run_decodes_no_image(experiment, project, monkeypatch):
@@ -158,7 +158,7 @@ def test_images_that_cannot_be_used_are_told_of(experiment, project, capsys):
 
 def test_a_run_is_evaluated_on_another_set_without_losing_the_first(experiment, project):
     training.run(parse("train", "--mode", "unlocked"))
-    evaluate.run(parse("eval-retrieval", "--mode", "unlocked"))
-    found = evaluate.run(parse("eval-retrieval", "--mode", "unlocked", "--data.val.path", "train.csv"))
+    eval_retrieval.run(parse("eval-retrieval", "--mode", "unlocked"))
+    found = eval_retrieval.run(parse("eval-retrieval", "--mode", "unlocked", "--data.val.path", "train.csv"))
     assert found.images == 40
     assert len(list((project / "runs/small/embeddings").glob("*/val-*"))) == 2

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from siglit import evaluate, precompute, run, training
+from siglit import eval_retrieval, precompute, run, training
 from siglit.cli import _parse
 from siglit.errors import UserError
 from tests.conftest import parse, siglit
@@ -96,13 +96,13 @@ def test_search_takes_several_words(experiment):
     assert _parse("search", ["a", "red", "square", "-c", "experiment.yaml"])[1] == {"query": "a red square"}
 
 
-@pytest.mark.parametrize("stage", [precompute, training, evaluate])
+@pytest.mark.parametrize("stage", [precompute, training, eval_retrieval])
 def test_cuda_is_refused_where_there_is_none(experiment, monkeypatch, stage):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    if stage is evaluate:
+    if stage is eval_retrieval:
         precompute.run(experiment)
         training.run(experiment)
-    section = {precompute: "cache", training: "train", evaluate: "eval"}[stage]
+    section = {precompute: "cache", training: "train", eval_retrieval: "eval"}[stage]
     with pytest.raises(UserError, match=f"{section}.accelerator is cuda"):
         stage.run(parse("train", f"--{section}.accelerator", "cuda"))
 
@@ -155,9 +155,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(experiment):
 def test_evaluation_of_the_training_cache_has_a_file_of_its_own(experiment, project):
     precompute.run(experiment)
     training.run(experiment)
-    evaluate.run(experiment)
+    eval_retrieval.run(experiment)
     held_out = (project / "runs/small/retrieval.json").read_bytes()
-    evaluate.run(parse("eval-retrieval", "--eval.split", "train"))
+    eval_retrieval.run(parse("eval-retrieval", "--eval.split", "train"))
     assert (project / "runs/small/retrieval.json").read_bytes() == held_out
     assert json.loads((project / "runs/small/retrieval-train.json").read_text())["images"] == 40
 

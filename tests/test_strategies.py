@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from siglit import checkpoints, evaluate, precompute, training
+from siglit import checkpoints, eval_retrieval, precompute, training
 from siglit.errors import UserError
 from siglit.loss import sigmoid
 from tests.conftest import make_project, parse, siglit
@@ -124,7 +124,8 @@ def test_two_sharded_devices_train_like_one(mode, plain, sharded):
 
 def test_a_sharded_run_evaluates(plain, sharded):
     one, two = (
-        evaluate.run(parse("eval-retrieval", *words(made("unlocked").name, "unlocked"))) for made in (plain, sharded)
+        eval_retrieval.run(parse("eval-retrieval", *words(made("unlocked").name, "unlocked")))
+        for made in (plain, sharded)
     )
     assert two.metrics == pytest.approx(one.metrics)
 
@@ -181,8 +182,8 @@ def test_compiled_towers_train_like_plain_ones(place, eager):
     folder = place / "runs/compiled"
     assert weights(folder).keys() == weights(eager).keys()
     assert losses(folder) == pytest.approx(losses(eager), rel=1e-4)
-    found = evaluate.run(tiny("eval-retrieval", "compiled")).metrics
-    assert found == pytest.approx(evaluate.run(tiny("eval-retrieval", "eager")).metrics)
+    found = eval_retrieval.run(tiny("eval-retrieval", "compiled")).metrics
+    assert found == pytest.approx(eval_retrieval.run(tiny("eval-retrieval", "eager")).metrics)
 
 
 def test_in_bfloat16_the_logits_are_float32(place, eager, monkeypatch):

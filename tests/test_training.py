@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from siglit import evaluate, lightning_module, precompute, search, training
+from siglit import eval_retrieval, lightning_module, precompute, search, training
 from siglit.cache import EmbeddingCache
 from siglit.data import shuffle
 from siglit.data.batches import row_hash
@@ -53,7 +53,7 @@ def test_training_learns_and_leaves_what_it_promises(cached, project):
 def test_the_trained_text_tower_is_what_is_evaluated(cached, project):
     """retrieval.json equals a plain computation from the checkpoint, the cache and a full score matrix."""
     training.run(cached)
-    result = evaluate.run(cached)
+    result = eval_retrieval.run(cached)
     written = json.loads((project / "runs/small/retrieval.json").read_text())
     assert written["text_to_image/R@1"] == result.metrics["text_to_image/R@1"]
     cache = EmbeddingCache("cache/small/val")
@@ -313,15 +313,15 @@ def test_the_tokenizer_of_other_settings_is_not_taken(cached):
 
 def test_evaluation_refuses_what_does_not_belong_together(cached, project):
     with pytest.raises(UserError, match="siglit train"):
-        evaluate.run(cached)
+        eval_retrieval.run(cached)
     training.run(cached)
     with pytest.raises(UserError, match="another tokenizer"):
-        evaluate.run(parse("eval-retrieval", "--tokenizer.length", "9"))
+        eval_retrieval.run(parse("eval-retrieval", "--tokenizer.length", "9"))
     precompute.run(
         parse("precompute", "--cache.path", "avg", "--image_tower.image_size", "32", "--image_tower.std", "[1,1,1]")
     )
     with pytest.raises(UserError, match="trained on embeddings of"):
-        evaluate.run(parse("eval-retrieval", "--cache.path", "avg", "--image_tower.std", "[1,1,1]"))
+        eval_retrieval.run(parse("eval-retrieval", "--cache.path", "avg", "--image_tower.std", "[1,1,1]"))
 
 
 def test_a_checkpoint_is_never_unpickled(cached, project):
@@ -333,7 +333,7 @@ def test_a_checkpoint_is_never_unpickled(cached, project):
 
     torch.save({"siglit": Code()}, project / "evil.ckpt")
     with pytest.raises(UserError, match="evil.ckpt is not a checkpoint"):
-        evaluate.run(parse("eval-retrieval", "--eval.checkpoint", "evil.ckpt"))
+        eval_retrieval.run(parse("eval-retrieval", "--eval.checkpoint", "evil.ckpt"))
     assert not (project / "ran").exists()
 
 
@@ -366,7 +366,7 @@ def test_languages_are_told_apart(tmp_path, monkeypatch, tower_weights, project)
     experiment = parse("train", *words, "--data.val", "null")
     precompute.run(experiment)
     training.run(experiment)
-    result = evaluate.run(experiment)
+    result = eval_retrieval.run(experiment)
     assert list(result.by_language) == ["de", "en", "average"]
     for name in ("image_to_text/R@1", "text_to_image/R@10"):
         mean = (result.by_language["de"][name] + result.by_language["en"][name]) / 2

@@ -78,8 +78,7 @@ def run(experiment: Experiment) -> RetrievalResult:
         else retrieval.metrics_by_language(zimg, ztxt, image_of_text, np.asarray(langs)),
         label_accuracy=_label_accuracy(cache, zimg, ztxt, ids),
     )
-    name = "retrieval.json" if experiment.eval.split == "val" else f"retrieval-{experiment.eval.split}.json"
-    run_folder.write_json(run_folder.output_dir(experiment) / name, result.to_json())
+    run_folder.write_json(run_folder.result_path(experiment, "retrieval"), result.to_json())
     return result
 
 
