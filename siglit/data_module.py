@@ -6,6 +6,7 @@ Shapes: I images, T captions, L tokens, D embedding width, H × W the tower's in
 import itertools
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -32,7 +33,7 @@ Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
 """What validation embeds: (I, …) input of the image side, (T, L) token ids, (T,) image of each text."""
 
 
-class TrainData(pl.LightningDataModule):
+class TrainData(pl.LightningDataModule, ABC):
     """What both kinds share: the first rank trains a missing tokenizer while the others wait.
 
     Attributes:
@@ -50,13 +51,13 @@ class TrainData(pl.LightningDataModule):
         self._batches: Any = None
         self._chosen, self._reason = "", ""
 
+    @abstractmethod
     def captions(self) -> Iterable[str]:
         """All captions to train on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image_side(self) -> tuple[ImageSide, dict[str, Any]]:
         """Build the image side that takes these batches; and what its embeddings start from, as a fingerprint."""
-        raise NotImplementedError
 
     def prepare_data(self) -> None:
         """Train the tokenizer if there is none."""

@@ -8,6 +8,7 @@ Shapes: b pairs per device, m pairs of a micro-batch, D embedding width, L token
 
 import math
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -59,6 +60,10 @@ class RandomData(TrainData):
             tower = ImageTower(self._config)
         self.image_size, self.width = tower.image_size, tower.embedding_width
         self.locked = experiment.mode == "locked"
+
+    def captions(self) -> Iterable[str]:
+        """There are none."""
+        return ()
 
     def image_side(self) -> tuple[ImageSide, dict[str, Any]]:
         """As in training, on the default device."""

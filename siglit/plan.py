@@ -178,11 +178,14 @@ def run(
         if value is not None and value <= 0:
             raise UserError(f"{name} is {value}, but it must be more than 0")
     devices = devices or experiment.train.devices * experiment.train.nodes
-    if experiment.train.batch_size % devices:
-        raise UserError(
-            f"train.batch_size {experiment.train.batch_size} cannot be shared evenly by {devices} devices; change one"
-        )
     experiment = replace(experiment, train=replace(experiment.train, devices=devices, nodes=1))
+    run_folder.check_batch_size(experiment.train)
+    plan = _planned(experiment, gpu_memory, examples_per_second, rows or _rows(experiment))
+    run_folder.write_json(run_folder.output_dir(experiment) / "plan.json", asdict(plan))
+    return plan
+
+
+def _planned(experiment: Experiment, gpu_memory: float | None, rate: float | None, rows: int | None) -> Plan:
     here = torch.cuda.is_available() and experiment.train.accelerator != "cpu"
     cuda = here or (gpu_memory is not None and experiment.train.accelerator != "cpu")
     if gpu_memory is None and here:
@@ -193,13 +196,14 @@ def run(
     fitting = None if gpu_memory is None else counted.largest_micro_batch(_FILLED * gpu_memory * _GIB)
     wanted = experiment.train.micro_batch_size
     passed = min(wanted or fitting or counted.pairs, counted.pairs)
-    probe = None if examples_per_second else probe_speed(experiment, precision, passed)
-    rate = examples_per_second or probe.examples_per_second(counted.pairs)  # type: ignore[union-attr]
-    rows = rows or _rows(experiment)
+    probe = None
+    if rate is None:
+        probe = probe_speed(experiment, precision, passed)
+        rate = probe.examples_per_second(counted.pairs)
     steps = _steps(experiment, rows)
+    width, devices = RandomData(experiment).width, experiment.train.devices
     seconds = None if steps is None else steps * experiment.train.batch_size / (rate * devices)
-    width = RandomData(experiment).width
-    plan = Plan(
+    return Plan(
         mode=experiment.mode,
         devices=devices,
         device=("CUDA device" if cuda else "CPU process")
@@ -230,8 +234,6 @@ def run(
         embedding_width=width,
         checkpoint_bytes=counted.weights + counted.optimizer,
     )
-    run_folder.write_json(run_folder.output_dir(experiment) / "plan.json", asdict(plan))
-    return plan
 
 
 def _bytes(number: int) -> str:
