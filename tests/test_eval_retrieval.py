@@ -1,4 +1,4 @@
-"""eval-retrieval: its figures are those of the trained rows, its index is made once, and what cannot be is told first."""
+"""eval-retrieval: its figures are those of the trained rows, its index is made once, what cannot be is told early."""
 
 import json
 
@@ -88,7 +88,7 @@ def test_the_index_is_written_once(run_of, trained_folder):
     (made,) = (trained_folder / "runs/small").glob("*.faiss")
     before = made.stat()
     run_of()
-    search.run(parse("search"), "a red square")
+    search.run(parse("eval-retrieval"), "a red square")
     assert list((trained_folder / "runs/small").glob("*.faiss")) == [made]
     assert (made.stat().st_mtime_ns, made.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
@@ -96,13 +96,13 @@ def test_the_index_is_written_once(run_of, trained_folder):
 def test_another_cache_or_head_has_another_index(run_of, trained_folder):
     """An index of other rows would find wrong images without a word."""
     files = {
-        open_trained(parse("search")).index_path(),
-        open_trained(parse("search", "--eval.split", "train")).index_path(),
+        open_trained(parse("eval-retrieval")).index_path(),
+        open_trained(parse("eval-retrieval", "--eval.split", "train")).index_path(),
     }
     words = ["--image_tower.head", "24", "--output_dir", "runs/head"]
     for seed in ("0", "1"):
         training.run(parse("train", *words, "--seed", seed))
-        trained = open_trained(parse("search", *words))
+        trained = open_trained(parse("eval-retrieval", *words))
         assert trained.index_path().exists()
         files.add(trained.index_path())
     assert len(files) == 4
