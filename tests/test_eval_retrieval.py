@@ -100,8 +100,8 @@ def test_another_cache_or_head_has_another_index(run_of, trained_folder):
         open_trained(parse("eval-retrieval", "--eval.split", "train")).index_path(),
     }
     words = ["--image_tower.head", "24", "--output_dir", "runs/head"]
-    for seed in ("0", "1"):
-        training.run(parse("train", *words, "--seed", seed))
+    for more in ([], ["--train.resume", "true", "--train.steps", "9"]):
+        training.run(parse("train", *words, *more))
         trained = open_trained(parse("eval-retrieval", *words))
         assert trained.index_path().exists()
         files.add(trained.index_path())
