@@ -74,8 +74,8 @@ def retrieval_metrics(
         best = _best_right(own, image_of_text, len(zimg))
         own[~np.isfinite(own)] = np.inf
         with Meter("ranking", len(zimg) * len(ztxt), "scores", quiet=quiet) as meter:
-            bars = (torch.from_numpy(right - np.float32(_TIE)).to(device) for right in (best, own))
-            before_best, before_own = _count_before(images, texts, image_of, *bars, meter)
+            image_bars, text_bars = (torch.from_numpy(right - np.float32(_TIE)).to(device) for right in (best, own))
+            before_best, before_own = _count_before(images, texts, image_of, image_bars, text_bars, meter)
     texts_per_image = np.bincount(image_of_text, minlength=len(zimg))
     asking = texts_per_image > 0
     places = np.where(np.isfinite(best), before_best + np.arange(1, best.shape[1] + 1), np.inf)
