@@ -113,7 +113,7 @@ def clip_benchmark(images: torch.Tensor, texts: torch.Tensor, image_of_text: tor
     for direction, rows, right in (("text_to_image", scores, positive), ("image_to_text", scores.T, positive.T)):
         for k in KS:
             hits = batchify(recall_at_k, rows, right, CLIP_BATCH, "cpu", k=k) > 0
-            found[f"{direction}/R@{k}"] = hits.float().mean().item()
+            found[f"{direction}/R@{k}"] = hits.double().mean().item()
     return found
 
 
