@@ -5,12 +5,15 @@ turn: the machine's other work then meets both.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -22,7 +25,19 @@ from PIL import Image
 
 import siglit
 
-PACKAGES = ("torch", "numpy", "h5py", "timm", "transformers", "pillow", "embedding-reader", "open_clip_torch")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "h5py",
+    "timm",
+    "transformers",
+    "pillow",
+    "faiss-cpu",
+    "embedding-reader",
+    "open_clip_torch",
+    "clip-benchmark",
+)
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
@@ -95,6 +110,44 @@ def free_memory(device: str = "cpu") -> int:
         return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def begin_peak(device: str = "cpu") -> tuple[int, str]:
+    """Set the high-water mark back; bytes held now, and how the peak will be known."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated(), "torch.cuda.max_memory_allocated"
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the warm-up has freed would hide what comes
+        _CLEAR.write_text("5", encoding="ascii")
+    except (OSError, AttributeError):  # not Linux or not glibc: the mark of the whole process, warm-up included
+        return peak_rss(), "ru_maxrss, warm-up included"
+    return _status("VmRSS"), "VmHWM"
+
+
+def peak(device: str = "cpu") -> int:
+    """Most bytes held since `begin_peak`."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM") if _STATUS.exists() else peak_rss()
+
+
+def peak_rss() -> int:
+    """Most bytes this process ever held."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _status(field: str) -> int:
+    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:

@@ -7,9 +7,7 @@ memory, set back after a warm-up: it counts what every allocator takes and, unli
 """
 
 import argparse
-import ctypes
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,11 +18,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks.common import parser, plain_options
+from benchmarks.common import begin_peak, parser, peak, plain_options
 from benchmarks.loss_contenders import DTYPES, OURS, Pairs, contenders
 from siglit.loss import elementwise
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _WARM_UP = 3000
 
 
@@ -55,10 +52,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     del warm
     pairs = Pairs.draw(args.n, args.dim, args.dtype, args.unlocked, args.device)
     run = contenders(pairs)[args.contender]
-    before, way = _begin(args.device)
+    before, way = begin_peak(args.device)
     begun = time.perf_counter()
     run()
-    after = _peak(args.device)
+    after = peak(args.device)
     seconds = time.perf_counter() - begun
     added = max(0, after - before - pairs.gradient_bytes())
     return {"added_bytes": added, "seconds": seconds, "measured_by": way, "compiled": compiled}
@@ -75,39 +72,6 @@ def in_a_process(contender: str, n: int, args: argparse.Namespace, dtype: str, u
         if done.returncode:
             return {"failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _begin(device: str) -> tuple[int, str]:
-    """Set the high-water mark back; bytes held now, and how the peak will be known."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated(), "torch.cuda.max_memory_allocated"
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the warm-up has freed would hide what comes
-        _CLEAR.write_text("5", encoding="ascii")
-    except (OSError, AttributeError):  # not Linux or not glibc: the mark of the whole process, warm-up included
-        return peak_rss(), "ru_maxrss, warm-up included"
-    return _status("VmRSS"), "VmHWM"
-
-
-def _peak(device: str) -> int:
-    if device != "cpu":
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM") if _STATUS.exists() else peak_rss()
-
-
-def peak_rss() -> int:
-    """Most bytes this process ever held."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-def _status(field: str) -> int:
-    lines = _STATUS.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.common import parser, plain_options, report
-from benchmarks.loss_memory import peak_rss
+from benchmarks.common import parser, peak_rss, plain_options, report
 from siglit.cache import EmbeddingCache, finish, write_shard
 from siglit.config import OptimConfig, TextTowerConfig
 from siglit.loss import sigmoid, sigmoid_loss

@@ -179,8 +179,9 @@ class SigLiT(pl.LightningModule):
         distinct, number = np.unique(ids, axis=0, return_inverse=True)
         zimg = self._shared(self.image_tower, images, "images")
         ztxt = self._shared(self.text_tower, distinct.astype(np.int64), "captions")[number.reshape(-1)]
-        metrics = retrieval_metrics(zimg, ztxt, image_of_text)
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=True)
+        metrics = retrieval_metrics(zimg, ztxt, image_of_text, device=self.device, quiet=True)
+        recall = {f"val/{name}": value for name, value in metrics.items() if "/R@" in name}
+        self.log_dict(recall, batch_size=1, sync_dist=True)
 
     def _shared(self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: np.ndarray, told: str) -> np.ndarray:
         """Embed (N, …) inputs, an equal share on each rank."""

@@ -22,7 +22,7 @@ from siglit.data import shapes
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids
 from siglit.evaluation.gallery import Answer, draw_gallery
-from siglit.evaluation.retrieval import nearest_images
+from siglit.evaluation.index import nearest_images
 from siglit.progress import Meter
 from siglit.trained import open_trained
 
@@ -101,7 +101,7 @@ def _gallery(experiment: Experiment, pictures: Path) -> Image.Image:
     ztxt = encode_ids(
         trained.tower, trained.tokenizer(queries), batch_size=_QUERIES, device=torch.device("cpu"), quiet=True
     )
-    scores, found = nearest_images(trained.index, ztxt, _ANSWERS)
+    scores, found = nearest_images(trained.index_path(), ztxt, _ANSWERS)
     rows = []
     for number, query in enumerate(queries):
         answers = []

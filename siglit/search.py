@@ -8,7 +8,7 @@ import torch
 from siglit.config import Experiment
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids
-from siglit.evaluation.retrieval import nearest_images
+from siglit.evaluation.index import nearest_images
 from siglit.trained import open_trained
 
 
@@ -38,7 +38,7 @@ def run(experiment: Experiment, query: str) -> SearchResult:
         raise UserError("there is nothing to search for: the query is empty")
     trained = open_trained(experiment)
     ztxt = encode_ids(trained.tower, trained.tokenizer([query]), batch_size=1, device=torch.device("cpu"), quiet=True)
-    scores, rows = nearest_images(trained.index, ztxt, experiment.eval.top_k)
+    scores, rows = nearest_images(trained.index_path(), ztxt, experiment.eval.top_k)
     logits = trained.logit_scale * scores[0] + trained.logit_bias
     return SearchResult(
         query=query,

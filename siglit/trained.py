@@ -24,7 +24,7 @@ from siglit.data.sources import open_source
 from siglit.embedding import embed_source
 from siglit.errors import UserError
 from siglit.evaluation.encoding import unit_rows
-from siglit.evaluation.retrieval import save_index
+from siglit.evaluation.index import save_index
 from siglit.models.image_tower import ImageSide, ImageTower
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
@@ -50,8 +50,14 @@ class Trained:
     """Optimiser steps taken."""
     checkpoint: str
     """File it came from."""
-    index: Path
-    """The faiss index over `zimg`."""
+    index_file: Path
+    """Where `index_path` keeps the index over `zimg`: another cache or head has another file."""
+
+    def index_path(self) -> Path:
+        """File of the exact faiss index over `zimg`, written if nobody has asked for it before."""
+        if not self.index_file.exists():
+            save_index(self.zimg, self.index_file)
+        return self.index_file
 
     def origin(self) -> dict[str, Any]:
         """What a result belongs to, for its JSON: checkpoint, step, cache and the digest of its rows."""
@@ -64,7 +70,7 @@ class Trained:
 
 
 def open_trained(experiment: Experiment) -> Trained:
-    """Load the run's checkpoint, embed the images of eval.split where no cache holds them, and index them.
+    """Load the run's checkpoint, embed the images of eval.split where no cache holds them.
 
     Raises:
         UserError: there is no checkpoint, it is not one of siglit's, or it belongs to another cache or tokenizer.
@@ -85,7 +91,7 @@ def open_trained(experiment: Experiment) -> Trained:
         )
     side = _image_side(experiment, path, about, _part(weights, "image_tower."), cache)
     cache = cache or _embed(experiment, side)
-    zimg, index = _index(experiment, cache, side)
+    zimg, index_file = _behind_head(experiment, cache, side)
     tower = TextTower(TextTowerConfig(**about["text_tower"]), **about["built_for"])
     tower.load_state_dict(_part(weights, "text_tower."))
     return Trained(
@@ -97,7 +103,7 @@ def open_trained(experiment: Experiment) -> Trained:
         logit_bias=weights["logit_bias"].item(),
         step=int(state["global_step"]),
         checkpoint=path,
-        index=index,
+        index_file=index_file,
     )
 
 
@@ -176,8 +182,8 @@ def _embed(experiment: Experiment, side: ImageSide) -> EmbeddingCache:
     return done.cache
 
 
-def _index(experiment: Experiment, cache: EmbeddingCache, side: ImageSide) -> tuple[np.ndarray, Path]:
-    """Unit rows of the cache's images, and the file of the index over them; another cache or head has another file."""
+def _behind_head(experiment: Experiment, cache: EmbeddingCache, side: ImageSide) -> tuple[np.ndarray, Path]:
+    """Unit rows of the cache's images, and the file of the index over them."""
     rows = cache.gather(np.arange(len(cache)))
     name = cache.digest[:16]
     if side.head is None:
@@ -186,10 +192,7 @@ def _index(experiment: Experiment, cache: EmbeddingCache, side: ImageSide) -> tu
         weight = side.head.weight.detach()
         zimg = F.normalize(torch.from_numpy(rows).float() @ weight.T, dim=1).numpy()
         name += "-" + hashlib.blake2b(weight.numpy().tobytes(), digest_size=8).hexdigest()
-    path = run_folder.output_dir(experiment) / f"images-{experiment.eval.split}-{name}.faiss"
-    if not path.exists():
-        save_index(zimg, path)
-    return zimg, path
+    return zimg, run_folder.output_dir(experiment) / f"images-{experiment.eval.split}-{name}.faiss"
 
 
 def _tower_words(tower: dict[str, Any]) -> str:

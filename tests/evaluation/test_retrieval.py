@@ -1,58 +1,17 @@
-"""Recall@K equals what a plain full ranking gives, and cannot be had by collapsing."""
+"""Recall@K, median rank and mAP@10 equal what sorting everything gives, and cannot be had by collapsing."""
 
-import faiss
+import tracemalloc
+
 import numpy as np
 import pytest
+import torch
 
 from siglit.evaluation import retrieval
-from siglit.evaluation.retrieval import (
-    label_accuracy,
-    metrics_by_language,
-    nearest_images,
-    retrieval_metrics,
-    save_index,
-)
+from siglit.evaluation.retrieval import fold_metrics, label_accuracy, metrics_by_language, retrieval_metrics
+from tests.evaluation.reference import full_ranking, random_set, unit, whole_numbers
+from tests.loss.reference import Watch
 
 KS = (1, 5, 10, 100)
-
-
-def unit(rows):
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-
-
-def random_set(images, texts, dim, seed=0):
-    """Texts near their images, several for some and none for others."""
-    rng = np.random.default_rng(seed)
-    zimg = unit(rng.standard_normal((images, dim)))
-    image_of_text = rng.integers(0, images, texts)
-    return zimg, unit(zimg[image_of_text] + 0.8 * rng.standard_normal((texts, dim))), image_of_text
-
-
-def whole_numbers(images, texts, dim, seed=0):
-    """Few small whole numbers, whose products are exact and often equal: full of ties."""
-    rng = np.random.default_rng(seed)
-    image_of_text = rng.integers(0, images, texts)
-    zimg, ztxt = (rng.integers(-1, 2, (n, dim)).astype(np.float32) for n in (images, texts))
-    return zimg, ztxt, image_of_text
-
-
-def brute_force(zimg, ztxt, image_of_text, ks):
-    """Full matrix, query by query: right at K if fewer than K wrong answers are as good as the best right one."""
-    scores = zimg.astype(np.float64) @ ztxt.astype(np.float64).T
-
-    def recall(rows, right):
-        ranks = []
-        for query, row in enumerate(rows):
-            correct = right(query)
-            if correct.any():
-                ranks.append(np.sum(row[~correct] >= row[correct].max() - 1e-6))
-        return {k: np.mean([rank < k for rank in ranks]) for k in ks}
-
-    to_text = recall(scores, lambda image: image_of_text == image)
-    to_image = recall(scores.T, lambda text: np.arange(len(zimg)) == image_of_text[text])
-    return {f"image_to_text/R@{k}": v for k, v in to_text.items()} | {
-        f"text_to_image/R@{k}": v for k, v in to_image.items()
-    }
 
 
 @pytest.mark.parametrize("make", [random_set, whole_numbers])
@@ -62,14 +21,21 @@ def brute_force(zimg, ztxt, image_of_text, ks):
 def test_equals_a_full_ranking(make, images, texts, dim):
     """Several captions per image, images without, cut-offs beyond the number of texts, and ties."""
     arrays = make(images, texts, dim)
-    assert retrieval_metrics(*arrays, ks=KS) == pytest.approx(brute_force(*arrays, KS))
+    found = retrieval_metrics(*arrays, ks=KS)
+    assert list(found)[:6] == [f"image_to_text/{n}" for n in ("R@1", "R@5", "R@10", "R@100", "median_rank", "mAP@10")]
+    assert found == pytest.approx(full_ranking(*arrays, KS))
 
 
-def test_is_the_same_however_the_queries_are_cut(monkeypatch):
-    arrays = random_set(60, 170, 8)
+@pytest.mark.parametrize("make", [random_set, whole_numbers])
+def test_is_the_same_however_the_scores_are_cut(monkeypatch, make):
+    """Blocks that divide the set evenly and that do not, of single rows and larger than the set."""
+    arrays = make(60, 170, 8)
     whole = retrieval_metrics(*arrays, ks=KS)
-    monkeypatch.setattr(retrieval, "_QUERIES_AT_ONCE", 7)
-    assert retrieval_metrics(*arrays, ks=KS) == whole == pytest.approx(brute_force(*arrays, KS))
+    assert whole == pytest.approx(full_ranking(*arrays, KS))
+    for images, texts in ((7, 11), (1, 170), (60, 1), (20, 17), (59, 169)):
+        monkeypatch.setattr(retrieval, "_IMAGES", images)
+        monkeypatch.setattr(retrieval, "_TEXTS", texts)
+        assert retrieval_metrics(*arrays, ks=KS) == whole, (images, texts)
 
 
 def test_order_of_images_and_texts_does_not_matter():
@@ -82,15 +48,90 @@ def test_order_of_images_and_texts_does_not_matter():
     assert shuffled == pytest.approx(retrieval_metrics(zimg, ztxt, image_of_text, ks=KS))
 
 
+def recall_at_k(scores, positive_pairs, k):
+    """CLIP_benchmark's definition, from its zeroshot_retrieval.py: share of the positives among the first K."""
+    best = torch.topk(scores, k, dim=1)[1]
+    one_hot = torch.nn.functional.one_hot(best, num_classes=scores.shape[1])
+    true_positives = (one_hot * positive_pairs[:, None]).sum(dim=(1, 2))
+    return true_positives / positive_pairs.sum(dim=1)
+
+
+@pytest.mark.parametrize("whose", ["transcribed", "installed"])
+def test_recall_equals_clip_benchmarks(whose):
+    """Five captions an image, as COCO and Flickr30k have them."""
+    theirs = recall_at_k
+    if whose == "installed":
+        theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval").recall_at_k
+    rng = np.random.default_rng(0)
+    image_of_text = rng.permutation(np.repeat(np.arange(80), 5))
+    zimg = unit(rng.standard_normal((80, 12)))
+    ztxt = unit(zimg[image_of_text] + rng.standard_normal((400, 12)))
+    scores = torch.from_numpy(ztxt @ zimg.T)
+    positive = torch.from_numpy(image_of_text[:, None] == np.arange(80))
+    found = retrieval_metrics(zimg, ztxt, image_of_text, ks=(1, 5, 10, 50))
+    for k in (1, 5, 10, 50):
+        to_image, to_text = theirs(scores, positive, k), theirs(scores.T, positive.T, k)
+        assert found[f"text_to_image/R@{k}"] == pytest.approx((to_image > 0).float().mean().item())
+        assert found[f"image_to_text/R@{k}"] == pytest.approx((to_text > 0).float().mean().item())
+    assert 0 < found["image_to_text/R@1"] < found["image_to_text/R@10"] < 1
+
+
+def test_map_equals_trec_evals():
+    """Images with one to forty texts, of which the cut leaves ten at most."""
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    rng = np.random.default_rng(0)
+    image_of_text = rng.permutation(np.repeat(np.arange(12), [1, 1, 2, 3, 5, 5, 8, 10, 11, 20, 30, 40]))
+    zimg = unit(rng.standard_normal((12, 16)))
+    ztxt = unit(zimg[image_of_text] + 0.9 * rng.standard_normal((len(image_of_text), 16)))
+    scores = zimg @ ztxt.T
+    right = image_of_text == np.arange(12)[:, None]
+    for direction, rows, correct in (("image_to_text", scores, right), ("text_to_image", scores.T, right.T)):
+        asked = {str(q): {str(a): 1 for a in np.flatnonzero(line)} for q, line in enumerate(correct)}
+        given = {str(q): {str(a): float(score) for a, score in enumerate(row)} for q, row in enumerate(rows)}
+        theirs = pytrec_eval.RelevanceEvaluator(asked, {"map_cut.10"}).evaluate(given)
+        mean = np.mean([figures["map_cut_10"] for figures in theirs.values()])
+        assert 0.1 < mean < 0.9
+        assert retrieval_metrics(zimg, ztxt, image_of_text)[f"{direction}/mAP@10"] == pytest.approx(mean)
+
+
+def test_median_rank_equals_the_place_in_an_argsort():
+    zimg, ztxt, _ = random_set(101, 101, 4)
+    image_of_text = np.arange(101)
+    scores = zimg @ ztxt.T
+    found = retrieval_metrics(zimg, ztxt, image_of_text)
+    for direction, rows in (("image_to_text", scores), ("text_to_image", scores.T)):
+        place = np.argsort(np.argsort(-rows, axis=1), axis=1).diagonal() + 1
+        assert found[f"{direction}/median_rank"] == np.median(place) > 1
+
+
+def test_thousands_of_texts_of_an_image_are_compared_by_its_best_ten():
+    """Captions written for a class: all of them count as right answers, the cut of mAP@10 sees ten."""
+    rng = np.random.default_rng(0)
+    zimg = unit(rng.standard_normal((3, 6)))
+    image_of_text = rng.permutation(np.repeat(np.arange(3), [2000, 900, 100]))
+    ztxt = unit(zimg[image_of_text] + 0.7 * rng.standard_normal((3000, 6)))
+    own = (zimg[image_of_text] * ztxt).sum(1)
+    best = retrieval._best_right(own, image_of_text, 3)
+    for image in range(3):
+        assert np.array_equal(best[image], -np.sort(-own[image_of_text == image])[:10])
+    assert retrieval_metrics(zimg, ztxt, image_of_text, KS) == pytest.approx(
+        full_ranking(zimg, ztxt, image_of_text, KS)
+    )
+
+
 @pytest.mark.parametrize("texts_per_image", [1, 5])
 @pytest.mark.parametrize(("images", "dim"), [(2, 7), (21, 48), (37, 100), (333, 768)])
 def test_a_collapsed_model_scores_nothing(images, dim, texts_per_image):
-    """All embeddings equal: 0 at every K smaller than the set of wrong answers."""
+    """All embeddings equal: 0 at every K smaller than the set of wrong answers, and right answers stand last."""
     row = unit(np.random.default_rng(0).standard_normal((1, dim)))
     image_of_text = np.repeat(np.arange(images), texts_per_image)
     ks = tuple(k for k in (1, 5, 10, images - 1) if k <= images - 1)
     found = retrieval_metrics(row.repeat(images, 0), row.repeat(len(image_of_text), 0), image_of_text, ks=ks)
-    assert set(found.values()) == {0.0}
+    assert {value for name, value in found.items() if "/R@" in name} == {0.0}
+    assert found["image_to_text/median_rank"] == (images - 1) * texts_per_image + 1
+    assert found["text_to_image/median_rank"] == images
+    if images > 10:
+        assert found["image_to_text/mAP@10"] == found["text_to_image/mAP@10"] == 0.0
 
 
 def test_ties_count_against():
@@ -108,12 +149,30 @@ def test_ties_count_against():
 def test_embeddings_that_are_not_numbers_find_nothing():
     """A diverged model scores 0, also at a K larger than the set and for the image of the last text."""
     zimg, ztxt, image_of_text = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32), np.arange(4)
-    broken = np.full_like(zimg, np.nan)
-    assert set(retrieval_metrics(broken, broken, image_of_text, ks=KS).values()) == {0.0}
+
+    def figures(images, texts, kind):
+        found = retrieval_metrics(images, texts, image_of_text, ks=KS)
+        return {value for name, value in found.items() if kind in name}
+
+    for bad in (np.nan, np.inf):
+        broken = np.full_like(zimg, bad)
+        assert figures(broken, broken, "/R@") == figures(broken, broken, "/mAP") == {0.0}
+        assert figures(broken, broken, "median") == {5.0}
     one = ztxt.copy()
     one[3] = np.nan
-    assert set(retrieval_metrics(zimg, one, image_of_text, ks=(1, 10)).values()) == {0.75}
-    assert set(retrieval_metrics(one, one, image_of_text, ks=(1, 10)).values()) == {0.75}
+    for images in (zimg, one):
+        assert figures(images, one, "/R@") == figures(images, one, "/mAP") == {0.75}
+        assert figures(images, one, "median") == {1.0}
+
+
+def test_a_text_that_is_not_a_number_is_a_right_answer_never_found():
+    """The image's other texts keep their places; the lost one stays in mAP's divisor."""
+    zimg, image_of_text = np.eye(3, dtype=np.float32), np.array([0, 0, 1, 2])
+    ztxt = zimg[image_of_text].copy()
+    ztxt[0] = np.nan
+    found = retrieval_metrics(zimg, ztxt, image_of_text, ks=(1,))
+    assert found["image_to_text/R@1"] == 1.0
+    assert found["image_to_text/mAP@10"] == pytest.approx((1 / 2 + 1 + 1) / 3)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +185,53 @@ def test_arrays_that_do_not_fit_raise(images, texts, image_of_text):
         )
 
 
+def test_arrays_are_taken_as_they_come():
+    """Read-only, transposed, of other types: as float32, and unchanged."""
+    zimg, ztxt, image_of_text = random_set(30, 50, 6)
+    expected = retrieval_metrics(zimg, ztxt, image_of_text)
+    numbers = image_of_text.astype(np.int32)
+    wide, turned = zimg.astype(np.float64), np.asfortranarray(ztxt)
+    for array in (numbers, wide, turned):
+        array.setflags(write=False)
+    assert retrieval_metrics(wide, turned, numbers) == expected
+    assert np.array_equal(wide, zimg)
+
+
+def test_a_trainers_autocast_does_not_round_the_scores():
+    """bfloat16 has 3 digits: ranks of such scores would be others."""
+    arrays = random_set(200, 300, 32)
+    expected = retrieval_metrics(*arrays)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert retrieval_metrics(*arrays) == expected
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_the_same():
+    arrays = random_set(2500, 5000, 64)
+    assert retrieval_metrics(*arrays, device="cuda") == pytest.approx(retrieval_metrics(*arrays), abs=1e-3)
+
+
+def test_no_more_than_a_block_of_scores_is_held(monkeypatch):
+    """Of 2,000 × 3,000 scores, 24 MB, all that is held at a time is about 0.7 MB, beside the embeddings."""
+    monkeypatch.setattr(retrieval, "_IMAGES", 256)
+    monkeypatch.setattr(retrieval, "_TEXTS", 512)
+    arrays = random_set(2000, 3000, 4)
+    with Watch() as warm_up:
+        retrieval_metrics(*random_set(5, 5, 4), quiet=True)
+    tracemalloc.start()
+    try:
+        with Watch() as watch:
+            retrieval_metrics(*arrays, quiet=True)
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    scores, answers = 256 * 512, 10 * 2000
+    assert warm_up.largest < watch.largest <= max(scores, answers)
+    assert watch.peak < 1.5 * (4 + 1) * scores + 3 * 8 * answers < 2000 * 3000
+    assert held < 2000 * 3000, "numpy's arrays, and Python's own objects"
+
+
 def test_languages_are_ranked_by_themselves_and_averaged_without_weights():
     zimg, ztxt, image_of_text = random_set(60, 200, 6)
     langs = np.random.default_rng(2).choice(["de", "en", "ja", ""], 200, p=[0.5, 0.3, 0.1, 0.1])
@@ -135,7 +241,8 @@ def test_languages_are_ranked_by_themselves_and_averaged_without_weights():
         texts = langs == lang
         images = sorted(set(image_of_text[texts]))
         numbers = np.array([images.index(i) for i in image_of_text[texts]])
-        assert table[lang] == pytest.approx(brute_force(zimg[images], ztxt[texts], numbers, (1, 5)))
+        assert table[lang] == pytest.approx(full_ranking(zimg[images], ztxt[texts], numbers, (1, 5)))
+    assert "text_to_image/mAP@10" in table["average"]
     for name, value in table["average"].items():
         assert value == pytest.approx(np.mean([table[lang][name] for lang in ("de", "en", "ja")]))
 
@@ -145,6 +252,27 @@ def test_texts_without_language_make_no_table():
     assert metrics_by_language(zimg, ztxt, image_of_text, np.array([""] * 5)) == {}
 
 
+def test_folds_are_equal_parts_in_order_each_by_itself():
+    """Captions in any order, and images without."""
+    zimg, ztxt, image_of_text = random_set(60, 200, 6)
+    parts = []
+    for first in (0, 20, 40):
+        texts = (image_of_text >= first) & (image_of_text < first + 20)
+        parts.append(full_ranking(zimg[first : first + 20], ztxt[texts], image_of_text[texts] - first, KS))
+    expected = {name: np.mean([part[name] for part in parts]) for name in parts[0]}
+    assert fold_metrics(zimg, ztxt, image_of_text, 3, KS) == pytest.approx(expected)
+    assert fold_metrics(zimg, ztxt, image_of_text, 1, KS) == retrieval_metrics(zimg, ztxt, image_of_text, KS)
+
+
+def test_folds_that_cannot_be_made_raise():
+    zimg, ztxt, image_of_text = random_set(60, 200, 6)
+    for folds in (7, 120):
+        with pytest.raises(ValueError, match=f"60 images cannot be cut into {folds} equal parts"):
+            fold_metrics(zimg, ztxt, image_of_text, folds)
+    with pytest.raises(ValueError, match="images 30 to 59 have no text"):
+        fold_metrics(zimg, ztxt, image_of_text % 30, 2)
+
+
 def test_label_accuracy_counts_labelled_images_only():
     zimg = unit(np.array([[1, 0.1], [0.1, 1], [1, 0], [0, 1], [0.2, 1]]))
     ztxt = np.eye(2, dtype=np.float32)
@@ -152,38 +280,7 @@ def test_label_accuracy_counts_labelled_images_only():
     assert label_accuracy(zimg, ztxt, labels, np.array([7, 3])) == 0.75
 
 
-def test_a_saved_index_finds_what_the_full_matrix_finds(tmp_path):
-    zimg, ztxt, _ = random_set(80, 20, 12)
-    save_index(zimg, tmp_path / "images.index")
-    scores, rows = nearest_images(tmp_path / "images.index", ztxt, 6)
-    matrix = ztxt @ zimg.T
-    assert np.array_equal(rows, np.argsort(-matrix, axis=1)[:, :6])
-    assert scores == pytest.approx(-np.sort(-matrix, axis=1)[:, :6], abs=1e-6)
-    assert [p.name for p in tmp_path.iterdir()] == ["images.index"]
-
-
-def test_more_answers_than_images_are_cut_to_the_images(tmp_path):
-    zimg, ztxt, _ = random_set(4, 2, 12)
-    save_index(zimg, tmp_path / "images.index")
-    scores, rows = nearest_images(tmp_path / "images.index", ztxt, 10)
-    assert scores.shape == rows.shape == (2, 4)
-    assert sorted(rows[0]) == [0, 1, 2, 3]
-
-
-def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
-    """What breaks off in the middle of writing does not touch the file of before."""
-    path = tmp_path / "images.index"
-    zimg, ztxt, _ = random_set(10, 3, 4)
-    save_index(zimg, path)
-    before = path.read_bytes()
-
-    def full_disk(_, name):
-        with open(name, "wb") as file:
-            file.write(b"half")
-        raise RuntimeError("no space left")
-
-    monkeypatch.setattr(faiss, "write_index", full_disk)
-    with pytest.raises(RuntimeError, match="no space"):
-        save_index(-zimg, path)
-    assert path.read_bytes() == before
-    assert nearest_images(path, ztxt, 1)[1].shape == (3, 1)
+def test_an_image_that_is_not_a_number_has_no_nearest_text():
+    """Also where the last text, which row −1 would name, is of its class."""
+    zimg = np.array([[1, 0], [np.nan, np.nan]], np.float32)
+    assert label_accuracy(zimg, np.eye(2, dtype=np.float32), np.array([7, 3]), np.array([7, 3])) == 0.5
