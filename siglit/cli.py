@@ -182,11 +182,7 @@ def _usage() -> str:
 
 
 def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], str]:
-    from jsonargparse import (  # type: ignore[attr-defined]
-        ActionConfigFile,
-        ArgumentParser,
-        set_parsing_settings,
-    )
+    from jsonargparse import ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
     from siglit.config import Experiment
     from siglit.errors import UserError
@@ -199,9 +195,7 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
     options = COMMANDS[name].options or {}
     for option, about in options.items():
         parser.add_argument(option, **about)
-    parser.add_argument(
-        "-c", "--config", action=_laid_over(ActionConfigFile), help="the experiment file; several add up"
-    )
+    parser.add_argument("-c", "--config", action=_overlay(), help="the experiment file; several add up")
     parser.add_class_arguments(Experiment)
     if name == "train":
         words = [word for given in words for word in (_RESUME if given == "--resume" else (given,))]
@@ -224,13 +218,14 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
     return Experiment(**fields).with_default_folders(), extra, as_yaml
 
 
-def _laid_over(action: Any) -> Any:
+def _overlay() -> Any:
     """The parser's action for files, but a data set that a file names takes the whole place of an earlier file's.
 
     The parser puts files together field by field: the fold of the one would stay and cut the other down in silence.
     """
+    from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
-    class Overlay(action):
+    class Overlay(ActionConfigFile):
         def __call__(self, parser: Any, given: Any, path: Any, option: Any = None) -> None:
             sets = _sets_in(path)
             if "val" in sets:

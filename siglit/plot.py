@@ -155,6 +155,7 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> "Figure":
         UserError: matplotlib is missing.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -163,10 +164,10 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> "Figure":
     images, classes = counts.sum(1, keepdims=True), len(counts)
     shares = np.divide(counts, images, out=np.full(counts.shape, np.nan), where=images > 0)
     side = min(12.0, 5.0 + 0.3 * classes)
-    drawn = Figure(figsize=(side + 1.0, side), layout="constrained")
+    drawn = Figure(figsize=(side + 1.0, side), layout="compressed")
     FigureCanvasAgg(drawn)
     axes = drawn.add_subplot()
-    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    image = axes.imshow(100 * shares, cmap=colormaps["Blues"], vmin=0, vmax=100, interpolation="nearest")
     drawn.colorbar(image, ax=axes, label="per cent of the class's images", shrink=0.8)
     axes.set_xlabel("put into class")
     axes.set_ylabel("class")

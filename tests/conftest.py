@@ -104,7 +104,7 @@ eval: {{accelerator: cpu}}
 
 @pytest.fixture(scope="session")
 def classed_run(tmp_path_factory, tower_weights):
-    """A project whose pictures are labelled by their colour, with its caches and a trained run, which stay as they are."""
+    """A project whose pictures are labelled by their colour, with its caches and a trained run; nobody changes it."""
     from siglit import precompute, training
 
     folder = make_project(tmp_path_factory.mktemp("classed"), tower_weights)

@@ -71,8 +71,8 @@ def standardiser(rows: np.ndarray, device: torch.device, dtype: torch.dtype = to
     blocks = [rows[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows), _ROWS_AT_ONCE)]
     mean = sum(block.sum(0, dtype=np.float64) for block in blocks) / len(rows)
     variance = sum(np.square(block - mean).sum(0) for block in blocks) / len(rows)
-    kind = {"device": device, "dtype": dtype}
-    return Standardiser(torch.as_tensor(mean, **kind), torch.as_tensor(np.sqrt(variance) + 1e-5, **kind))
+    measured = (torch.as_tensor(value, dtype=dtype, device=device) for value in (mean, np.sqrt(variance) + 1e-5))
+    return Standardiser(*measured)
 
 
 def objective(
@@ -158,7 +158,8 @@ def accuracies_by_l2(
 ) -> dict[float, float]:
     """Accuracy on the last `held_out` rows of fits to the others, {penalty: share}; the grid's order is kept."""
     fitted, known = x[:-held_out], y[:-held_out]
-    model, found = None, {}
+    model: Linear | None = None
+    found: dict[float, float] = {}
     for l2 in grid:
         model = fit(fitted, known, classes, l2, start=model, told=told)
         logits = torch.addmm(model.bias, x[-held_out:], model.weight.T)
