@@ -182,7 +182,7 @@ def _usage() -> str:
 
 
 def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], str]:
-    from jsonargparse import ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     from siglit.config import Experiment
     from siglit.errors import UserError

@@ -143,7 +143,7 @@ def fit(
         return loss
 
     with torch.no_grad():
-        optimiser.step(closure)  # type: ignore[arg-type]
+        optimiser.step(closure)
         _, *gradients = objective(x, y, weight, bias, l2)
     return Linear(weight, bias, max(float(g.abs().max()) for g in gradients))
 
