@@ -182,11 +182,7 @@ def _usage() -> str:
 
 
 def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], str]:
-    from jsonargparse import (  # type: ignore[attr-defined]
-        ActionConfigFile,
-        ArgumentParser,
-        set_parsing_settings,
-    )
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     from siglit.config import Experiment
     from siglit.errors import UserError
@@ -199,7 +195,7 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
     options = COMMANDS[name].options or {}
     for option, about in options.items():
         parser.add_argument(option, **about)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="the experiment file")
+    parser.add_argument("-c", "--config", action=_overlay(), help="the experiment file; several add up")
     parser.add_class_arguments(Experiment)
     if name == "train":
         words = [word for given in words for word in (_RESUME if given == "--resume" else (given,))]
@@ -220,6 +216,37 @@ def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], s
         extra[positional] = " ".join(getattr(ready, positional))
     as_yaml = parser.dump(parsed, skip_unset=True)
     return Experiment(**fields).with_default_folders(), extra, as_yaml
+
+
+def _overlay() -> Any:
+    """The parser's action for files, but a data set that a file names takes the whole place of an earlier file's.
+
+    The parser puts files together field by field: the fold of the one would stay and cut the other down in silence.
+    """
+    from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+
+    class Overlay(ActionConfigFile):
+        def __call__(self, parser: Any, given: Any, path: Any, option: Any = None) -> None:
+            sets = _sets_in(path)
+            if "val" in sets:
+                given["data.val"] = None
+            if "train" in sets:
+                given["data.train"] = type(given)(**dict.fromkeys(vars(given["data.train"])))
+            super().__call__(parser, given, path, option)
+
+    return Overlay
+
+
+def _sets_in(path: str) -> list[str]:
+    """Names of the data sets that a file gives a format; whatever is wrong with the file is for the parser to say."""
+    import yaml
+
+    try:
+        with open(path, "rb") as file:
+            sets = yaml.safe_load(file)["data"].items()
+    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return []
+    return [name for name, spec in sets if isinstance(spec, dict) and "format" in spec]
 
 
 def _parse_folders(name: str, words: list[str], arguments: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from siglit.errors import UserError
 
-Format = Literal["csv", "jsonl", "coco", "karpathy", "folder", "parquet", "webdataset", "xm3600", "hub"]
+Format = Literal[
+    "csv", "jsonl", "coco", "karpathy", "folder", "class_folders", "parquet", "webdataset", "xm3600", "hub"
+]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class SourceSpec:
     """Where a data set lies and how to read it."""
 
     format: Format
-    """csv, jsonl, coco, karpathy, folder, parquet, webdataset, xm3600 or hub."""
+    """csv, jsonl, coco, karpathy, folder, class_folders (a folder of images for each class, as ImageNet's), parquet,
+    webdataset, xm3600 or hub."""
     path: str
     """Listing file (csv, jsonl, coco, karpathy, xm3600), folder, or hub name. For parquet and webdataset: a file, a
     folder, or a pattern with globs, braces ({00000..00012}) and commas. ~ and ${VARIABLES} expand."""
@@ -34,9 +37,10 @@ class SourceSpec:
     caption or title; folder text or caption; parquet and hub caption; webdataset .txt, else caption of the .json."""
     key_column: str | None = None
     """Column of the key, which names an image for good. Default: the image's path as written; parquet `<file>:<row>`;
-    hub `<split>:<row>`; webdataset the member's name up to its first dot. (coco, karpathy, xm3600 have their own.)"""
+    hub `<split>:<row>`; webdataset the member's name up to its first dot. (Other formats have their own.)"""
     label_column: str | None = None
-    """Column of an integer label. Default: none; parquet, hub: `label` if it holds integers; webdataset: .cls."""
+    """Column of an integer label. Default: none; parquet, hub: `label` if it holds integers; webdataset: .cls.
+    (class_folders: the place of the image's folder among the others, sorted by name, from 0.)"""
     lang_column: str | None = None
     """Column of the language: one for all captions of the row, or a list with one per caption."""
     separator: str | None = None
@@ -121,6 +125,8 @@ class CacheConfig:
     """Devices (or processes on the CPU) per machine that share the shards."""
     nodes: int = 1
     """Machines, started by torchrun or SLURM; they share the folder of the cache."""
+    splits: list[Literal["train", "val"]] = field(default_factory=lambda: ["train", "val"])
+    """Splits that precompute embeds; [val] for a set that is only evaluated on."""
     retry_skipped: bool = False
     """Make the shards again that list skipped images, as after these were mended."""
 
@@ -374,6 +380,8 @@ _RANGES = {
     "two numbers from 0 to less than 1": (lambda v: all(0 <= beta < 1 for beta in v), ("optim.betas",)),
     "more than 0 and at most 1": (lambda v: 0 < v <= 1, ("data.random_crop",)),
     "three numbers, one per channel": (lambda v: len(v) == 3, ("image_tower.mean", "image_tower.std")),
+    "a list of numbers of 1 or more": (lambda v: len(v) > 0 and min(v) >= 1, ("eval.shots",)),
+    "[train], [val] or both": (lambda v: len(v) > 0, ("cache.splits",)),
 }
 
 

@@ -1,4 +1,4 @@
-"""`siglit plot RUN RUN ...`: the curves of several runs in one picture.
+"""`siglit plot RUN RUN ...`: the curves of several runs in one picture; and the picture of a confusion matrix.
 
 Reads metrics.csv and knows the names of its columns; the only home of matplotlib.
 """
@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from siglit.errors import UserError
 
@@ -23,6 +25,8 @@ _DPI = 100
 _WIDTH_INCHES, _ROW_INCHES = 16.0, 2.7
 _COLUMNS = 3
 _DASHES = ("-", "--", ":", "-.")
+_MOST_NUMBERS, _MOST_NAMES = 15, 40
+"""Classes up to which a confusion matrix has its shares written in, and its rows and columns named."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,14 @@ def run(runs: Sequence[str], out: str) -> PlotResult:
         raise UserError(f"--out is {out}, but a picture in PNG is drawn; name it like curves.png")
     curves = {name: read(Path(folder)) for name, folder in zip(_names(runs), runs, strict=True)}
     drawn = figure(curves)
+    save(drawn, path)
+    return PlotResult(str(path))
+
+
+def save(drawn: "Figure", path: Path) -> None:
+    """Write a picture as PNG, with the folders that lead there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=_DPI)
-    return PlotResult(str(path))
 
 
 def read(folder: Path) -> dict[str, Curve]:
@@ -132,6 +141,47 @@ def figure(runs: Mapping[str, Mapping[str, Curve]]) -> "Figure":
         _draw(drawn.add_subplot(rows, _COLUMNS, number + 1), panel, runs, colours)
     handles = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
     drawn.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 5), frameon=False, fontsize=12)
+    return drawn
+
+
+def confusion(counts: np.ndarray, names: Sequence[str]) -> "Figure":
+    """Where the images of each class went: a row per class, its shares over the columns; named as far as there is room.
+
+    Args:
+        counts: (C, C) images of class [row] that were put into class [column]; a row without images stays blank.
+        names: C names.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError as error:
+        raise UserError(f"it takes matplotlib ({error}); pip install 'siglit[plots]'") from error
+    images, classes = counts.sum(1, keepdims=True), len(counts)
+    shares = np.divide(counts, images, out=np.full(counts.shape, np.nan), where=images > 0)
+    side = min(12.0, 5.0 + 0.3 * classes)
+    drawn = Figure(figsize=(side + 1.0, side), layout="compressed")
+    FigureCanvasAgg(drawn)
+    axes = drawn.add_subplot()
+    image = axes.imshow(100 * shares, cmap=colormaps["Blues"], vmin=0, vmax=100, interpolation="nearest")
+    drawn.colorbar(image, ax=axes, label="per cent of the class's images", shrink=0.8)
+    axes.set_xlabel("put into class")
+    axes.set_ylabel("class")
+    if classes <= _MOST_NAMES:
+        axes.set_xticks(range(classes), names, rotation=90)
+        axes.set_yticks(range(classes), names)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if classes <= _MOST_NUMBERS:
+        for (row, column), share in np.ndenumerate(shares):
+            if share > 0:
+                colour = "white" if share > 0.5 else "0.2"
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=9)
     return drawn
 
 

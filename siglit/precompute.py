@@ -59,7 +59,7 @@ class PrecomputeResult:
 
 
 def run(experiment: Experiment) -> PrecomputeResult:
-    """Fill the caches of all splits, going on where an earlier run stopped.
+    """Fill the caches of cache.splits, going on where an earlier run stopped.
 
     Raises:
         UserError: source, tower or an existing cache do not fit the experiment, or too many images are unusable.
@@ -73,8 +73,10 @@ def run(experiment: Experiment) -> PrecomputeResult:
     run_folder.check_accelerator("cache.accelerator", experiment.cache.accelerator)
     run_folder.output_dir(experiment)
     first = run_folder.is_first_process()
-    specs = {"train": experiment.data.train, "val": experiment.data.val}
+    specs = {split: getattr(experiment.data, split) for split in experiment.cache.splits}
     sources = {split: open_source(spec) for split, spec in specs.items() if spec is not None}
+    if not sources:
+        raise UserError("cache.splits is [val], but data.val is not set; set it, or let cache.splits have train")
     with ExitStack() as stack:
         stack.enter_context(stopping_at_signals())
         stack.enter_context(ending_with_first_process(first))
@@ -93,10 +95,11 @@ def run(experiment: Experiment) -> PrecomputeResult:
 
 def _keep_figures(experiment: Experiment, result: PrecomputeResult) -> None:
     # A run that found everything done has no rates of its own and keeps those of the one that did it.
-    earlier = run_folder.summary(experiment).get("precompute", {})
-    done = {name: earlier.get(name) for name, split in result.splits.items() if not split.encoded_now}
-    figures = {name: done.get(name) or asdict(split) for name, split in result.splits.items()}
-    run_folder.add_to_summary(experiment, "precompute", figures)
+    name = "-".join(part for part in ("precompute", experiment.eval.name) if part)
+    earlier = run_folder.summary(experiment).get(name, {})
+    done = {split: earlier.get(split) for split, figures in result.splits.items() if not figures.encoded_now}
+    now = {split: done.get(split) or asdict(figures) for split, figures in result.splits.items()}
+    run_folder.add_to_summary(experiment, name, {**earlier, **now})
 
 
 def _fabric(config: CacheConfig) -> Fabric:

@@ -57,6 +57,16 @@ def check_accelerator(field: str, accelerator: str) -> None:
         raise UserError(f"{field} is cuda, but this machine has no CUDA device; use cpu or auto")
 
 
+def device(field: str, accelerator: str) -> torch.device:
+    """Return the device that `accelerator` means here; auto: CUDA where there is one.
+
+    Raises:
+        UserError: `field` asks for CUDA in vain.
+    """
+    check_accelerator(field, accelerator)
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def check_batch_size(train: TrainConfig) -> None:
     """Refuse a global batch that cannot be cut into equal parts.
 

@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,12 +69,14 @@ class Trained:
         }
 
 
-def open_trained(experiment: Experiment) -> Trained:
-    """Load the run's checkpoint, embed the images of eval.split where no cache holds them.
+def open_trained(experiment: Experiment, split: Literal["train", "val"] | None = None) -> Trained:
+    """Load the run's checkpoint, embed the images of a split (None: eval.split) if no cache holds them.
 
     Raises:
         UserError: there is no checkpoint, it is not one of siglit's, or it belongs to another cache or tokenizer.
     """
+    if split is not None:
+        experiment = replace(experiment, eval=replace(experiment.eval, split=split))
     locked = experiment.mode == "locked"
     cache = run_folder.open_cache(experiment, experiment.eval.split) if locked else None
     path, state = _read(experiment)

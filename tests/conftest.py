@@ -5,6 +5,7 @@ import os
 # Before any import that reads it: no test may reach for the Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
 import signal
 import subprocess
 import sys
@@ -99,6 +100,33 @@ eval: {{accelerator: cpu}}
 """
     )
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def classed_run(tmp_path_factory, tower_weights):
+    """A project whose pictures are labelled by their colour, with its caches and a trained run; nobody changes it."""
+    from siglit import precompute, training
+
+    folder = make_project(tmp_path_factory.mktemp("classed"), tower_weights)
+    for name in ("train.csv", "val.csv"):
+        head, *lines = (folder / name).read_text().splitlines()
+        labelled = [f"{line},{int(line[7:11]) % len(COLOURS)}" for line in lines]
+        (folder / name).write_text("\n".join([f"{head},colour", *labelled]) + "\n")
+    text = (folder / "experiment.yaml").read_text()
+    (folder / "experiment.yaml").write_text(text.replace(".csv}", ".csv, label_column: colour}"))
+    (folder / "colours.json").write_text(json.dumps(list(COLOURS)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        precompute.run(parse("precompute"))
+        training.run(parse("train", "--train.steps", "60"))
+    return folder
+
+
+@pytest.fixture
+def classed(classed_run, monkeypatch):
+    """The folder of `classed_run`, where the test works."""
+    monkeypatch.chdir(classed_run)
+    return classed_run
 
 
 @pytest.fixture

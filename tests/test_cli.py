@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from siglit.cli import COMMANDS, main
-from tests.conftest import ROOT, siglit
+from siglit.config import SourceSpec
+from tests.conftest import ROOT, parse, siglit
 
 
 def fails(capsys, *words):
@@ -84,6 +85,27 @@ def test_print_config_shows_overrides_and_defaults(project, capsys, monkeypatch)
 def test_wrong_option_is_named(project, capsys, monkeypatch, words, told):
     monkeypatch.chdir(project)
     assert told in fails(capsys, "train", "-c", "experiment.yaml", *words)
+
+
+def test_a_data_set_of_a_later_file_takes_the_place_of_an_earlier_one(project, capsys, monkeypatch):
+    """Nothing of the earlier one stays, such as a fold; all else is put together field by field, and options win."""
+    monkeypatch.chdir(project)
+    text = (project / "experiment.yaml").read_text()
+    (project / "experiment.yaml").write_text(text.replace(".csv}", ".csv, fold: 9/10}"))
+    (project / "over.yaml").write_text(
+        "data: {train: {format: coco, path: t.json}, val: {format: coco, path: v.json}}\n"
+    )
+    (project / "some.yaml").write_text("data: {val: {path: other.csv}}\ncache: {batch_size: 7}\n")
+    over = parse("train", "-c", "over.yaml", "--data.val.images", "pics")
+    assert over.data.train == SourceSpec("coco", "t.json")
+    assert over.data.val == SourceSpec("coco", "v.json", images="pics")
+    assert over.data.workers == 1
+    some = parse("train", "-c", "some.yaml")
+    assert some.data.val == SourceSpec("csv", "other.csv", fold="9/10")
+    assert (some.cache.batch_size, some.cache.shard_size) == (7, 8)
+    assert "over.yaml" in fails(capsys, "train", "-c", "experiment.yaml", "-c", "nope/over.yaml")
+    (project / "list.yaml").write_text("- data\n")
+    fails(capsys, "train", "-c", "experiment.yaml", "-c", "list.yaml")
 
 
 def test_config_typo_is_named(project, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import numpy as np
 from PIL import Image
 
 from siglit import plot
@@ -122,6 +123,30 @@ def test_a_folder_without_curves_is_named(tmp_path, capsys):
 
 def test_another_format_than_png_is_refused(a, capsys):
     assert "curves.pdf" in told(capsys, a, "--out", "curves.pdf")
+
+
+def test_few_classes_are_named_and_many_are_not():
+    """Shares are of a row's own images; a row without images stays blank."""
+    counts = np.array([[3, 1, 0], [0, 0, 0], [0, 2, 2]])
+    axes = plot.confusion(counts, ["cat", "dog", "emu"]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "emu"]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0, 0): "75",
+        (1, 0): "25",
+        (1, 2): "50",
+        (2, 2): "50",
+    }
+    shown = axes.images[0].get_array()
+    assert np.ma.getmaskarray(shown)[1].all() or np.isnan(np.ma.getdata(shown)[1]).all()
+    few = axes.figure
+    few.canvas.draw()
+    page, drawn = few.get_size_inches(), few.get_tightbbox()
+    assert min(drawn.x0, drawn.y0) >= 0, "nothing is cut off"
+    assert np.all([drawn.x1, drawn.y1] <= page)
+    many = plot.confusion(np.eye(1000, dtype=np.int64), [f"class {i}" for i in range(1000)])
+    many.canvas.draw()
+    assert not any("class" in label.get_text() for label in many.axes[0].get_yticklabels())
+    assert not list(many.axes[0].texts)
 
 
 def test_without_matplotlib_the_extra_is_named(a, tmp_path, monkeypatch):

@@ -192,6 +192,20 @@ def test_an_empty_fold_fails(project, monkeypatch):
         precompute.run(parse("precompute", "--data.val.fold", "0/1000"))
 
 
+def test_only_the_splits_that_are_asked_for_are_made(experiment, project):
+    """The listing of the other one is not even looked for; later figures of one split leave those of the other."""
+    (project / "train.csv").rename(project / "later.csv")
+    result = precompute.run(parse("precompute", "--cache.splits", "[val]"))
+    assert list(result.splits) == ["val"]
+    assert not (project / "cache/small/train").exists()
+    (project / "later.csv").rename(project / "train.csv")
+    precompute.run(parse("precompute", "--cache.splits", "[train]"))
+    figures = json.loads((project / "runs/small/summary.json").read_text())["precompute"]
+    assert {split: told["rows"] for split, told in figures.items()} == {"val": 12, "train": 40}
+    with pytest.raises(UserError, match=r"cache.splits is \[val\], but data.val is not set"):
+        precompute.run(parse("precompute", "--cache.splits", "[val]", "--data.val", "null"))
+
+
 def test_a_cache_of_another_tower_is_never_mixed(experiment):
     precompute.run(experiment)
     before = rows_by_key("cache/small/train")

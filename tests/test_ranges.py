@@ -36,6 +36,9 @@ from tests.conftest import parse, siglit
         ("data.max_skipped", "2"),
         ("data.workers", "-1"),
         ("image_tower.mean", "[0.5]"),
+        ("eval.shots", "[]"),
+        ("eval.shots", "[5, 0]"),
+        ("cache.splits", "[]"),
     ],
 )
 def test_a_number_out_of_range_is_named(experiment, words):

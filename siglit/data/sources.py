@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from siglit.config import Format, SourceSpec
-from siglit.data import listings
+from siglit.data import class_folders, listings
 from siglit.data.listings import IMAGE_EXTENSIONS, Columns, Row
 from siglit.data.tables import HubTable, ParquetTable, Table
 from siglit.errors import UserError
@@ -28,6 +28,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "csv": ("images", "image_column", "separator", *_TEXT_OPTIONS),
     "jsonl": ("images", "image_column", *_TEXT_OPTIONS),
     "folder": ("image_column", *_TEXT_OPTIONS),
+    "class_folders": (),
     "coco": ("images",),
     "karpathy": ("images", "split"),
     "xm3600": ("images",),
@@ -166,10 +167,14 @@ def _listing_file(spec: SourceSpec) -> Path:
         path /= "captions.jsonl"
     if not path.exists():
         raise UserError(f"there is no {path} (format {spec.format}). Correct path.")
+    if spec.format == "class_folders" and not path.is_dir():
+        raise UserError(f"{path} is a file, but class_folders wants a folder with one folder per class. Correct path.")
     return listings.metadata_file(path) if spec.format == "folder" else path
 
 
 def _listing_identity(spec: SourceSpec, path: Path) -> dict[str, Any]:
+    if spec.format == "class_folders":
+        return _identity(spec, []) | class_folders.identity(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return _identity(spec, [path]) | {"sha256": digest}
@@ -190,7 +195,7 @@ class _Fold:
 
 
 class _ListingSource:
-    """csv, jsonl, coco, karpathy, folder and xm3600: the whole listing in memory, each image in a file of its own."""
+    """csv, jsonl, coco, karpathy, folder, class_folders, xm3600: a listing in memory, each image a file of its own."""
 
     def __init__(self, spec: SourceSpec) -> None:
         path = _listing_file(spec)
@@ -206,6 +211,9 @@ class _ListingSource:
             rows = listings.read_karpathy(path, spec.split)
         elif spec.format == "folder":
             rows = listings.read_folder(path, _columns(spec))
+        elif spec.format == "class_folders":
+            images = path
+            _, rows = class_folders.read(path)
         else:
             images = images if spec.images else images / "images"
             rows = listings.read_xm3600(path, images)

@@ -1,0 +1,125 @@
+"""Names of classes and templates of prompts, from files or from open_clip's lists, to the texts of zero-shot classes.
+
+Knows nothing of towers or tokens. Shapes: C classes, P prompts.
+"""
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from siglit.errors import UserError
+from siglit.paths import expand
+
+Names = tuple[str, ...]
+"""All names of one class; the first is the one it is called by."""
+_OPEN_CLIP = "open_clip:"
+_LISTS = {
+    "eval.classes": {"imagenet": "IMAGENET_CLASSNAMES"},
+    "eval.templates": {
+        "openai_imagenet": "OPENAI_IMAGENET_TEMPLATES",
+        "simple_imagenet": "SIMPLE_IMAGENET_TEMPLATES",
+    },
+}
+
+
+def class_names(where: str) -> list[Names]:
+    """Names of the classes, label 0 first.
+
+    Args:
+        where: a JSON list of names or lists of names, a text file with a name a line, or `open_clip:imagenet`.
+
+    Raises:
+        UserError: there is no such list, or it is not one of names.
+    """
+    option = "eval.classes"
+    if where.startswith(_OPEN_CLIP):
+        return [(name,) for name in _of_open_clip(where, option)]
+    found = []
+    for label, entry in enumerate(_entries(where, option)):
+        names = entry if isinstance(entry, list) else [entry]
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            raise UserError(f"{where}: class {label} is {entry!r:.80}, but a name or a list of names is wanted")
+        found.append(tuple(names))
+    return found
+
+
+def templates(where: str | None) -> list[str]:
+    """Prompts with {} where the name goes; None is the name alone.
+
+    Args:
+        where: a JSON list, a text file with a prompt a line, or `open_clip:openai_imagenet`,
+            `open_clip:simple_imagenet`.
+
+    Raises:
+        UserError: there is no such list, or a prompt has no place for the name.
+    """
+    option = "eval.templates"
+    if where is None:
+        return ["{}"]
+    if where.startswith(_OPEN_CLIP):
+        return [prompt("{}") for prompt in _of_open_clip(where, option)]
+    found = _entries(where, option)
+    for number, entry in enumerate(found, start=1):
+        if not isinstance(entry, str) or "{}" not in entry:
+            raise UserError(f"{where}: prompt {number} is {entry!r:.80}, but a text with {{}} for the name is wanted")
+    return found
+
+
+def prompts(names: Sequence[Names], wording: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Every name of every class in every template.
+
+    Args:
+        names: C classes.
+        wording: templates.
+
+    Returns:
+        P texts, and (P,) int64, the class of each.
+    """
+    texts = [(label, text.replace("{}", name)) for label, of in enumerate(names) for name in of for text in wording]
+    return [text for _, text in texts], np.array([label for label, _ in texts], np.int64)
+
+
+def _of_open_clip(where: str, option: str) -> Sequence[Any]:
+    lists = _LISTS[option]
+    name = lists.get(where.removeprefix(_OPEN_CLIP))
+    if name is None:
+        raise UserError(f"{option} is {where}, but open_clip's lists are {', '.join(_OPEN_CLIP + n for n in lists)}")
+    try:
+        return getattr(importlib.import_module("open_clip"), name)
+    except ImportError as error:
+        raise UserError(
+            f"{option} is {where}, but open_clip is not installed ({error}): pip install open_clip_torch, or give a "
+            "file of your own"
+        ) from error
+
+
+def _entries(where: str, option: str) -> list[Any]:
+    path = Path(expand(where, option))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(
+            f"{option} is {where}, but {path} cannot be read: {error.strerror}. Correct the path."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}). Convert the file (iconv -t utf-8).") from error
+    if path.suffix.lower() == ".json":
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(found, list):
+            raise UserError(f"{path} is a JSON {type(found).__name__}, but a list is wanted")
+    else:
+        found = text.rstrip().splitlines()
+        blank = next((number for number, line in enumerate(found, start=1) if not line.strip()), None)
+        if blank is not None:
+            raise UserError(f"{path}, line {blank} is blank, but each line is one entry. Remove it.")
+        found = [line.strip() for line in found]
+    if not found:
+        raise UserError(f"{path} is empty, but {option} needs at least one entry")
+    return found

@@ -1,0 +1,50 @@
+"""Every file of configs/evaluation can be laid over an experiment, and its lists are whole."""
+
+import json
+
+import pytest
+
+from siglit.data.prompts import class_names, templates
+from tests.conftest import ROOT, parse
+
+FOLDER = ROOT / "configs" / "evaluation"
+FILES = sorted(FOLDER.glob("*.yaml"))
+CLASSES = {"cifar10": 10, "cifar100": 100, "pets": 37, "imagenet": 1000}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_set_is_laid_over_an_experiment(project, monkeypatch, path):
+    """It changes the data and the cache, and leaves the run and its towers as they are."""
+    monkeypatch.chdir(project)
+    text = (project / "experiment.yaml").read_text()
+    (project / "experiment.yaml").write_text(text.replace("val.csv}", "val.csv, separator: ',', fold: 9/10}"))
+    alone, over = parse("precompute"), parse("precompute", "-c", str(path))
+    for part in ("name", "output_dir", "image_tower", "text_tower", "tokenizer", "loss", "mode"):
+        assert getattr(over, part) == getattr(alone, part), part
+    assert alone.data.val.fold == "9/10"
+    assert over.data.val.fold is None
+    assert over.data.val.separator is None
+    assert over.data.workers == alone.data.workers
+    assert over.cache.splits == ["val"]
+    assert over.cache.path != alone.cache.path
+    assert over.eval.name == path.stem
+    assert f"-c configs/evaluation/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_names_and_templates_are_there(monkeypatch, path):
+    monkeypatch.chdir(ROOT)
+    asked = parse("eval-zeroshot", config=str(path)).eval
+    if asked.classes.startswith("open_clip:"):
+        pytest.importorskip("open_clip")
+    names = class_names(asked.classes)
+    assert len({name for of in names for name in of}) >= CLASSES[path.stem] - 2, "open_clip has two names twice"
+    assert len(names) == CLASSES[path.stem]
+    assert templates(asked.templates)
+
+
+def test_classes_stand_in_the_order_of_their_labels():
+    """CIFAR's and the pets' labels follow the alphabet, whatever the case."""
+    for path in (FOLDER / "classes").glob("*.json"):
+        names = [name.lower().replace(" ", "_") for name in json.loads(path.read_text())]
+        assert names == sorted(names), path.name
