@@ -4,6 +4,7 @@ Pure: strings out, no files. Colours are classes (s0, s1, … for series, axis, 
 fills in for light and dark. Widths are those of a phone; a page may draw them larger.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 360.0, 220.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 10.0, 36.0
-_MOST_POINTS = 600
+_MOST_POINTS = 400
 _EDGE = 1e-9
 """Probabilities nearer to 0 or 1 are drawn at the border."""
 
@@ -82,7 +83,7 @@ def histogram(title: str, edges: Sequence[float], positive: Sequence[float], neg
     floor = _HEIGHT - _BOTTOM
     for number, density in kinds:
         steps = []
-        for low, high, value in zip(edges, edges[1:], density, strict=False):
+        for (low, high), value in zip(itertools.pairwise(edges), density, strict=True):
             height = y_axis.place(value) if value > 0 else floor
             steps += [(x_axis.place(low), height), (x_axis.place(high), height)]
         outline = [(steps[0][0], floor), *steps, (steps[-1][0], floor)]
@@ -126,7 +127,7 @@ def _finite(point: Sequence[float]) -> bool:
 
 def _density(edges: Sequence[float], counts: Sequence[float]) -> list[float]:
     total = sum(counts)
-    widths = [high - low for low, high in zip(edges, edges[1:], strict=False)]
+    widths = [high - low for low, high in itertools.pairwise(edges)]
     return [count / total / width if total else 0.0 for count, width in zip(counts, widths, strict=True)]
 
 
