@@ -39,11 +39,17 @@ class _Panel:
     columns: Mapping[str, str]
     """{column of metrics.csv: what it is called}."""
     log: bool = False
+    unit: float = 1.0
+    """What the column's values are multiplied by."""
 
 
 _PANELS = (
     _Panel("Loss", {"train/loss": "loss"}, log=True),
-    _Panel("Held-out R@1", {"val/text_to_image/R@1": "text → image", "val/image_to_text/R@1": "image → text"}),
+    _Panel(
+        "Held-out R@1, per cent",
+        {"val/text_to_image/R@1": "text → image", "val/image_to_text/R@1": "image → text"},
+        unit=100.0,
+    ),
     _Panel("Learning rate", {"train/lr": "learning rate"}),
     _Panel("Logit scale t", {"train/logit_scale": "t"}),
     _Panel("Logit bias b", {"train/logit_bias": "b"}),
@@ -132,7 +138,7 @@ def collect(
             notes.append(f"There are no curves: {error}")
     return {
         "name": experiment.name,
-        "verdict": report_tables.verdict(results, training.get("metrics", {})),
+        "verdict": report_tables.verdict(results, training.get("metrics", {}), experiment.eval.paper),
         "facts": _facts(experiment, training, trained, step),
         "notes": notes,
         "tables": report_tables.tables(results, experiment.eval.paper),
@@ -218,7 +224,11 @@ def _facts(
 def _curves(columns: Mapping[str, plot.Curve]) -> list[dict[str, Any]]:
     made = []
     for panel in _PANELS:
-        series = {name: columns[column] for column, name in panel.columns.items() if column in columns}
+        series = {
+            name: [(step, panel.unit * value) for step, value in columns[column]]
+            for column, name in panel.columns.items()
+            if column in columns
+        }
         if series:
             legend = [(name, f"{points[-1][1]:.4g}") for name, points in series.items()]
             drawing = Markup(report_drawing.curves(panel.title, series, log=panel.log))

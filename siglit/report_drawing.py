@@ -15,11 +15,30 @@ from typing import Any
 Points = Sequence[tuple[float, float]]
 """(x, y), x ascending."""
 
-_WIDTH, _HEIGHT = 360.0, 220.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 10.0, 36.0
 _MOST_POINTS = 400
-_EDGE = 1e-9
-"""Probabilities nearer to 0 or 1 are drawn at the border."""
+_LOWEST, _HIGHEST = 1e-9, 1 - 1e-4
+"""Probabilities beyond are drawn at the border."""
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """A picture and the frame in it, in the units of its view box."""
+
+    width: float
+    height: float
+    left: float
+    top: float = 10.0
+
+    @property
+    def right(self) -> float:
+        return self.width - 10
+
+    @property
+    def bottom(self) -> float:
+        return self.height - 38
+
+
+_SMALL, _LARGE = _Canvas(320, 204, 46), _Canvas(380, 240, 62)
 
 
 @dataclass(frozen=True)
@@ -52,11 +71,11 @@ def curves(title: str, series: Mapping[str, Points], *, log: bool = False) -> st
     finite = {name: [p for p in points if _finite(p)] for name, points in series.items()}
     finite = {name: _thinned(points) for name, points in finite.items() if points}
     if not finite:
-        return _nothing(title)
+        return _nothing(_SMALL, title)
     xs = [x for points in finite.values() for x, _ in points]
     ys = [y for points in finite.values() for _, y in points]
-    x_axis = _linear(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT, most=5)
-    span = _HEIGHT - _BOTTOM, _TOP
+    x_axis = _linear(min(xs), max(xs), _SMALL.left, _SMALL.right, most=5, finest=1.0)
+    span = _SMALL.bottom, _SMALL.top
     y_axis = _logarithmic(min(ys), max(ys), *span) if log and min(ys) > 0 else _linear(min(ys), max(ys), *span)
     parts = [_frame(x_axis, y_axis, "step")]
     data: dict[str, Any] = {"series": []}
@@ -68,7 +87,7 @@ def curves(title: str, series: Mapping[str, Points], *, log: bool = False) -> st
         rows = [[x, float(f"{y:.5g}"), *place] for (x, y), place in zip(points, placed, strict=True)]
         data["series"].append({"name": name, "points": rows})
     last = "; ".join(f"{name} ends at {points[-1][1]:.4g}" for name, points in finite.items())
-    return _svg(f"{title}, by step: {last}", "".join(parts), f' data-curve="{escape(json.dumps(data))}"')
+    return _svg(_SMALL, f"{title}, by step: {last}", "".join(parts), f' data-curve="{escape(json.dumps(data))}"')
 
 
 def histogram(title: str, edges: Sequence[float], positive: Sequence[float], negative: Sequence[float]) -> str:
@@ -76,11 +95,11 @@ def histogram(title: str, edges: Sequence[float], positive: Sequence[float], neg
     kinds = [(1, _density(edges, negative)), (0, _density(edges, positive))]
     seen = [value for _, density in kinds for value in density if value > 0]
     if not seen:
-        return _nothing(title)
-    x_axis = _linear(min(0.0, edges[0]), max(0.0, edges[-1]), _LEFT, _WIDTH - _RIGHT)
-    y_axis = _logarithmic(min(seen) / 2, max(seen), _HEIGHT - _BOTTOM, _TOP)
+        return _nothing(_LARGE, title)
+    x_axis = _linear(min(0.0, edges[0]), max(0.0, edges[-1]), _LARGE.left, _LARGE.right)
+    y_axis = _logarithmic(min(seen) / 2, max(seen), _LARGE.bottom, _LARGE.top)
     parts = [_frame(x_axis, y_axis, "logit", "density")]
-    floor = _HEIGHT - _BOTTOM
+    floor = _LARGE.bottom
     for number, density in kinds:
         steps = []
         for (low, high), value in zip(itertools.pairwise(edges), density, strict=True):
@@ -89,8 +108,8 @@ def histogram(title: str, edges: Sequence[float], positive: Sequence[float], neg
         outline = [(steps[0][0], floor), *steps, (steps[-1][0], floor)]
         parts.append(_line(outline, f"area s{number}"))
     zero = x_axis.place(0)
-    parts.append(f'<line class="mark" x1="{zero}" x2="{zero}" y1="{_TOP}" y2="{floor}"/>')
-    return _svg(title, "".join(parts))
+    parts.append(f'<line class="mark" x1="{zero}" x2="{zero}" y1="{_LARGE.top}" y2="{floor}"/>')
+    return _svg(_LARGE, title, "".join(parts))
 
 
 def reliability(title: str, bins: Sequence[Mapping[str, float]]) -> str:
@@ -103,11 +122,11 @@ def reliability(title: str, bins: Sequence[Mapping[str, float]]) -> str:
     points = [(float(b["predicted"]), float(b["observed"])) for b in bins]
     points = [point for point in points if _finite(point)]
     if not points:
-        return _nothing(title)
-    inside = [p for point in points for p in point if _EDGE < p < 1 - _EDGE] or [0.5]
-    low, high = min(0.1, *inside), max(0.9, *inside)
-    x_axis = _odds(low, high, _LEFT, _WIDTH - _RIGHT)
-    y_axis = _odds(low, high, _HEIGHT - _BOTTOM, _TOP)
+        return _nothing(_LARGE, title)
+    inside = [p for point in points for p in point if _LOWEST < p < _HIGHEST]
+    low, high = min([0.1, *inside]), max([0.9, *inside])
+    x_axis = _odds(low, high, _LARGE.left, _LARGE.right)
+    y_axis = _odds(low, high, _LARGE.bottom, _LARGE.top)
     ends = [(axis.start, axis.end) for axis in (x_axis, y_axis)]
     placed = [(x_axis.place(x), y_axis.place(y)) for x, y in points]
     parts = [
@@ -118,7 +137,7 @@ def reliability(title: str, bins: Sequence[Mapping[str, float]]) -> str:
     for (x, y), (predicted, observed) in zip(placed, points, strict=True):
         told = f"predicted {predicted:.3g}, observed {observed:.3g}"
         parts.append(f'<circle class="dot s0" cx="{x}" cy="{y}" r="3.5"><title>{told}</title></circle>')
-    return _svg(title, "".join(parts))
+    return _svg(_LARGE, title, "".join(parts))
 
 
 def _finite(point: Sequence[float]) -> bool:
@@ -143,13 +162,13 @@ def _thinned(points: Points) -> list[tuple[float, float]]:
     return [points[i] for i in sorted(kept | {0, len(points) - 1})]
 
 
-def _linear(low: float, high: float, start: float, end: float, most: int = 6) -> _Axis:
+def _linear(low: float, high: float, start: float, end: float, most: int = 6, finest: float = 0.0) -> _Axis:
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-12):
         margin = 0.1 * abs(low) or 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / most
     unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * (1 - 1e-9))
+    step = max(finest, next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * (1 - 1e-9)))
     first = math.ceil(low / step - 1e-9)
     values = [step * n for n in range(first, math.floor(high / step + 1e-9) + 1)]
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -182,7 +201,7 @@ def _odds(low: float, high: float, start: float, end: float) -> _Axis:
 
 
 def _log_odds(p: float) -> float:
-    p = min(1 - _EDGE, max(_EDGE, p))
+    p = min(_HIGHEST, max(_LOWEST, p))
     return math.log(p / (1 - p))
 
 
@@ -226,11 +245,13 @@ def _line(placed: Sequence[tuple[float, float]], name: str) -> str:
     return f'<polyline class="{name}" points="{" ".join(f"{x:g},{y:g}" for x, y in placed)}"/>'
 
 
-def _nothing(title: str) -> str:
-    text = f'<text class="tick" x="{_WIDTH / 2}" y="{_HEIGHT / 2}" text-anchor="middle">nothing to draw</text>'
-    return _svg(f"{title}: nothing to draw", text)
+def _nothing(canvas: _Canvas, title: str) -> str:
+    middle = f'x="{canvas.width / 2:g}" y="{canvas.height / 2:g}"'
+    return _svg(
+        canvas, f"{title}: nothing to draw", f'<text class="tick" {middle} text-anchor="middle">nothing to draw</text>'
+    )
 
 
-def _svg(title: str, inside: str, more: str = "") -> str:
-    label = escape(title)
-    return f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{label}"{more}>{inside}</svg>'
+def _svg(canvas: _Canvas, title: str, inside: str, more: str = "") -> str:
+    box, label = f"0 0 {canvas.width:g} {canvas.height:g}", escape(title)
+    return f'<svg viewBox="{box}" role="img" aria-label="{label}"{more}>{inside}</svg>'

@@ -17,10 +17,10 @@ KINDS = {
 """{first word of a result's file: (title, command)}."""
 
 _DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
-_MOST_BARS = 60
+_MOST_BARS = 40
 
 Row = dict[str, Any]
-"""name, value (text), chance (a share, or None), and keys: what the paper's figure may be called."""
+"""group and name, value (text), chance (a share, or None), and keys: what the paper's figure may be called."""
 
 
 def title(stem: str) -> str:
@@ -37,7 +37,7 @@ def tables(results: Mapping[str, dict[str, Any]], paper: Mapping[str, float]) ->
         paper: {"zeroshot-imagenet/top1": per cent}.
 
     Returns:
-        [{"title", "about", "step", "rows": [{"name", "value", "paper", "chance"}]}]; all but step are texts.
+        [{"title", "about", "step", "rows": [{"group", "name", "value", "paper", "chance"}]}]; all but step are texts.
     """
     rows_of: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
         "retrieval": _retrieval,
@@ -56,6 +56,7 @@ def tables(results: Mapping[str, dict[str, Any]], paper: Mapping[str, float]) ->
             used.add(key)
             rows.append(
                 {
+                    "group": row["group"],
                     "name": row["name"],
                     "value": row["value"],
                     "paper": _told(paper[key] / 100) if key else "",
@@ -65,7 +66,7 @@ def tables(results: Mapping[str, dict[str, Any]], paper: Mapping[str, float]) ->
         step = (result.get("of") or {}).get("step")
         made.append({"title": title(stem), "about": _about(result), "step": step, "rows": rows})
     others = [
-        {"name": key, "value": "", "paper": _told(value / 100), "chance": ""}
+        {"group": "", "name": key, "value": "", "paper": _told(value / 100), "chance": ""}
         for key, value in paper.items()
         if key not in used
     ]
@@ -74,29 +75,44 @@ def tables(results: Mapping[str, dict[str, Any]], paper: Mapping[str, float]) ->
     return made
 
 
-def verdict(results: Mapping[str, dict[str, Any]], trained: Mapping[str, float]) -> str:
-    """The best figures in one line; those seen in training, of `trained`, where nothing was evaluated."""
+def verdict(results: Mapping[str, dict[str, Any]], trained: Mapping[str, float], paper: Mapping[str, float]) -> str:
+    """The main figures in one line, of one result of each kind: one that the paper has a figure for, else the first.
+
+    Args:
+        results: as for `tables`.
+        trained: last metrics of the training, which are told where nothing was evaluated.
+        paper: as for `tables`.
+    """
     parts = []
-    for stem, result in results.items():
-        where = stem.partition("-")[2]
-        on = f" on {where}" if where else ""
-        if stem.startswith("zeroshot") and _is_number(result.get("top1")):
-            parts.append(f"zero-shot top-1 {_told(result['top1'])}{on}")
-        elif stem.startswith("retrieval"):
-            found = {w: result.get(f"{way}/R@1") for way, w in _DIRECTIONS.items()}
-            told = ", ".join(f"{way} {_told(value)}" for way, value in found.items() if _is_number(value))
-            parts.append(f"R@1 {told} of {result['images']:,} images{on}" if told and "images" in result else "")
-        elif stem.startswith("fewshot") and result.get("shots"):
-            shots, best = list(result["shots"].items())[-1]
-            parts.append(f"{shots} shots per class {_told(best['mean'])}{on}")
-        elif stem.startswith("probe") and _is_number(result.get("top1")):
-            parts.append(f"linear probe top-1 {_told(result['top1'])}{on}")
-    parts = [part for part in parts if part]
+    for kind in KINDS:
+        stems = [stem for stem in results if stem.partition("-")[0] == kind]
+        stems.sort(key=lambda stem: not any(key.startswith(f"{stem}/") for key in paper))
+        told = next((told for stem in stems if (told := _main_figure(kind, results[stem]))), "")
+        if told:
+            where = stems[0].partition("-")[2]
+            parts.append(told + (f" on {where}" if where else ""))
     if not parts:
-        found = {w: trained.get(f"val/{way}/R@1") for way, w in _DIRECTIONS.items()}
-        told = ", ".join(f"{way} {_told(value)}" for way, value in found.items() if _is_number(value))
-        parts = [f"R@1 {told} on the held-out sample of training"] if told else []
+        told = _first_recalls({key.removeprefix("val/"): value for key, value in trained.items()})
+        parts = [f"{told} on the held-out sample of training"] if told else []
     return "; ".join(parts) or "nothing was evaluated yet"
+
+
+def _main_figure(kind: str, result: Mapping[str, Any]) -> str:
+    if kind == "retrieval":
+        average = (result.get("by_language") or {}).get("average")
+        told = _first_recalls(average or result)
+        return f"{told}, mean of the languages" if told and average else told
+    if kind == "fewshot" and result.get("shots"):
+        shots, found = list(result["shots"].items())[-1]
+        return f"{shots} shots per class {_told(found['mean'])}"
+    names = {"zeroshot": "zero-shot top-1", "probe": "linear probe top-1"}
+    return f"{names[kind]} {_told(result['top1'])}" if kind in names and _is_number(result.get("top1")) else ""
+
+
+def _first_recalls(metrics: Mapping[str, Any]) -> str:
+    found = {words: metrics.get(f"{way}/R@1") for way, words in _DIRECTIONS.items()}
+    told = ", ".join(f"{words} {_told(value)}" for words, value in found.items() if _is_number(value))
+    return f"R@1 {told}" if told else ""
 
 
 def languages(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,42 +152,40 @@ def bars(about: str, values: list[tuple[str, Any]], average: float | None) -> di
 
 
 def _retrieval(result: dict[str, Any]) -> Iterator[Row]:
-    images = result.get("images") or 0
-    for way in _DIRECTIONS:
-        yield from _metrics(result, way, "", images)
-    if _is_number(result.get("label_accuracy")):
-        yield _row("class of the nearest caption is right", _told(result["label_accuracy"]), "label_accuracy")
-    average = (result.get("by_language") or {}).get("average", {})
-    for way in _DIRECTIONS:
-        yield from _metrics(average, way, "by_language/average/", 0, note=", mean of the languages")
-    folds = result.get("folds") or {}
-    count = folds.get("count", 0)
-    for way in _DIRECTIONS:
-        yield from _metrics(folds, way, "folds/", images // count if count else 0, note=f", mean of {count} folds")
-    for way in _DIRECTIONS:
-        yield from _metrics(result.get("index") or {}, way, "index/", 0, note=", approximate index")
+    folds, count = result.get("folds") or {}, (result.get("folds") or {}).get("count", 0)
+    parts = [
+        ("", "", result, result.get("images") or 0),
+        (", mean of the languages", "by_language/average/", (result.get("by_language") or {}).get("average", {}), 0),
+        (f", mean of {count} folds", "folds/", folds, (result.get("images") or 0) // max(1, count)),
+        (", approximate index", "index/", result.get("index") or {}, 0),
+    ]
+    for note, prefix, metrics, images in parts:
+        for way, words in _DIRECTIONS.items():
+            for key, value in metrics.items():
+                if key.startswith(f"{way}/") and _is_number(value):
+                    yield _recall(words + note, prefix + key, value, images)
+        if note == "" and _is_number(result.get("label_accuracy")):
+            told = _told(result["label_accuracy"])
+            yield _row("image → class", "class of the nearest caption is right", told, "label_accuracy")
 
 
-def _metrics(found: Mapping[str, Any], way: str, prefix: str, images: int, note: str = "") -> Iterator[Row]:
-    for key, value in found.items():
-        if not key.startswith(f"{way}/") or not _is_number(value):
-            continue
-        metric = key.removeprefix(f"{way}/")
-        recall = int(metric[2:]) if metric.startswith("R@") and metric[2:].isdigit() else 0
-        # An image's own captions are its share of all, on average over the images one of their number.
-        easy = recall and images and (way == "text_to_image" or recall == 1)
-        shown = f"{value:,.4g}" if metric == "median_rank" else _told(value)
-        name = f"{_DIRECTIONS[way]} {metric.replace('_', ' ')}{note}"
-        yield _row(name, shown, prefix + key, chance=recall / images if easy else None)
+def _recall(group: str, key: str, value: float, images: int) -> Row:
+    """One metric of one direction; `images` is 0 where the chance level is not known."""
+    way, metric = key.split("/")[-2:]
+    depth = int(metric[2:]) if metric.startswith("R@") and metric[2:].isdigit() else 0
+    # An image's own captions are its share of all: averaged over the images, one part of their number.
+    easy = depth and images and (way == "text_to_image" or depth == 1)
+    told = f"{value:,.4g}" if metric == "median_rank" else _told(value)
+    return _row(group, metric.replace("_", " "), told, key, chance=depth / images if easy else None)
 
 
 def _classification(result: dict[str, Any]) -> Iterator[Row]:
     count = _number_of_classes(result)
     for key, name, right in (("top1", "top-1", 1), ("top5", "top-5", 5), ("mean_per_class", "mean over classes", 1)):
         if _is_number(result.get(key)):
-            yield _row(name, _told(result[key]), key, chance=right / count if count else None)
+            yield _row("", name, _told(result[key]), key, chance=right / count if count else None)
     if _is_number(result.get("l2")):
-        yield _row("weight of the L2 penalty", f"{result['l2']:.3g}", "l2")
+        yield _row("", "weight of the L2 penalty", f"{result['l2']:.3g}", "l2")
 
 
 def _fewshot(result: dict[str, Any]) -> Iterator[Row]:
@@ -180,11 +194,11 @@ def _fewshot(result: dict[str, Any]) -> Iterator[Row]:
         spread = f" ± {100 * found['std']:.1f}" if _is_number(found.get("std")) else ""
         name = f"{shots} shot{'' if str(shots) == '1' else 's'} per class"
         keys = (f"shots/{shots}/mean", f"shots/{shots}", str(shots))
-        yield _row(name, _told(found["mean"]) + spread, *keys, chance=1 / count if count else None)
+        yield _row("", name, _told(found["mean"]) + spread, *keys, chance=1 / count if count else None)
 
 
-def _row(name: str, value: str, *keys: str, chance: float | None = None) -> Row:
-    return {"name": name, "value": value, "keys": keys, "chance": chance}
+def _row(group: str, name: str, value: str, *keys: str, chance: float | None = None) -> Row:
+    return {"group": group, "name": name, "value": value, "keys": keys, "chance": chance}
 
 
 def _about(result: dict[str, Any]) -> str:
@@ -219,4 +233,5 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _told(share: float) -> str:
     percent = 100 * share
-    return f"{percent:.1f} %" if percent >= 1 or percent == 0 else f"{percent:.2g} %"
+    number = f"{percent:.1f}" if percent >= 1 or percent == 0 else f"{percent:.2g}"
+    return f"{number}\N{NO-BREAK SPACE}%"

@@ -6,7 +6,7 @@ for (const svg of document.querySelectorAll("svg[data-curve]")) {
   const cursor = document.createElementNS(svg.namespaceURI, "line");
   cursor.setAttribute("class", "cursor");
   cursor.setAttribute("y1", 10);
-  cursor.setAttribute("y2", 184);
+  cursor.setAttribute("y2", 166);
   const number = new Intl.NumberFormat("en", { maximumSignificantDigits: 5 });
   const show = (event) => {
     const box = svg.getBoundingClientRect();
