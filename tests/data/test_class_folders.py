@@ -54,12 +54,13 @@ def test_an_empty_folder_keeps_its_number_and_dotted_names_are_nobodys(tmp_path)
     assert [(s.key, s.label) for s in samples(tmp_path)] == [("b/1.jpg", 1)]
 
 
-def test_links_to_class_folders_are_followed(tmp_path):
+def test_links_to_folders_are_followed(tmp_path):
+    """In the place of a class's folder, and within one."""
     fill(tmp_path / "all", "cat/1.jpg", "dog/2.jpg", "emu/3.jpg")
-    (tmp_path / "some").mkdir()
-    for name in ("cat", "emu"):
-        (tmp_path / "some" / name).symlink_to(tmp_path / "all" / name)
-    assert [(s.key, s.label) for s in samples(tmp_path / "some")] == [("cat/1.jpg", 0), ("emu/3.jpg", 1)]
+    (tmp_path / "some/other").mkdir(parents=True)
+    (tmp_path / "some/cat").symlink_to(tmp_path / "all/cat")
+    (tmp_path / "some/other/birds").symlink_to(tmp_path / "all/emu")
+    assert [(s.key, s.label) for s in samples(tmp_path / "some")] == [("cat/1.jpg", 0), ("other/birds/3.jpg", 1)]
 
 
 def test_a_fold_divides_the_images_and_not_the_classes(tmp_path):
