@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from siglit import run as run_folder
 from siglit.config import Experiment
@@ -62,13 +61,11 @@ def run(experiment: Experiment) -> LogitsResult:
         UserError: cache, checkpoint and tokenizer do not fit each other, the cache has no captions, or the embeddings
             are no numbers.
     """
-    run_folder.check_accelerator("eval.accelerator", experiment.eval.accelerator)
+    device = run_folder.device("eval.accelerator", experiment.eval.accelerator)
     trained = open_trained(experiment)
     cache = trained.cache
     if cache.num_captions == 0:
         raise UserError(f"{cache.path} has no captions to evaluate with; see data.{experiment.eval.split}")
-    use_cuda = experiment.eval.accelerator != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if use_cuda else "cpu")
     ids = token_ids(cache, trained.tokenizer)
     _, first, text_ids = np.unique(ids, axis=0, return_index=True, return_inverse=True)
     text_ids = text_ids.reshape(-1)

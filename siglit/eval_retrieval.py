@@ -89,7 +89,7 @@ def run(experiment: Experiment) -> RetrievalResult:
         UserError: cache, checkpoint and tokenizer do not fit each other, the cache has no captions, or the folds or the
             approximate index that are asked for cannot be made of it.
     """
-    device = _device(experiment.eval.accelerator)
+    device = run_folder.device("eval.accelerator", experiment.eval.accelerator)
     trained = open_trained(experiment)
     cache, zimg = trained.cache, trained.zimg
     if cache.num_captions == 0:
@@ -157,8 +157,3 @@ def _label_accuracy(cache: EmbeddingCache, zimg: np.ndarray, ztxt: np.ndarray, i
     if not unambiguous.all():
         return None
     return retrieval.label_accuracy(zimg, ztxt[first], labels, text_labels[first])
-
-
-def _device(accelerator: str) -> torch.device:
-    run_folder.check_accelerator("eval.accelerator", accelerator)
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
