@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import parser, report
-from siglit import evaluate, training
+from siglit import eval_retrieval, training
 from siglit.cli import _parse
 from siglit.data.tokens import token_ids
 from siglit.evaluation.encoding import encode_ids
@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace, treatment: str, words: list[str]) -> dict[
     chosen = ["--loss.ambiguous", treatment, "--output_dir", str(Path(args.folder) / treatment)]
     experiment = _parse("train", ["-c", args.config, *chosen, *words])[0]
     training.run(experiment)
-    accuracy = evaluate.run(experiment).label_accuracy
+    accuracy = eval_retrieval.run(experiment).label_accuracy
     trained = open_trained(experiment)
     cache = trained.cache
     ids, first = np.unique(token_ids(cache, trained.tokenizer), axis=0, return_index=True)

@@ -10,7 +10,8 @@ import pytest
 from tests.conftest import ROOT, parse, siglit
 
 RECIPES = sorted((ROOT / "configs" / "reproductions").glob("*.yaml"))
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# Those of configs/evaluation are laid over an experiment, see test_evaluation_configs.py.
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "evaluation")
 
 MEASURE = """
 import ctypes, sys, warnings

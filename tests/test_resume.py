@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from siglit import checkpoints, evaluate, precompute, training
+from siglit import checkpoints, eval_retrieval, precompute, training
 from siglit.data_module import CacheData
 from siglit.errors import UserError
 from siglit.lightning_module import SigLiT
@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_is_passed_over(how, folder, whole, capsys):
     else:
         content[len(content) // 2] ^= 4
         last.write_bytes(content)
-    evaluate.run(experiment("stopped"))
+    eval_retrieval.run(experiment("stopped"))
     assert capsys.readouterr().err.count("last.ckpt is damaged; previous.ckpt, the checkpoint before it, is used") == 1
     training.run(experiment("stopped", "locked", "--train.resume", "true"))
     assert capsys.readouterr().err.count("is damaged") == 1
