@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from siglit import run as run_folder
-from siglit.cache import CacheError, EmbeddingCache
+from siglit.cache import EmbeddingCache
 from siglit.config import Experiment
 from siglit.data.sources import open_source
 from siglit.errors import UserError
@@ -249,10 +249,10 @@ def _steps(experiment: Experiment, rows: int | None) -> int | None:
 def _rows(experiment: Experiment) -> int | None:
     """Images to train on, where that can be told without reading them."""
     if experiment.mode == "locked":
-        try:
-            return len(EmbeddingCache(run_folder.cache_path(experiment, "train"))) or None
-        except (CacheError, OSError):
-            pass
+        path = run_folder.cache_path(experiment, "train")
+        # Without its index a cache is not finished; a finished one that cannot be read is told of.
+        if (path / "index.json").exists():
+            return len(EmbeddingCache(path)) or None
     try:
         units = open_source(experiment.data.train).units(experiment.cache.shard_size)
     except (UserError, OSError):

@@ -166,6 +166,15 @@ def test_a_batch_that_devices_cannot_share_is_refused(small, tmp_path):
     assert "cannot be shared evenly by 3 devices" in done.stderr
 
 
+def test_a_damaged_cache_is_told_of(small, tmp_path):
+    """It is not counted as none, which would hide it until training."""
+    index = tmp_path / "cache" / "measured" / "train" / "index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text("{")
+    done = siglit("plan", "-c", small, "--examples-per-second", 10, cwd=tmp_path, check=2)
+    assert "index.json" in done.stderr
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_experiment_file_parses_and_its_model_is_one_of_timms(path):
     import timm
