@@ -12,12 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 _PARENT = "SIGLIT_FIRST_PROCESS"
 _GRACE = 3.0
 _WATCH_EVERY = 0.5
+_Hook = Callable[[Any], object]
 
 
 class Terminated(KeyboardInterrupt):
@@ -70,9 +72,10 @@ class Signals:
 def stopping_at_signals() -> Iterator[Signals]:
     """Raise `Terminated` at SIGTERM and KeyboardInterrupt at Ctrl-C, and see that both end the block.
 
-    Python drops what is raised while it runs a destructor: then the block is ended from outside, or, where it comes to
-    its end within the grace, the exception is raised there. Within a callback of a C library the exception is lost too,
-    and the library fails in a way of its own, which then stands for it.
+    Python drops what is raised while it runs a destructor or what is to be done around a fork: then the block is ended
+    from outside, or, where it comes to its end within the grace, the exception is raised there; nothing is printed of
+    it. Within a callback of a C library the exception is lost too, and the library fails in a way of its own, which
+    then stands for it.
 
     Does nothing outside of the main thread, where Python handles no signals.
     """
@@ -86,6 +89,7 @@ def stopping_at_signals() -> Iterator[Signals]:
     os.set_blocking(sink, False)
     left = threading.Event()
     threading.Thread(target=_end_after_grace, args=(source, left, signals), daemon=True).start()
+    before_hook, sys.unraisablehook = sys.unraisablehook, _silent_about_signals(sys.unraisablehook)
     signals.install()
     before_sink = signal.set_wakeup_fd(sink)
     try:
@@ -100,6 +104,7 @@ def stopping_at_signals() -> Iterator[Signals]:
         left.set()
         signal.set_wakeup_fd(before_sink)
         signals.restore()
+        sys.unraisablehook = before_hook
         os.close(sink)
 
 
@@ -116,6 +121,10 @@ def ending_with_first_process(is_first: bool) -> Iterator[None]:
         yield
     finally:
         os.environ.pop(_PARENT, None)
+
+
+def _silent_about_signals(hook: _Hook) -> _Hook:
+    return lambda dropped: None if issubclass(dropped.exc_type, KeyboardInterrupt) else hook(dropped)
 
 
 def _end_after_grace(source: int, left: threading.Event, signals: Signals) -> None:
