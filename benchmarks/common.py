@@ -12,11 +12,9 @@ import platform
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 import siglit
+from siglit import provenance
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PACKAGES = (
@@ -59,13 +58,13 @@ def stamp() -> dict[str, Any]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": _cpu(),
+        "cpu": provenance.processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "gpu": device,
         "python": platform.python_version(),
-        "versions": {"siglit": siglit.__version__, **{n: version for n in PACKAGES if (version := _version(n))}},
-        "commit": _commit(),
+        "versions": {"siglit": siglit.__version__, **provenance.versions(PACKAGES)},
+        "commit": provenance.commit(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
 
@@ -167,31 +166,3 @@ def report(title: str, rows: list[tuple[str, str, str]], figures: Mapping[str, A
         print(f"  {what:<{widths[0]}}  {figure:>{widths[1]}}" + (f"  (wanted: {wanted})" if wanted else ""))
     if path is not None:
         path.write_text(json.dumps({"title": title, **made, **figures}, indent=2) + "\n", encoding="utf-8")
-
-
-def _commit() -> str | None:
-    """Short hash of the checkout, with + if it was changed; None outside of one."""
-    root = Path(__file__).parent.parent
-    try:
-        words = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=+"]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii")
-    except OSError:  # not Linux
-        return platform.processor()
-    lines = text.splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

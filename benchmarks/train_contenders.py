@@ -47,7 +47,8 @@ def parts_of_a_step(module: SigLiT, args: argparse.Namespace) -> dict[str, Calla
 
     def recomputed() -> None:
         with autocast(args):
-            out = torch.cat([checkpoint(tower, part, use_reentrant=False) for part in ids.split(micro)])
+            *parts, last = ids.split(micro)
+            out = torch.cat([*(checkpoint(tower, part, use_reentrant=False) for part in parts), tower(last)])
         out.backward(gradient.to(out.dtype))
         tower.zero_grad()
 

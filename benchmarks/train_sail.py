@@ -159,11 +159,8 @@ def _step(model: Model, optimizer: torch.optim.Optimizer, batch: dict, args: arg
     image, ids = (batch[name].to(args.device, non_blocking=True) for name in ("image", "ids"))
     micro = args.micro_batch or args.batch
     with autocast(args):
-        parts = ids.long().split(micro)
-        embedded = [
-            model.tower(part) if len(parts) == 1 else checkpoint(model.tower, part, use_reentrant=False)
-            for part in parts
-        ]
+        *parts, last = ids.long().split(micro)
+        embedded = [*(checkpoint(model.tower, part, use_reentrant=False) for part in parts), model.tower(last)]
     zimg, ztxt = (F.normalize(rows.float(), dim=1) for rows in (image, torch.cat(embedded)))
     if args.device == "cuda":
         zimg, ztxt = zimg.bfloat16(), ztxt.bfloat16()

@@ -239,8 +239,8 @@ class TrainConfig:
     batch_size: int = 4096
     """Global batch: pairs over all devices in one step."""
     micro_batch_size: int | None = None
-    """Pairs per pass of the towers and device: larger batches than fit in memory, same gradients, a third more time;
-    default: all at once."""
+    """Pairs per pass of the towers and device: larger batches than fit in memory, same gradients, at most a third
+    more time; default: all at once."""
     steps: int | None = None
     """Optimiser steps; give this, examples or epochs."""
     examples: int | str | None = None
@@ -300,11 +300,12 @@ class EvalConfig:
     """eval-retrieval: cut the images into this many equal parts, in order, and report the mean over the parts as well;
     5 for the 1k figures of COCO's 5k images."""
     classes: str | None = None
-    """eval-zeroshot: names of the classes, label 0 first: a JSON list, a text file with a name a line, or
-    `open_clip:imagenet`; several names of one class are given as a list in JSON. Default: the names in the source."""
+    """eval-zeroshot: names of the classes, label 0 first: a JSON list, a text file with a name a line,
+    `siglit:cifar10`, `siglit:cifar100`, `siglit:pets` or `open_clip:imagenet`; several names of one class are given as
+    a list in JSON. Default: the names in the source."""
     templates: str | None = None
-    """eval-zeroshot: prompts with {} for the name: a JSON list, a text file with a prompt a line, or
-    `open_clip:openai_imagenet`, `open_clip:simple_imagenet`. Default: "{}" alone."""
+    """eval-zeroshot: prompts with {} for the name: a JSON list, a text file with a prompt a line, `siglit:photo`,
+    `siglit:photos`, `siglit:pets`, `open_clip:openai_imagenet` or `open_clip:simple_imagenet`. Default: "{}" alone."""
     shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
     """eval-fewshot: labelled training images per class."""
     seeds: int = 3
@@ -455,6 +456,11 @@ class Experiment:
             raise UserError(
                 f"data.corrupt is {self.data.corrupt} and data.corrupt_share {self.data.corrupt_share}: "
                 "name what to corrupt and give a share of more than 0, or leave out both"
+            )
+        if self.mode == "locked" and (self.data.random_crop is not None or self.data.random_flip):
+            raise UserError(
+                "data.random_crop and data.random_flip change images on their way into the tower, but mode locked "
+                "takes their embeddings from the cache; leave them out, or set mode to unlocked or scratch"
             )
         loss = self.loss
         if (loss.negatives == "all") != (loss.negatives_per_positive is None):

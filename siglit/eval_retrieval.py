@@ -141,7 +141,7 @@ def _build(experiment: Experiment, trained: Trained) -> indices.Built | None:
     exact = trained.index_file
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", factory)
     try:
-        return indices.build(trained.zimg, factory, exact.with_name(f"{exact.stem}-{name}{exact.suffix}"))
+        return indices.kept_or_built(trained.zimg, factory, exact.with_name(f"{exact.stem}-{name}{exact.suffix}"))
     except ValueError as error:
         raise UserError(f"eval.index: {error}; choose another factory string, such as HNSW32, or none") from error
 

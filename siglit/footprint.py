@@ -155,9 +155,11 @@ class Footprint:
             # What is made last is worked off first.
             backward = max(images + self.text.backward(self.pairs), self.image.backward(self.pairs))
         else:
-            # Embeddings of both sides: of each part, of all, and as unit rows. Backward makes one part again at a time.
+            # Embeddings of both sides: of each part, of all, and as unit rows. Backward makes one part again at a time,
+            # but for the last one of the texts, which is there from forward on.
             kept = 2 * 3 * 4 * self.pairs * self.dim
             forward = backward = kept + max(self.image.most(micro_batch_size), self.text.most(micro_batch_size))
+            kept += self.text.kept(micro_batch_size)
         loss = kept + self.loss_tiles + self.loss_rows
         # An optimiser works parameter by parameter, with a few temporary copies.
         work = max(forward, loss, backward + self.loss_rows, 2 * self.largest)

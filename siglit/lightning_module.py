@@ -133,14 +133,20 @@ class SigLiT(pl.LightningModule):
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, D) float32 unit rows of the images and of the texts."""
         zimg = F.normalize(self._embed(self.image_tower, batch["image"]).float(), dim=1)
-        return zimg, F.normalize(self._embed(self.text_tower, batch["ids"]).float(), dim=1)
+        return zimg, F.normalize(self._embed(self.text_tower, batch["ids"], is_last=True).float(), dim=1)
 
-    def _embed(self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-        """Embed (B, …) inputs as (B, D), in micro-batches if asked for, which backward computes again."""
-        size = self._experiment.train.micro_batch_size
-        if size is None or size >= len(inputs):
-            return tower(inputs)
-        return torch.cat([checkpoint(tower, part, use_reentrant=False) for part in inputs.split(size)])
+    def _embed(
+        self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, is_last: bool = False
+    ) -> torch.Tensor:
+        """Embed (B, …) inputs as (B, D), in micro-batches if asked for, which backward computes again.
+
+        The very last one is kept: backward begins with it, and would make room for it at once.
+        """
+        parts = inputs.split(self._experiment.train.micro_batch_size or len(inputs))
+        again = len(parts) - (is_last or len(parts) == 1)
+        remade = [checkpoint(tower, part, use_reentrant=False) for part in parts[:again]]
+        found = [*remade, *(tower(part) for part in parts[again:])]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _loss(
         self, zimg: torch.Tensor, ztxt: torch.Tensor, batch: Batch, statistics: dict[str, torch.Tensor] | None

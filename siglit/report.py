@@ -11,11 +11,9 @@ import importlib.resources
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import torch
 from markupsafe import Markup
 
 import siglit
-from siglit import checkpoints, plot, report_drawing, report_tables
+from siglit import checkpoints, plot, provenance, report_drawing, report_tables
 from siglit.config import Experiment
 from siglit.errors import UserError
 from siglit.report_gallery import data_uri, draw_gallery
@@ -180,12 +178,12 @@ def render(context: Mapping[str, Any]) -> str:
 def made_by() -> dict[str, str]:
     """Versions, commit, machine and time of now."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    versions = {name: _version(name) for name in _PACKAGES}
+    commit = provenance.commit()
     return {
-        "siglit": siglit.__version__ + (f", commit {commit}" if (commit := _commit()) else ""),
-        "packages": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "siglit": siglit.__version__ + (f", commit {commit}" if commit else ""),
+        "packages": ", ".join(f"{name} {version}" for name, version in provenance.versions(_PACKAGES).items()),
         "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} cores of {_cpu()}{gpu}",
+        "machine": f"{os.cpu_count()} cores of {provenance.processor()}{gpu}",
         "date": time.strftime("%Y-%m-%d %H:%M %z"),
     }
 
@@ -252,32 +250,3 @@ def _logits(stem: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _indented(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _commit() -> str | None:
-    """Short hash of the checkout that this package lies in, with + if it was changed; None outside of one."""
-    root = Path(siglit.__file__).parent.parent
-    if not (root / ".git").exists():  # an installation may lie in the repository of another project
-        return None
-    words = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=+"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -60,6 +60,13 @@ def test_half_a_wish_is_refused(experiment, words):
     assert parse("train", "--data.corrupt", "[text]", "--data.corrupt_share", "0.2").data.corrupt == ["text"]
 
 
+@pytest.mark.parametrize("words", [("--data.random_crop", "0.5"), ("--data.random_flip", "true")])
+def test_augmenting_what_is_locked_is_refused(experiment, words):
+    with pytest.raises(UserError, match=r"mode locked takes .* from the cache; leave them out, or set mode"):
+        parse("train", *words)
+    assert parse("train", *words, "--mode", "unlocked").mode == "unlocked"
+
+
 def write(path, text):
     path.write_text(path.read_text() + text)
 

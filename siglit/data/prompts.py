@@ -1,9 +1,10 @@
-"""Names of classes and templates of prompts, from files or from open_clip's lists, to the texts of zero-shot classes.
+"""Names of classes and templates of prompts, from files, our lists or open_clip's, to the texts of zero-shot classes.
 
 Knows nothing of towers or tokens. Shapes: C classes, P prompts.
 """
 
 import importlib
+import importlib.resources
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from siglit.paths import expand
 
 Names = tuple[str, ...]
 """All names of one class; the first is the one it is called by."""
+_OURS = "siglit:"
 _OPEN_CLIP = "open_clip:"
 _LISTS = {
     "eval.classes": {"imagenet": "IMAGENET_CLASSNAMES"},
@@ -30,7 +32,8 @@ def class_names(where: str) -> list[Names]:
     """Names of the classes, label 0 first.
 
     Args:
-        where: a JSON list of names or lists of names, a text file with a name a line, or `open_clip:imagenet`.
+        where: a JSON list of names or lists of names, a text file with a name a line, `siglit:` and one of our lists
+            (siglit/assets/classes), or `open_clip:imagenet`.
 
     Raises:
         UserError: there is no such list, or it is not one of names.
@@ -51,8 +54,8 @@ def templates(where: str | None) -> list[str]:
     """Prompts with {} where the name goes; None is the name alone.
 
     Args:
-        where: a JSON list, a text file with a prompt a line, or `open_clip:openai_imagenet`,
-            `open_clip:simple_imagenet`.
+        where: a JSON list, a text file with a prompt a line, `siglit:` and one of our lists (siglit/assets/templates),
+            or `open_clip:openai_imagenet`, `open_clip:simple_imagenet`.
 
     Raises:
         UserError: there is no such list, or a prompt has no place for the name.
@@ -97,7 +100,18 @@ def _of_open_clip(where: str, option: str) -> Sequence[Any]:
         ) from error
 
 
+def _of_ours(where: str, option: str) -> list[Any]:
+    lists = importlib.resources.files("siglit") / "assets" / option.removeprefix("eval.")
+    names = sorted(file.name.removesuffix(".json") for file in lists.iterdir())
+    name = where.removeprefix(_OURS)
+    if name not in names:
+        raise UserError(f"{option} is {where}, but siglit's lists are {', '.join(_OURS + n for n in names)}")
+    return json.loads((lists / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def _entries(where: str, option: str) -> list[Any]:
+    if where.startswith(_OURS):
+        return _of_ours(where, option)
     path = Path(expand(where, option))
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -4,6 +4,7 @@ Arrays and files in, numbers out; knows nothing of caches and towers. Rows are u
 Shapes: N images, T texts, D embedding width, K answers.
 """
 
+import json
 import os
 import re
 import time
@@ -45,7 +46,7 @@ class Built:
     kept: Any
     """The same on the CPU, the very same where there are no GPUs."""
     seconds: float
-    """Training and adding all images."""
+    """Training and adding all images, when that was done."""
     path: Path
     """Its file."""
 
@@ -116,6 +117,18 @@ def nearest_images(path: Path, ztxt: np.ndarray, top_k: int) -> tuple[np.ndarray
     return index.search(ztxt, min(top_k, index.ntotal))
 
 
+def kept_or_built(zimg: np.ndarray, factory: str, path: Path) -> Built:
+    """Take the index that `build` has kept under this path, or build it; other images need another path."""
+    try:
+        note = json.loads(_note(path).read_text(encoding="utf-8"))
+        kept = _read(path)
+        if note["factory"] == factory and kept.ntotal == len(zimg):
+            return Built(factory, _on_gpus(kept), kept, float(note["seconds"]), path)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        pass  # none is there, or no whole one
+    return build(zimg, factory, path)
+
+
 def build(zimg: np.ndarray, factory: str, path: Path) -> Built:
     """Build an index over the images and keep it.
 
@@ -124,7 +137,7 @@ def build(zimg: np.ndarray, factory: str, path: Path) -> Built:
     Args:
         zimg: (N, D) float32 unit rows.
         factory: such as "HNSW32" or "IVF4096,PQ64"; https://github.com/facebookresearch/faiss/wiki/The-index-factory.
-        path: file for the index; one that is there is replaced.
+        path: file for the index; one that is there is replaced. A note of what it is lies beside it, as .json.
 
     Raises:
         ValueError: faiss knows no such index, or cannot build it over these images.
@@ -144,7 +157,9 @@ def build(zimg: np.ndarray, factory: str, path: Path) -> Built:
             f"faiss cannot build {factory!r} over {len(zimg):,} images of width {zimg.shape[1]}: {told}"
         ) from error
     kept = index if index is made else faiss.index_gpu_to_cpu(index)
+    _note(path).unlink(missing_ok=True)
     _write(kept, path)
+    _note(path).write_text(json.dumps({"factory": factory, "seconds": seconds}), encoding="utf-8")
     return Built(factory, index, kept, seconds, path)
 
 
@@ -228,6 +243,10 @@ def _shared(found: np.ndarray, exact: np.ndarray) -> float:
     """Share of the rows of `exact` that stand in the same line of `found`, in any order; both (T, K)."""
     hits = sum(int((found == exact[:, place : place + 1]).any(1).sum()) for place in range(exact.shape[1]))
     return hits / exact.size
+
+
+def _note(path: Path) -> Path:
+    return path.with_suffix(".json")
 
 
 def _write(index: Any, path: Path) -> None:

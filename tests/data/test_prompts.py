@@ -62,6 +62,16 @@ def test_a_template_without_a_place_for_the_name_is_refused(tmp_path):
         templates(write(tmp_path / "t.json", ["a {}", "a photo of a {c}"]))
 
 
+def test_lists_of_ours():
+    assert class_names("siglit:cifar10")[:2] == [("airplane",), ("automobile",)]
+    assert templates("siglit:photo") == ["a photo of a {}."]
+    for name in ("imagenet", "../classes/cifar10"):
+        with pytest.raises(
+            UserError, match=f"is siglit:{name}, but siglit's lists are siglit:cifar10, siglit:cifar100, "
+        ):
+            class_names(f"siglit:{name}")
+
+
 def test_lists_of_open_clip():
     pytest.importorskip("open_clip")
     names = class_names("open_clip:imagenet")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from siglit.evaluation import index
-from siglit.evaluation.index import build, compare, nearest_images, save_index
+from siglit.evaluation.index import build, compare, kept_or_built, nearest_images, save_index
 from tests.evaluation.reference import random_set
 
 
@@ -117,6 +117,27 @@ def test_the_kept_file_gives_the_reported_figures(tmp_path):
     assert found.bytes_per_vector == (tmp_path / "some.index").stat().st_size / 300
     assert found.ms_per_query == pytest.approx(1e3 * found.query_seconds / 500)
     assert found.build_seconds > 0
+
+
+def test_a_kept_index_is_found_again(tmp_path, monkeypatch):
+    """The same figures, the time of the first building; another factory, other images or half a file build anew."""
+    zimg, ztxt, image_of_text = random_set(300, 50, 16)
+    path = tmp_path / "some.faiss"
+    first = kept_or_built(zimg, "IVF8,PQ4x4", path)
+    built = []
+    monkeypatch.setattr(index, "build", lambda *of: built.append(of[1]) or build(*of))
+    again = kept_or_built(zimg, "IVF8,PQ4x4", path)
+    assert not built
+    assert again.seconds == first.seconds
+    figures = [compare(one, zimg, ztxt, image_of_text) for one in (first, again)]
+    assert figures[0].metrics == figures[1].metrics
+    kept_or_built(zimg, "IVF8,PQ4x4fs", path)
+    kept_or_built(zimg[:200], "IVF8,PQ4x4fs", path)
+    path.write_bytes(path.read_bytes()[:-40])
+    kept_or_built(zimg[:200], "IVF8,PQ4x4fs", path)
+    path.with_suffix(".json").unlink()
+    kept_or_built(zimg[:200], "IVF8,PQ4x4fs", path)
+    assert built == ["IVF8,PQ4x4fs"] * 4
 
 
 def test_fewer_images_than_neighbours(tmp_path):
