@@ -71,6 +71,7 @@ def run(experiment: Experiment) -> PrecomputeResult:
             "on with `siglit train`"
         )
     run_folder.check_accelerator("cache.accelerator", experiment.cache.accelerator)
+    run_folder.check_launched("cache.nodes", experiment.cache.nodes)
     run_folder.output_dir(experiment)
     first = run_folder.is_first_process()
     specs = {split: getattr(experiment.data, split) for split in experiment.cache.splits}

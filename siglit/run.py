@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from siglit.cache import CacheError, EmbeddingCache
@@ -76,6 +77,20 @@ def check_batch_size(train: TrainConfig) -> None:
     devices = train.devices * train.nodes
     if train.batch_size % devices:
         raise UserError(f"train.batch_size {train.batch_size} cannot be shared evenly by {devices} devices")
+
+
+def check_launched(field: str, nodes: int) -> None:
+    """Refuse several machines where nobody says which one this is: it would wait for the others, in silence.
+
+    Raises:
+        UserError: `field` asks for several, and neither torchrun nor SLURM has started this process.
+    """
+    if nodes > 1 and "MASTER_ADDR" not in os.environ and not SLURMEnvironment.detect():
+        raise UserError(
+            f"{field} is {nodes}, but this process was not started by torchrun or SLURM, which tell the machines of "
+            f"each other: torchrun --nnodes {nodes} --nproc-per-node DEVICES --node-rank 0 --master-addr HOST "
+            "-m siglit … on the first one, with --node-rank 1 on the next"
+        )
 
 
 def output_dir(experiment: Experiment) -> Path:

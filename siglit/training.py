@@ -70,6 +70,7 @@ def run(experiment: Experiment) -> TrainResult:
 def _run(experiment: Experiment, signals: Signals) -> TrainResult:
     run_folder.check_batch_size(experiment.train)
     run_folder.check_accelerator("train.accelerator", experiment.train.accelerator)
+    run_folder.check_launched("train.nodes", experiment.train.nodes)
     data = open_data(experiment)
     folder = run_folder.output_dir(experiment)
     steps = total_steps(experiment.train, data.count)

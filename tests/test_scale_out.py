@@ -1,5 +1,6 @@
 """Any number of processes, also started by several machines' launchers: ranks share the folder of the cache alone."""
 
+import csv
 import os
 import signal
 import socket
@@ -9,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from siglit import precompute
+from siglit import precompute, training
+from siglit.errors import UserError
 from tests.conftest import parse
 from tests.test_precompute import rows_by_key
 from tests.test_stopping import ENV, committed, start, wait_until_committed
@@ -57,17 +59,47 @@ def test_two_nodes_of_two_processes_give_the_same_cache(project, whole):
     precompute.run(parse("precompute", "--cache.path", "four"))
     for name in ("index.json", *(f"shard-{number:06d}.h5" for number in range(1, 40, 3))):
         (project / "four/train" / name).unlink()
+    told = on_two_nodes(project, 2, "precompute", "--cache.path", "four", "--cache.nodes", "2", "--cache.devices", "2")
+    assert "train: 40 rows in four/train, 13 encoded now" in told
+    assert_equal(project / "four", whole)
+
+
+def test_two_nodes_train_like_one_process(project, whole):
+    words = ["--cache.path", "whole", "--train.steps", "6", "--train.log_every", "1"]
+    alone = training.run(parse("train", *words, "--output_dir", "runs/one"))
+    told = on_two_nodes(project, 1, "train", *words, "--output_dir", "runs/two", "--train.nodes", "2")
+    assert "6 steps" in told
+    for step in zip(losses(project / "runs/one"), losses(project / "runs/two"), strict=True):
+        assert step[1] == pytest.approx(step[0], rel=1e-4)
+    assert alone.steps == len(losses(project / "runs/two")) == 6
+
+
+@pytest.mark.parametrize(
+    ("stage", "command", "field"), [(precompute, "precompute", "cache"), (training, "train", "train")]
+)
+def test_machines_that_nobody_introduced_are_refused(project, monkeypatch, stage, command, field):
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError, match=rf"^{field}.nodes is 2, but .*torchrun --nnodes 2"):
+        stage.run(parse(command, f"--{field}.nodes", "2"))
+
+
+def losses(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def on_two_nodes(project, devices, *words):
+    """What the first of two nodes prints, both launched here as in cache/README.md."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--cache.path", "four", "--cache.nodes", "2", "--cache.devices", "2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", str(devices)]
     nodes = [
         subprocess.Popen(
             [
                 *torchrun,
                 *("--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)),
-                *("-m", "siglit", "precompute", "-c", "experiment.yaml", *words),
+                *("-m", "siglit", words[0], "-c", "experiment.yaml", *words[1:]),
             ],
             cwd=project,
             env=ENV,
@@ -83,5 +115,4 @@ def test_two_nodes_of_two_processes_give_the_same_cache(project, whole):
         for node in nodes:
             node.terminate()  # the launcher takes its own with it
     assert [node.returncode for node in nodes] == [0, 0], told
-    assert "train: 40 rows in four/train, 13 encoded now" in told[0]
-    assert_equal(project / "four", whole)
+    return told[0]
