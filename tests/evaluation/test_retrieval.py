@@ -1,5 +1,7 @@
 """Recall@K, median rank and mAP@10 equal what sorting everything gives, and cannot be had by collapsing."""
 
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 
 from siglit.evaluation import retrieval
 from siglit.evaluation.retrieval import fold_metrics, label_accuracy, metrics_by_language, retrieval_metrics
+from tests.conftest import ROOT
 from tests.evaluation.reference import full_ranking, random_set, unit, whole_numbers
 from tests.loss.reference import Watch
 
@@ -230,6 +233,28 @@ def test_no_more_than_a_block_of_scores_is_held(monkeypatch):
     assert warm_up.largest < watch.largest <= max(scores, answers)
     assert watch.peak < 1.5 * (4 + 1) * scores + 3 * 8 * answers < 2000 * 3000
     assert held < 2000 * 3000, "numpy's arrays, and Python's own objects"
+
+
+GROWTH = """
+import numpy as np, torch
+from benchmarks.common import begin_peak, peak
+from siglit.evaluation.retrieval import retrieval_metrics
+torch.set_num_threads(2)
+images, texts = (np.random.default_rng(0).standard_normal((rows, 512), np.float32) for rows in (500, 60_000))
+retrieval_metrics(images[:100], texts[:100], np.arange(100), quiet=True)
+before, how = begin_peak()
+assert how == "VmHWM", how
+retrieval_metrics(images, texts, np.repeat(np.arange(500), 120), quiet=True)
+print((peak() - before) / texts.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the process's high-water mark")
+def test_the_process_grows_by_less_than_half_of_the_texts():
+    """Bytes that the system counts: an allocator that cannot use again what was freed shows nowhere else."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.5
 
 
 def test_languages_are_ranked_by_themselves_and_averaged_without_weights():
