@@ -240,11 +240,11 @@ import numpy as np, torch
 from benchmarks.common import begin_peak, peak
 from siglit.evaluation.retrieval import retrieval_metrics
 torch.set_num_threads(2)
-images, texts = (np.random.default_rng(0).standard_normal((rows, 512), np.float32) for rows in (500, 60_000))
+images, texts = (np.random.default_rng(0).standard_normal((rows, 768), np.float32) for rows in (3_000, 60_000))
 retrieval_metrics(images[:100], texts[:100], np.arange(100), quiet=True)
 before, how = begin_peak()
 assert how == "VmHWM", how
-retrieval_metrics(images, texts, np.repeat(np.arange(500), 120), quiet=True)
+retrieval_metrics(images, texts, np.repeat(np.arange(3_000), 20), quiet=True)
 print((peak() - before) / texts.nbytes)
 """
 
