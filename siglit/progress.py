@@ -22,7 +22,7 @@ class Meter:
 
         Args:
             title: what is being done.
-            total: units to do in all, or None where it is not known.
+            total: units to do in all, or at most, or None where it is not known.
             unit: plural noun of what is counted, such as "images".
             start: units already done before; they count to the total, not to the rate.
             quiet: show nothing (the other ranks of a group).
@@ -30,6 +30,7 @@ class Meter:
         self._title, self._total, self._unit, self._quiet = title, total, unit, quiet
         self._begun, self._start, self.done = time.monotonic(), start, start
         self._note, self._last_line = "", time.monotonic()
+        self._said: int | None = None
         console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -67,10 +68,14 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop showing; say the end, unless the work failed."""
-        if self._bar:
+        """Stop showing; say the end, unless the work failed. The total may have been too large: what is done is all."""
+        told = self._said == self.done == self._total
+        if kind is None and self._total is not None:
+            self._total = self.done
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=self._total, told=self._told())
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and not told:
             self._line()
 
     def _told(self) -> str:
@@ -81,7 +86,7 @@ class Meter:
         return ", ".join(parts) + (f"  {self._note}" if self._note else "")
 
     def _line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._said = time.monotonic(), self.done
         if not self._quiet:
             print(f"{self._title}: {self._told()}", file=sys.stderr, flush=True)
 

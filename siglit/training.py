@@ -192,8 +192,8 @@ class TrainProgress(pl.Callback):
         self._meter.advance(self._batch_size, f"step {trainer.global_step}  {self._note}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the rate."""
-        self._close(None)
+        """Keep the rate; a run that a signal ends has not come to its end."""
+        self._close(None if trainer.global_step >= self._total_steps else KeyboardInterrupt)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the terminal right again."""

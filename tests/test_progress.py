@@ -49,8 +49,15 @@ def test_lines_come_at_most_every_ten_seconds_and_at_the_end(clock, capsys):
             clock.now += 1
             meter.advance(2)
     found = lines(capsys)
-    assert len(found) == 6
-    assert [line.split()[1] for line in found] == ["20", "40", "60", "80", "100", "100"]
+    assert [line.split()[1] for line in found] == ["20", "40", "60", "80", "100"]
+
+
+def test_a_total_that_was_too_large_ends_with_what_was_done(clock, capsys):
+    """A fold of a set, whose other images are counted in the total."""
+    with Meter("work", 100, "steps") as meter:
+        clock.now += 20
+        meter.advance(80)
+    assert lines(capsys) == ["work: 80 of 100 steps, 4/s, 0:05 left", "work: 80 of 80 steps, 4/s"]
 
 
 def test_work_done_before_counts_to_the_total_and_not_to_the_rate(clock, capsys):
@@ -108,6 +115,7 @@ def test_a_terminal_gets_a_bar_with_the_same_words(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "150")
     with Meter("training", 100, "examples") as meter:
         meter.advance(40, "loss 0.5")
+        meter._bar.refresh()
     shown = capsys.readouterr().err
     assert "training" in shown
     assert "40 of 100" in shown
