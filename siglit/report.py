@@ -127,6 +127,7 @@ def collect(
         if step is not None and (result.get("of") or {}).get("step") not in (None, step)
     ]
     kinds = {stem.partition("-")[0] for stem in results}
+    labelled = trained is None or trained.cache.labels is not None
     as_run = folder / "experiment.yaml"
     curves = []
     if (folder / "metrics.csv").is_file():
@@ -152,7 +153,7 @@ def collect(
         "missing": [
             {"title": title, "command": command}
             for kind, (title, command) in report_tables.KINDS.items()
-            if kind not in kinds
+            if kind not in kinds and (labelled or kind not in report_tables.OF_CLASSES)
         ],
         "config": str(as_run) if as_run.is_file() else "EXPERIMENT.yaml",
         "experiment": as_run.read_text(encoding="utf-8") if as_run.is_file() else "",

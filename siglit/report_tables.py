@@ -15,9 +15,13 @@ KINDS = {
     "logits": ("Logits", "eval-logits"),
 }
 """{first word of a result's file: (title, command)}."""
+OF_CLASSES = ("zeroshot", "fewshot", "probe")
+"""Those of them that need labels."""
 
 _DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 _MOST_BARS = 40
+_ENDS = (10, 20, 50, 100)
+"""Per cent that a bar's track may end at; the longest bar decides."""
 
 Row = dict[str, Any]
 """group and name, value (text), chance (a share, or None), and keys: what the paper's figure may be called."""
@@ -141,14 +145,18 @@ def bars(about: str, values: list[tuple[str, Any]], average: float | None) -> di
     """Shares as bars, best first; of very many only the best and the worst.
 
     Returns:
-        {"title", "average" (per cent or None), "rows": [{"name", "percent"} or {"left_out": number of bars}]}.
+        {"title", "average" (per cent or None), "end" (per cent: the length of a bar's track), "rows": [{"name",
+        "percent"} or {"left_out": number of bars}]}.
     """
     known = sorted(((name, v) for name, v in values if _is_number(v)), key=lambda item: -item[1])
     rows: list[dict[str, Any]] = [{"name": name, "percent": 100 * value} for name, value in known]
     if len(rows) > _MOST_BARS:
         half = _MOST_BARS // 2
         rows = [*rows[:half], {"left_out": len(rows) - 2 * half}, *rows[-half:]]
-    return {"title": about, "average": 100 * average if _is_number(average) else None, "rows": rows}
+    mean = 100 * average if average is not None and _is_number(average) else None
+    longest = max((100 * value for _, value in known), default=0.0)
+    end = next((end for end in _ENDS if max(longest, mean or 0.0) <= end), 100)
+    return {"title": about, "average": mean, "end": end, "rows": rows}
 
 
 def _retrieval(result: dict[str, Any]) -> Iterator[Row]:

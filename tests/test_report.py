@@ -169,9 +169,14 @@ def test_a_checkpoint_alone_gives_curves_gallery_and_what_to_run_next(run):
     outline = Outline(page())
     assert outline.sections == ["gallery", "training", "missing", "provenance"]
     told = " ".join(outline.texts)
-    for command in ("eval-retrieval", "eval-zeroshot", "eval-fewshot", "eval-probe", "eval-logits"):
+    for command in ("eval-retrieval", "eval-logits"):
         assert f"siglit {command} -c EXPERIMENT.yaml" in told
+    for command in ("eval-zeroshot", "eval-fewshot", "eval-probe"):
+        assert command not in told, "its images have no labels"
     assert "nothing was evaluated yet" in told
+    shutil.rmtree(run / "checkpoints")
+    for command in ("eval-zeroshot", "eval-fewshot", "eval-probe"):
+        assert f"siglit {command} -c EXPERIMENT.yaml" in " ".join(Outline(page()).texts), "nobody knows of labels"
 
 
 def test_results_alone_give_a_page_too(run):
@@ -371,11 +376,18 @@ def test_the_line_at_the_top_has_one_figure_of_each_kind():
 def test_bars_are_sorted_and_only_the_ends_of_very_many_are_shown():
     picture = bars("accuracy", [(str(n), n / 200) for n in range(200)], 0.5)
     rows = picture["rows"]
-    assert picture["average"] == 50
+    assert (picture["average"], picture["end"]) == (50, 100)
     assert [row["name"] for row in rows[:2]] == ["199", "198"]
     assert rows[-1]["name"] == "0"
     assert rows[20] == {"left_out": 160}
     assert len(rows) == 41
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "end"), [([0.05, 0.1], 0.07, 10), ([0.05], 0.101, 20), ([0.501], None, 100), ([], None, 10)]
+)
+def test_bars_end_at_a_round_number_beyond_the_longest(values, mean, end):
+    assert bars("R@1", [(str(value), value) for value in values], mean)["end"] == end
 
 
 def test_the_nearest_images_are_those_of_the_whole_matrix(monkeypatch):
