@@ -125,10 +125,13 @@ def languages(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     for stem, result in results.items():
         table = dict(result.get("by_language") or {})
         average = table.pop("average", {})
+        both = []
         for way, words in _DIRECTIONS.items():
             values = [(lang, metrics.get(f"{way}/R@1")) for lang, metrics in table.items()]
-            made.append(bars(f"R@1 {words} by language{_of(stem)}", values, average.get(f"{way}/R@1")))
-    return [picture for picture in made if picture["rows"]]
+            both.append(bars(f"R@1 {words} by language{_of(stem)}", values, average.get(f"{way}/R@1")))
+        end = max(picture["end"] for picture in both)  # they stand side by side
+        made += [picture | {"end": end} for picture in both if picture["rows"]]
+    return made
 
 
 def classes(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
