@@ -210,19 +210,22 @@ def compare(
         query_seconds=seconds,
         ms_per_query=1e3 * seconds / len(ztxt),
         nprobe=None if inverted is None else int(inverted.nprobe),
-        sweep=[] if inverted is None else _sweep(built, int(inverted.nlist), ztxt, image_of_text),
+        sweep=[] if inverted is None else _sweep(built, int(inverted.nlist), ztxt, image_of_text, depth),
         file=str(built.path),
     )
 
 
-def _sweep(built: Built, nlist: int, ztxt: np.ndarray, image_of_text: np.ndarray) -> list[Probe]:
-    """R@1 and time with more and more of an inverted file's lists; the index is left with the most."""
+def _sweep(built: Built, nlist: int, ztxt: np.ndarray, image_of_text: np.ndarray, depth: int) -> list[Probe]:
+    """R@1 and time with more and more of an inverted file's lists; the index is left with the most.
+
+    As many answers are asked for as in `compare`: faiss orders images of one score otherwise for fewer of them.
+    """
     space = faiss.ParameterSpace() if built.index is built.kept else faiss.GpuParameterSpace()
     sweep = []
     for lists in sorted({min(lists, nlist) for lists in _NPROBES}):
         space.set_index_parameter(built.index, "nprobe", lists)
         told = f"searching {built.factory}, nprobe {lists}"
-        found, seconds = _searched(told, lambda block: built.index.search(block, 1)[1], ztxt)
+        found, seconds = _searched(told, lambda block: built.index.search(block, depth)[1], ztxt)
         recall = _recall(found, image_of_text, [1])["text_to_image/R@1"]
         sweep.append(Probe(lists, recall, 1e3 * seconds / len(ztxt)))
     return sweep

@@ -95,6 +95,14 @@ def test_an_inverted_file_is_swept_over_its_lists(tmp_path, factory):
         assert found.sweep[-1].recall == found.exact["text_to_image/R@1"]
 
 
+def test_the_sweep_agrees_with_the_figures_above_it(tmp_path):
+    """Codes of four bits give many images one score."""
+    zimg, ztxt, image_of_text = random_set(300, 600, 16)
+    found = approximate("IVF2,PQ2x2", (zimg, ztxt, image_of_text), tmp_path)
+    assert found.nprobe == found.sweep[0].nprobe == 1
+    assert found.sweep[0].recall == found.metrics["text_to_image/R@1"]
+
+
 def test_lists_are_swept_up_to_64(tmp_path):
     found = approximate("IVF100,Flat", random_set(200, 50, 8), tmp_path)
     assert [probe.nprobe for probe in found.sweep] == [1, 4, 16, 64]
