@@ -446,6 +446,16 @@ class Experiment:
                 value = operator.attrgetter(name)(self)
                 if value is not None and not holds(value):
                     raise UserError(f"{name} is {value}, but it must be {bound}")
+        called = self.eval.name or ""
+        if not called.isprintable() or "/" in called or len(called.encode()) > 100:
+            raise UserError(
+                f"eval.name is {called!r:.80}, but it must be a part of a file's name: printable characters without /, "
+                "at most 100 bytes"
+            )
+        if called == "train" or called.endswith("-train"):
+            raise UserError(
+                f"eval.name is {called}, but it must be another: results of that name are those of --eval.split train"
+            )
         for name in _COUNTS:
             value = operator.attrgetter(name)(self)
             try:

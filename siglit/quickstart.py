@@ -59,7 +59,17 @@ def run(experiment: Experiment) -> QuickstartResult:
             "quickstart needs an experiment with data.val and image_tower.weights, like configs/quickstart.yaml"
         )
     asset = importlib.resources.files("siglit") / "assets" / "shapes_vit.safetensors"
+    for split, spec in (("train", experiment.data.train), ("val", experiment.data.val)):
+        if spec.format != "jsonl":
+            raise UserError(
+                f"data.{split} is {spec.format}, but quickstart draws its own images and lists them as jsonl; run "
+                "`siglit precompute` and `siglit train` for images of yours"
+            )
     weights = Path(experiment.image_tower.weights)
+    if weights.exists() and weights.read_bytes() != asset.read_bytes():
+        raise UserError(
+            f"image_tower.weights {weights} holds other weights than quickstart's, which go there; name a new file"
+        )
     weights.parent.mkdir(parents=True, exist_ok=True)
     weights.write_bytes(asset.read_bytes())
     scenes = shapes.draw_scenes(_TRAIN_IMAGES + _VAL_IMAGES, experiment.seed)

@@ -91,9 +91,9 @@ def verdict(results: Mapping[str, dict[str, Any]], trained: Mapping[str, float],
     for kind in KINDS:
         stems = [stem for stem in results if stem.partition("-")[0] == kind]
         stems.sort(key=lambda stem: not any(key.startswith(f"{stem}/") for key in paper))
-        told = next((told for stem in stems if (told := _main_figure(kind, results[stem]))), "")
+        stem, told = next(((stem, told) for stem in stems if (told := _main_figure(kind, results[stem]))), ("", ""))
         if told:
-            where = stems[0].partition("-")[2]
+            where = stem.partition("-")[2]
             parts.append(told + (f" on {where}" if where else ""))
     if not parts:
         told = _first_recalls({key.removeprefix("val/"): value for key, value in trained.items()})

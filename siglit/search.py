@@ -32,10 +32,16 @@ def run(experiment: Experiment, query: str) -> SearchResult:
     """Search the cache of eval.split for the query.
 
     Raises:
-        UserError: the query is empty, or cache and checkpoint do not fit each other.
+        UserError: the query is empty or no text, or cache and checkpoint do not fit each other.
     """
     if not query.strip():
         raise UserError("there is nothing to search for: the query is empty")
+    try:
+        query.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            "the query is not UTF-8; type it in a terminal that is, or convert it (iconv -t utf-8)"
+        ) from error
     trained = open_trained(experiment)
     ztxt = encode_ids(trained.tower, trained.tokenizer([query]), batch_size=1, device=torch.device("cpu"), quiet=True)
     scores, rows = nearest_images(trained.index_path(), ztxt, experiment.eval.top_k)

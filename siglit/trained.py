@@ -24,7 +24,7 @@ from siglit.data.sources import open_source
 from siglit.embedding import embed_source
 from siglit.errors import UserError
 from siglit.evaluation.encoding import unit_rows
-from siglit.evaluation.index import save_index
+from siglit.evaluation.index import is_index_of, save_index
 from siglit.models.image_tower import ImageSide, ImageTower
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
@@ -54,8 +54,8 @@ class Trained:
     """Where `index_path` keeps the index over `zimg`: another cache or head has another file."""
 
     def index_path(self) -> Path:
-        """File of the exact faiss index over `zimg`, written if nobody has asked for it before."""
-        if not self.index_file.exists():
+        """File of the exact faiss index over `zimg`, written if nobody has asked for it before, or if it is damaged."""
+        if not is_index_of(self.index_file, self.zimg):
             save_index(self.zimg, self.index_file)
         return self.index_file
 

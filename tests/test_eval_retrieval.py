@@ -91,6 +91,10 @@ def test_the_index_is_written_once(run_of, trained_folder):
     search.run(parse("eval-retrieval"), "a red square")
     assert list((trained_folder / "runs/small").glob("*.faiss")) == [made]
     assert (made.stat().st_mtime_ns, made.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    whole = made.read_bytes()
+    made.write_bytes(whole[:-100])
+    search.run(parse("eval-retrieval"), "a red square")
+    assert made.read_bytes() == whole  # a damaged one is written again
 
 
 def test_another_cache_or_head_has_another_index(run_of, trained_folder):

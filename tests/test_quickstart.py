@@ -9,7 +9,7 @@ import zipfile
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, siglit
 
 SMALL = (
     "from siglit import quickstart as q; q._TRAIN_IMAGES, q._VAL_IMAGES = 300, 20; from siglit.cli import main; main()"
@@ -68,3 +68,15 @@ def test_quickstart_from_the_wheel(wheel, tmp_path):
         check=True,
     )
     assert "val/0" in found.stdout
+
+
+def test_what_somebody_has_is_not_overwritten(tmp_path):
+    """Weights that are there stay as they are, and a set of another format gets no images drawn into it."""
+    weights = tmp_path / "mine.safetensors"
+    weights.write_bytes(b"mine")
+    for words in (("--image_tower.weights", weights), ("--data.train.format", "xm3600")):
+        done = siglit("quickstart", *words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "quickstart" in done.stderr
+    assert weights.read_bytes() == b"mine"
+    assert not list(tmp_path.rglob("*.png"))

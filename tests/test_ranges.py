@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from siglit import eval_retrieval, precompute, run, training
+from siglit import eval_retrieval, precompute, run, search, training
 from siglit.cli import _parse
 from siglit.errors import UserError
 from tests.conftest import parse, siglit
@@ -37,6 +37,12 @@ from tests.conftest import parse, siglit
         ("data.workers", "-1"),
         ("image_tower.mean", "[0.5]"),
         ("eval.shots", "[]"),
+        ("eval.name", "a/b"),
+        ("eval.name", "a\nb"),
+        ("eval.name", "\udcff"),
+        ("eval.name", "é" * 51),
+        ("eval.name", "train"),
+        ("eval.name", "coco-train"),
         ("eval.shots", "[5, 0]"),
         ("cache.splits", "[]"),
     ],
@@ -104,6 +110,12 @@ def test_without_a_file_the_option_is_named():
 
 def test_search_takes_several_words(experiment):
     assert _parse("search", ["a", "red", "square", "-c", "experiment.yaml"])[1] == {"query": "a red square"}
+
+
+@pytest.mark.parametrize("query", [" ", "\udcff"])
+def test_what_is_no_text_is_not_searched_for(experiment, query):
+    with pytest.raises(UserError, match="the query is"):
+        search.run(parse("eval-retrieval"), query)
 
 
 @pytest.mark.parametrize("stage", [precompute, training, eval_retrieval])

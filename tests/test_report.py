@@ -370,6 +370,7 @@ def test_the_line_at_the_top_has_one_figure_of_each_kind():
         "10 shots per class 50.0 %"
     )
     assert "95.0" in verdict(results, {}, {})
+    assert verdict({"zeroshot": {}, "zeroshot-cifar": {"top1": 0.95}}, {}, {}).endswith(" on cifar")
     assert verdict({}, {"val/text_to_image/R@1": 0.5, "train/loss": 3.0}, {}).startswith("R@1 text → image 50.0")
 
 

@@ -4,6 +4,7 @@ Arrays and files in, numbers out; knows nothing of caches and towers. Rows are u
 Shapes: N images, T texts, D embedding width, K answers.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from siglit.progress import Meter
 _QUERIES_AT_ONCE = 16_384
 _NEIGHBOURS = 10
 _NPROBES = (1, 4, 16, 64)
+_FATAL = re.compile(r"(?<!\d)0+(?!\d)|(?:HNSW1|NSG[12])(?!\d)")
+"""Numbers in a factory string that faiss takes, and then aborts, divides by or searches with for ever."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,15 @@ def save_index(zimg: np.ndarray, path: Path) -> None:
     _write(index, path)
 
 
+def is_index_of(path: Path, zimg: np.ndarray) -> bool:
+    """Tell whether a file is a whole index over as many images of this width; a damaged one is none."""
+    try:
+        kept = _read(path)
+    except (OSError, RuntimeError, MemoryError):
+        return False
+    return (kept.ntotal, kept.d) == zimg.shape
+
+
 def nearest_images(path: Path, ztxt: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Search a saved index; returns (T, K) scores, best first, and (T, K) rows, K = `top_k` or the index's size."""
     index = _read(path)
@@ -121,8 +133,8 @@ def kept_or_built(zimg: np.ndarray, factory: str, path: Path) -> Built:
     """Take the index that `build` has kept under this path, or build it; other images need another path."""
     try:
         note = json.loads(_note(path).read_text(encoding="utf-8"))
-        kept = _read(path)
-        if note["factory"] == factory and kept.ntotal == len(zimg):
+        if note["factory"] == factory and note["blake2b"] == _hash(path) and is_index_of(path, zimg):
+            kept = _read(path)
             return Built(factory, _on_gpus(kept), kept, float(note["seconds"]), path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         pass  # none is there, or no whole one
@@ -142,6 +154,10 @@ def build(zimg: np.ndarray, factory: str, path: Path) -> Built:
     Raises:
         ValueError: faiss knows no such index, or cannot build it over these images.
     """
+    cannot = f"faiss cannot build {factory!r} over {len(zimg):,} images of width {zimg.shape[1]}"
+    fatal = _FATAL.search(factory)
+    if fatal:
+        raise ValueError(f"{cannot}: {fatal[0]} is too small a number")
     try:
         made = faiss.index_factory(zimg.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
         index = _on_gpus(made)
@@ -151,15 +167,15 @@ def build(zimg: np.ndarray, factory: str, path: Path) -> Built:
             index.add(zimg)
             meter.advance(len(zimg))
         seconds = time.perf_counter() - begun
-    except RuntimeError as error:
+        index.search(zimg[:1], 1)  # some are built that cannot be searched
+    except (RuntimeError, MemoryError) as error:
         told = re.sub(r"^Error in .* at \S+:\d+: (Error: '.*' failed: )?", "", " ".join(str(error).split()))
-        raise ValueError(
-            f"faiss cannot build {factory!r} over {len(zimg):,} images of width {zimg.shape[1]}: {told}"
-        ) from error
+        raise ValueError(f"{cannot}: {told}") from error
     kept = index if index is made else faiss.index_gpu_to_cpu(index)
     _note(path).unlink(missing_ok=True)
     _write(kept, path)
-    _note(path).write_text(json.dumps({"factory": factory, "seconds": seconds}), encoding="utf-8")
+    note = {"factory": factory, "seconds": seconds, "blake2b": _hash(path)}
+    _note(path).write_text(json.dumps(note), encoding="utf-8")
     return Built(factory, index, kept, seconds, path)
 
 
@@ -194,19 +210,22 @@ def compare(
         query_seconds=seconds,
         ms_per_query=1e3 * seconds / len(ztxt),
         nprobe=None if inverted is None else int(inverted.nprobe),
-        sweep=[] if inverted is None else _sweep(built, int(inverted.nlist), ztxt, image_of_text),
+        sweep=[] if inverted is None else _sweep(built, int(inverted.nlist), ztxt, image_of_text, depth),
         file=str(built.path),
     )
 
 
-def _sweep(built: Built, nlist: int, ztxt: np.ndarray, image_of_text: np.ndarray) -> list[Probe]:
-    """R@1 and time with more and more of an inverted file's lists; the index is left with the most."""
+def _sweep(built: Built, nlist: int, ztxt: np.ndarray, image_of_text: np.ndarray, depth: int) -> list[Probe]:
+    """R@1 and time with more and more of an inverted file's lists; the index is left with the most.
+
+    As many answers are asked for as in `compare`: faiss orders images of one score otherwise for fewer of them.
+    """
     space = faiss.ParameterSpace() if built.index is built.kept else faiss.GpuParameterSpace()
     sweep = []
     for lists in sorted({min(lists, nlist) for lists in _NPROBES}):
         space.set_index_parameter(built.index, "nprobe", lists)
         told = f"searching {built.factory}, nprobe {lists}"
-        found, seconds = _searched(told, lambda block: built.index.search(block, 1)[1], ztxt)
+        found, seconds = _searched(told, lambda block: built.index.search(block, depth)[1], ztxt)
         recall = _recall(found, image_of_text, [1])["text_to_image/R@1"]
         sweep.append(Probe(lists, recall, 1e3 * seconds / len(ztxt)))
     return sweep
@@ -243,6 +262,11 @@ def _shared(found: np.ndarray, exact: np.ndarray) -> float:
     """Share of the rows of `exact` that stand in the same line of `found`, in any order; both (T, K)."""
     hits = sum(int((found == exact[:, place : place + 1]).any(1).sum()) for place in range(exact.shape[1]))
     return hits / exact.size
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _note(path: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from siglit.evaluation import index
-from siglit.evaluation.index import build, compare, kept_or_built, nearest_images, save_index
+from siglit.evaluation.index import build, compare, is_index_of, kept_or_built, nearest_images, save_index
 from tests.evaluation.reference import random_set
 
 
@@ -95,6 +95,14 @@ def test_an_inverted_file_is_swept_over_its_lists(tmp_path, factory):
         assert found.sweep[-1].recall == found.exact["text_to_image/R@1"]
 
 
+def test_the_sweep_agrees_with_the_figures_above_it(tmp_path):
+    """Codes of four bits give many images one score."""
+    zimg, ztxt, image_of_text = random_set(300, 600, 16)
+    found = approximate("IVF2,PQ2x2", (zimg, ztxt, image_of_text), tmp_path)
+    assert found.nprobe == found.sweep[0].nprobe == 1
+    assert found.sweep[0].recall == found.metrics["text_to_image/R@1"]
+
+
 def test_lists_are_swept_up_to_64(tmp_path):
     found = approximate("IVF100,Flat", random_set(200, 50, 8), tmp_path)
     assert [probe.nprobe for probe in found.sweep] == [1, 4, 16, 64]
@@ -140,6 +148,41 @@ def test_a_kept_index_is_found_again(tmp_path, monkeypatch):
     assert built == ["IVF8,PQ4x4fs"] * 4
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: b"",
+        lambda whole: bytes(5000),
+        lambda whole: whole[:-1],
+        lambda whole: whole[:2000] + bytes(64) + whole[2064:],
+    ],
+)
+def test_a_damaged_index_is_built_again(tmp_path, damage):
+    """Its figures would be those of other vectors."""
+    zimg, *_ = random_set(300, 50, 16)
+    path = tmp_path / "images.faiss"
+    kept_or_built(zimg, "IVF8,Flat", path)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    kept_or_built(zimg, "IVF8,Flat", path)
+    assert path.read_bytes() == whole
+
+
+def test_an_exact_index_is_known_to_be_whole(tmp_path):
+    """Damaged files, and those over other images, are told from it."""
+    zimg, *_ = random_set(30, 5, 16)
+    path = tmp_path / "images.faiss"
+    assert not is_index_of(path, zimg)
+    save_index(zimg, path)
+    assert is_index_of(path, zimg)
+    assert not is_index_of(path, zimg[:20])
+    assert not is_index_of(path, zimg[:, :4])
+    for left in (path.read_bytes()[:-1], path.read_bytes()[:20], b"", b"garbage"):
+        path.write_bytes(left)
+        assert not is_index_of(path, zimg)
+
+
 def test_fewer_images_than_neighbours(tmp_path):
     found = approximate("Flat", random_set(6, 20, 8), tmp_path)
     assert found.neighbours == found.metrics["text_to_image/R@10"] == 1.0
@@ -160,6 +203,9 @@ def test_queries_are_searched_in_parts(tmp_path, monkeypatch):
         ("IVF4,Flat", r"training points \(3\) should be at least as large as number of clusters \(4\)"),
         ("PQ5", "dimension of the vector"),
         ("IDMap,Flat", "add does not make sense"),
+        ("IVF0,Flat", "0 is too small"),
+        ("HNSW0", "0 is too small"),
+        ("IVF2_HNSW1,Flat", "HNSW1 is too small"),
     ],
 )
 def test_an_index_that_cannot_be_built_is_told_in_a_line(tmp_path, factory, told):
@@ -220,7 +266,7 @@ def test_gpus_are_used_where_faiss_has_them(tmp_path, monkeypatch):
     monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda opened: opened.kept, raising=False)
     monkeypatch.setattr(faiss, "GpuParameterSpace", Space, raising=False)
     found = approximate("IVF4,Flat", arrays, tmp_path)
-    assert made[0].searched == 3 * 90
+    assert made[0].searched == 3 * 90 + 1  # and a first one to see that it can be searched
     assert found.metrics == expected.metrics
     assert [p.recall for p in found.sweep] == [p.recall for p in expected.sweep]
 
