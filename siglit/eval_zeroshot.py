@@ -59,6 +59,9 @@ class ZeroshotResult:
             *([] if self.top5 is None else [f"top-5           {100 * self.top5:5.1f}"]),
             f"mean per class  {100 * self.mean_per_class:5.1f}",
         ]
+        absent = sum(share is None for share in self.per_class.values())
+        if absent:
+            lines.append(f"{absent:,} of {len(self.classes):,} classes have no image: are these their names?")
         seen = sorted((share, name) for name, share in self.per_class.items() if share is not None)[:_HARDEST]
         width = max(len("hardest classes"), *(len(name) for _, name in seen))
         lines.append(f"{'hardest classes':<{width}}  right  most often taken for")

@@ -156,7 +156,7 @@ def collect(
             if kind not in kinds and (labelled or kind not in report_tables.OF_CLASSES)
         ],
         "config": str(as_run) if as_run.is_file() else "EXPERIMENT.yaml",
-        "experiment": as_run.read_text(encoding="utf-8") if as_run.is_file() else "",
+        "experiment": as_run.read_text(encoding="utf-8", errors="replace") if as_run.is_file() else "",
         "fingerprint": _indented(trained.cache.fingerprint) if trained else "",
         "made": made_by(),
     }

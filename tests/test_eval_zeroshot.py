@@ -71,6 +71,7 @@ def test_names_in_turn_and_split_and_name_of_the_set(worded):
     assert written["classes"][1] == ["green", "lime"]
     assert list(written["per_class"]) == ["red", "green", "blue", "grey (3)", "grey (4)", "pink"]
     assert written["per_class"]["pink"] is None
+    assert "classes have no image: are these their names?" in str(found)
     assert written["images"] == 40
     assert 0 <= written["top1"] <= written["top5"] <= 1
     assert written["per_class"]["grey (3)"] == 0, "two classes of one name tie, and neither is right"

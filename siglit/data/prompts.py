@@ -7,6 +7,7 @@ import importlib
 import importlib.resources
 import json
 from collections.abc import Sequence
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,17 @@ def _of_open_clip(where: str, option: str) -> Sequence[Any]:
 
 
 def _of_ours(where: str, option: str) -> list[Any]:
-    lists = importlib.resources.files("siglit") / "assets" / option.removeprefix("eval.")
-    names = sorted(file.name.removesuffix(".json") for file in lists.iterdir())
-    name = where.removeprefix(_OURS)
-    if name not in names:
-        raise UserError(f"{option} is {where}, but siglit's lists are {', '.join(_OURS + n for n in names)}")
-    return json.loads((lists / f"{name}.json").read_text(encoding="utf-8"))
+    lists = _own(option)
+    if where not in lists:
+        raise UserError(f"{option} is {where}, but siglit's lists are {', '.join(lists)}")
+    return json.loads(lists[where].read_text(encoding="utf-8"))
+
+
+def _own(option: str) -> dict[str, Traversable]:
+    """{what it is called: file} of the lists that come with the package."""
+    folder = importlib.resources.files("siglit") / "assets" / option.removeprefix("eval.")
+    files = sorted(folder.iterdir(), key=lambda file: file.name)
+    return {_OURS + file.name.removesuffix(".json"): file for file in files}
 
 
 def _entries(where: str, option: str) -> list[Any]:
@@ -117,7 +123,8 @@ def _entries(where: str, option: str) -> list[Any]:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(
-            f"{option} is {where}, but {path} cannot be read: {error.strerror}. Correct the path."
+            f"{option} is {where or 'empty'}, but that is no file to read ({error.strerror}); name a JSON list, a text "
+            f"file with an entry a line, or one of {', '.join(_own(option))}"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}). Convert the file (iconv -t utf-8).") from error

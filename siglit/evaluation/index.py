@@ -93,8 +93,9 @@ class Approximate:
 
     def __str__(self) -> str:
         """Recall in per cent with the gap, then size and speed, then a line for each number of lists."""
+        gap = {name: round(100 * value, 1) + 0.0 for name, value in self.gap.items()}  # + 0.0: no -0.0
         told = [
-            f"{name.removeprefix('text_to_image/')} {100 * value:.1f} ({100 * self.gap[name]:.1f} below exact)"
+            f"{name.removeprefix('text_to_image/')} {100 * value:.1f} ({gap[name]} below exact)"
             for name, value in self.metrics.items()
         ]
         lines = [
