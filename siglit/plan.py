@@ -127,20 +127,20 @@ class Plan:
     def _speed(self) -> str:
         if self.examples_per_second is None:
             return "not known"
-        rate = f"{self.examples_per_second:,.4g} examples/s on one device"
+        rate = f"{_digits(self.examples_per_second)} examples/s on one device"
         if self.probe is None:
             return f"{rate} (given)"
         return (
             f"{rate}, measured here: {self.probe.hardware}; step of {self.probe.pairs:,} random pairs, "
-            f"{self.probe.seconds_per_pair * 1e3:,.3g} ms a pair and {self.probe.optimizer_seconds * 1e3:,.3g} ms for "
-            "the optimiser; without reading and exchange"
+            f"{_digits(self.probe.seconds_per_pair * 1e3)} ms a pair and {_digits(self.probe.optimizer_seconds * 1e3)} "
+            "ms for the optimiser; without reading and exchange"
         )
 
     def _time(self) -> str:
         if self.days is None or self.device_hours is None:
             return "not known"
         return (
-            f"{self.days:,.3g} days, {self.device_hours:,.4g} device-hours on {self.devices} such devices, "
+            f"{_digits(self.days)} days, {_digits(self.device_hours)} device-hours on {self.devices} such devices, "
             "if they scale linearly"
         )
 
@@ -234,6 +234,11 @@ def _planned(experiment: Experiment, gpu_memory: float | None, rate: float | Non
         embedding_width=width,
         checkpoint_bytes=counted.weights + counted.optimizer,
     )
+
+
+def _digits(number: float) -> str:
+    """Three digits or all before the point; never a power of ten."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _bytes(number: int) -> str:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from siglit.plan import _digits
 from tests.conftest import ROOT, parse, siglit
 
 RECIPES = sorted((ROOT / "configs" / "reproductions").glob("*.yaml"))
@@ -215,3 +216,13 @@ def test_recipe_is_as_long_as_the_papers(name, batch, steps):
     train = parse("train", config=str(ROOT / "configs" / "reproductions" / f"{name}.yaml")).train
     assert train.batch_size == batch
     assert total_steps(train, 10**9) == steps
+
+
+def test_large_numbers_are_written_out():
+    assert [_digits(number) for number in (3081.2, 100, 99.96, 2.0581, 0.00123)] == [
+        "3,081",
+        "100",
+        "100",
+        "2.06",
+        "0.00123",
+    ]
