@@ -79,6 +79,7 @@ def test_two_nodes_train_like_one_process(project, whole):
 )
 def test_machines_that_nobody_introduced_are_refused(project, monkeypatch, stage, command, field):
     monkeypatch.chdir(project)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)  # Lightning leaves it after a run of several processes
     with pytest.raises(UserError, match=rf"^{field}.nodes is 2, but .*torchrun --nnodes 2"):
         stage.run(parse(command, f"--{field}.nodes", "2"))
 

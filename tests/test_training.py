@@ -138,6 +138,8 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(project, monkeypatc
     monkeypatch.setattr(TextTower, "forward", lambda self, ids: (passes.append(len(ids)), real(self, ids))[1])
     parts = gradients(parse("train", *words, "--train.micro_batch_size", str(size)), batch)
     assert max(passes) == min(size, 12)
+    last = 12 % size or min(size, 12)
+    assert sum(passes) == 12 + (12 - last), "all but the last one are computed again"
     assert (parts["logit_bias"] is None) == (loss == "softmax")
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-10, atol=1e-12, msg=name)

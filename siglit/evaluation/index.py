@@ -134,11 +134,12 @@ def kept_or_built(zimg: np.ndarray, factory: str, path: Path) -> Built:
     """Take the index that `build` has kept under this path, or build it; other images need another path."""
     try:
         note = json.loads(_note(path).read_text(encoding="utf-8"))
-        if note["factory"] == factory and note["blake2b"] == _hash(path) and is_index_of(path, zimg):
-            kept = _read(path)
+        # faiss is shown no file but the very one that it wrote.
+        kept = _read(path) if note["factory"] == factory and note["blake2b"] == _hash(path) else None
+        if kept is not None and (kept.ntotal, kept.d) == zimg.shape:
             return Built(factory, _on_gpus(kept), kept, float(note["seconds"]), path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
-        pass  # none is there, or no whole one
+        pass  # none is there, or no whole one, or one that faiss writes and cannot read: all are built
     return build(zimg, factory, path)
 
 
