@@ -3,16 +3,36 @@ PYTHON ?= python3
 BIN := .venv/bin
 # torch and torchvision must come from one index; a stray wheel folder would break the pair.
 PIP := PIP_FIND_LINKS= $(BIN)/pip install --quiet --disable-pip-version-check
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: quickstart test check lint format types imports
+.PHONY: quickstart test test-slow test-all test-latest test-oldest check lint format types imports lock
 
 quickstart: .venv/run
 	$(BIN)/siglit quickstart
 
 test: .venv/test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST) -m "not slow"
 
-check: lint types imports test
+test-slow: .venv/test
+	$(PYTEST) -m slow
+
+test-all: .venv/test
+	$(PYTEST)
+
+# The newest release of everything, in an environment of its own. What others deprecate is listed and does not fail.
+test-latest:
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	PIP_FIND_LINKS= .venv-latest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]'
+	HF_HUB_OFFLINE=1 .venv-latest/bin/python -m pytest -n auto \
+		-W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
+
+# The lowest versions that pyproject.toml admits, which have wheels for Python 3.11.
+test-oldest: .venv/uv
+	test -x .venv-oldest/bin/python || $(BIN)/uv venv --quiet --python 3.11 .venv-oldest
+	$(BIN)/uv pip install --quiet --python .venv-oldest --resolution lowest-direct -e '.[test]'
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n auto
+
+check: lint types imports test-all
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -28,12 +48,22 @@ format: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.venv/run: pyproject.toml
+# Resolves every package anew, for all extras and all Pythons, into the versions that the other targets install.
+lock: .venv/uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
+		--no-emit-index-url --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
+
+.venv/run: pyproject.toml constraints.txt
 	@echo "installing siglit and its packages into .venv (some minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) -e .
+	$(PIP) -c constraints.txt -e .
 	touch $@
 
 .venv/test: .venv/run
-	$(PIP) -e '.[test]'
+	$(PIP) -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv/uv:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) uv
 	touch $@

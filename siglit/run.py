@@ -42,7 +42,6 @@ def quiet_lightning() -> None:
         ".*does not have many workers",
         ".*The number of training batches .* is smaller than the logging interval",
         ".*LeafSpec.* is deprecated",
-        ".*torch.distributed.* is deprecated",
         "FSDP2-wrapped module .* returned a view tensor",  # nothing here changes embeddings in place
     ):
         warnings.filterwarnings("ignore", message=harmless)

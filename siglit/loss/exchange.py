@@ -51,7 +51,9 @@ def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
     if ranks == 1:
         return rows
     gathered = rows.new_empty(ranks * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows, group=group)
+    # torch 2.14 renamed it and warns of the old name, which is all that earlier versions have.
+    all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    all_gather(gathered, rows, group=group)
     return gathered
 
 
