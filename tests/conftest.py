@@ -6,16 +6,18 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+from tests import forks
+
+ROOT = forks.ROOT
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and every process they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,17 +29,15 @@ TOWER = {
 
 
 def siglit(*words, cwd, check=None, env=None, **options):
-    """Run the command as a user would, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "siglit", *map(str, words)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,
-    )
+    """Run the command as a user would, in a process of its own: a fork, unless there are options of subprocess.run."""
+    words = [*map(str, words)]
+    if options:
+        command, env = [sys.executable, "-m", "siglit", *words], {**os.environ, **forks.ENV, **(env or {})}
+        done = subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False, **options
+        )
+    else:
+        done = forks.run(words, cwd, env or {})
     if check is not None:
         assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -70,10 +70,36 @@ def tower_weights(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, tower_weights):
+    """What the tests' folders are copied from, made once: the project, its caches and a run of it; nobody changes it.
+
+    Figures of the tower are checked in test_precompute, those of training in test_training.
+    """
+    from siglit import precompute, training
+
+    folder = make_project(tmp_path_factory.mktemp("prepared"), tower_weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        precompute.run(parse("precompute"))
+        training.run(parse("train"))
+    return folder
+
+
 @pytest.fixture
-def project(tmp_path, tower_weights):
+def project(tmp_path, prepared):
     """A folder with train.csv (40 pictures), val.csv (12) and an experiment.yaml that trains in seconds."""
-    return make_project(tmp_path, tower_weights)
+    for name in ("images", "train.csv", "val.csv", "experiment.yaml"):
+        copy(prepared / name, tmp_path)
+    return tmp_path
+
+
+def copy(path, folder):
+    """Copy a file or a folder into another folder."""
+    if path.is_dir():
+        shutil.copytree(path, folder / path.name)
+    else:
+        shutil.copy(path, folder)
 
 
 def make_project(tmp_path, tower_weights):
@@ -134,6 +160,24 @@ def experiment(project, monkeypatch):
     """The project's experiment, parsed; the test works in its folder."""
     monkeypatch.chdir(project)
     return parse("train")
+
+
+@pytest.fixture
+def cached(experiment, prepared, project):
+    """The project's experiment with its caches made."""
+    copy(prepared / "cache", project)
+    (project / "runs/small").mkdir(parents=True)
+    summary = json.loads((prepared / "runs/small/summary.json").read_text())
+    (project / "runs/small/summary.json").write_text(json.dumps({"precompute": summary["precompute"]}))
+    return experiment
+
+
+@pytest.fixture
+def trained(cached, prepared, project):
+    """The project's experiment, cached and trained for its 6 steps."""
+    shutil.rmtree(project / "runs")
+    copy(prepared / "runs", project)
+    return cached
 
 
 def parse(command, *words, config="experiment.yaml"):

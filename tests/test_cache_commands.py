@@ -59,8 +59,7 @@ def test_verify_lists_one_problem_per_line(tmp_path, capsys):
     assert cache.shard_paths[0].exists()
 
 
-def test_repair_deletes_what_precompute_makes_again(experiment, capsys):
-    precompute.run(experiment)
+def test_repair_deletes_what_precompute_makes_again(cached, capsys):
     folder = "cache/small/train"
     cache = EmbeddingCache(folder)
     before = {path.name: path.read_bytes() for path in cache.path.iterdir()}
@@ -72,7 +71,7 @@ def test_repair_deletes_what_precompute_makes_again(experiment, capsys):
     assert {path.name for path in cache.path.iterdir()} == {
         n for n in before if n[6:12] not in ("000001", "000003")
     } - {"index.json"}
-    assert precompute.run(experiment).splits["train"].encoded_now == 16
+    assert precompute.run(cached).splits["train"].encoded_now == 16
     assert {path.name: path.read_bytes() for path in cache.path.iterdir()} == before
     assert run(capsys, "verify", folder, "--repair")[0] == 0
 

@@ -31,8 +31,7 @@ def test_it_finds_what_training_would_find(experiment):
         dry_run.run(experiment)
 
 
-def test_a_locked_run_has_no_image_parameters(experiment, project):
-    precompute.run(experiment)
+def test_a_locked_run_has_no_image_parameters(cached, project):
     done = siglit("train", "-c", "experiment.yaml", "--dry-run", cwd=project, check=0)
     assert "image_tower" not in done.stdout
     assert "text_tower" in done.stdout

@@ -87,17 +87,16 @@ def test_micro_batches_of_both_towers_train_like_whole_ones(experiment, project)
     assert losses(project / "runs/2") == pytest.approx(losses(project / "runs/1"), rel=1e-4)
 
 
-def test_a_head_on_locked_rows_is_trained_and_evaluated(experiment, project):
-    precompute.run(experiment)
-    experiment = parse("train", "--image_tower.head", "24")
-    result = training.run(experiment)
+def test_a_head_on_locked_rows_is_trained_and_evaluated(cached, project):
+    cached = parse("train", "--image_tower.head", "24")
+    result = training.run(cached)
     head = weights(project / "runs/small")["image_tower.head.weight"]
     assert head.shape == (24, 48)
-    trained = open_trained(experiment)
+    trained = open_trained(cached)
     rows = torch.from_numpy(trained.cache.gather(np.arange(12))).float()
     expected = torch.nn.functional.normalize(rows @ head.T, dim=1)
     np.testing.assert_allclose(trained.zimg, expected.numpy(), atol=1e-6)
-    found = eval_retrieval.run(experiment).metrics
+    found = eval_retrieval.run(cached).metrics
     assert found["text_to_image/R@1"] == pytest.approx(result.metrics["val/text_to_image/R@1"])
     with pytest.raises(UserError, match=r"image_tower.head 24"):
         eval_retrieval.run(parse("eval-retrieval"))
@@ -114,15 +113,13 @@ def test_what_does_not_fit_a_mode_is_told(experiment, project):
         eval_retrieval.run(parse("eval-retrieval", "--mode", "scratch"))
 
 
-def test_a_locked_run_decodes_no_image(experiment, project, monkeypatch):
-    precompute.run(experiment)
+def test_a_locked_run_decodes_no_image(cached, project, monkeypatch):
     for picture in (project / "images").iterdir():
         picture.unlink()
-    assert training.run(experiment).steps == 6
+    assert training.run(cached).steps == 6
 
 
-def test_noise_images_reach_training_on_a_cache(experiment, project):
-    precompute.run(experiment)
+def test_noise_images_reach_training_on_a_cache(cached, project):
     words = ["--data.corrupt", "[image, text, alignment]", "--data.corrupt_share", "0.5"]
     training.run(parse("train", *words))
     pool = np.load(next((project / "runs/small").glob("noise-*.npy")))

@@ -61,10 +61,9 @@ def test_a_rank_that_had_nothing_to_do_has_a_result_too():
     assert str(precompute.PrecomputeResult({"val": split})) == "val: 8 rows in p, 8 encoded now, 8 images/s"
 
 
-def test_a_second_run_encodes_nothing(experiment):
-    precompute.run(experiment)
+def test_a_second_run_encodes_nothing(cached):
     before = {p: p.stat().st_mtime_ns for p in EmbeddingCache("cache/small/train").path.iterdir()}
-    assert precompute.run(experiment).splits["train"].encoded_now == 0
+    assert precompute.run(cached).splits["train"].encoded_now == 0
     assert {p: p.stat().st_mtime_ns for p in EmbeddingCache("cache/small/train").path.iterdir()} == before
 
 
@@ -206,8 +205,7 @@ def test_only_the_splits_that_are_asked_for_are_made(experiment, project):
         precompute.run(parse("precompute", "--cache.splits", "[val]", "--data.val", "null"))
 
 
-def test_a_cache_of_another_tower_is_never_mixed(experiment):
-    precompute.run(experiment)
+def test_a_cache_of_another_tower_is_never_mixed(cached):
     before = rows_by_key("cache/small/train")
     with pytest.raises(ValueError, match=r"image_tower.pooling: 'tower' here, 'avg' asked for"):
         precompute.run(parse("precompute", "--image_tower.pooling", "avg"))
@@ -229,12 +227,11 @@ def test_a_draft_reads_large_jpegs_at_a_reduced_scale(project, monkeypatch):
         precompute.run(parse("precompute", "--cache.path", "full", "--image_tower.jpeg_draft", "true"))
 
 
-def test_a_changed_listing_is_noticed(experiment, project):
-    precompute.run(experiment)
+def test_a_changed_listing_is_noticed(cached, project):
     with (project / "train.csv").open("a") as file:
         file.write("images/0040.png,one more\n")
     with pytest.raises(ValueError, match="source"):
-        precompute.run(experiment)
+        precompute.run(cached)
 
 
 @pytest.mark.parametrize("problem", ["full", "read-only"])

@@ -129,14 +129,13 @@ def test_cuda_is_refused_where_there_is_none(experiment, monkeypatch, stage):
         stage.run(parse("train", f"--{section}.accelerator", "cuda"))
 
 
-def test_training_notices_that_the_captions_changed(experiment, project):
+def test_training_notices_that_the_captions_changed(cached, project):
     """The cache is of the CSV as it was; where there is no CSV at all, the cache is trusted."""
-    precompute.run(experiment)
     write(project / "train.csv", "images/0000.png,another caption\n")
     with pytest.raises(UserError, match="source"):
-        training.run(experiment)
+        training.run(cached)
     (project / "train.csv").unlink()
-    training.run(experiment)
+    training.run(cached)
 
 
 def test_too_many_bad_images_leave_a_cache_that_is_not_complete(experiment, project):
@@ -168,16 +167,13 @@ def test_a_refused_train_leaves_the_record_of_the_real_one(project):
     assert (project / "runs/small/experiment.yaml").read_text() == record
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(experiment):
-    precompute.run(experiment)
+def test_a_loss_that_is_not_a_number_stops_the_run(cached):
     with pytest.raises(RuntimeError, match="the loss is nan at step"):
         training.run(parse("train", "--optim.lr", "1e9", "--optim.clip", "0", "--train.steps", "40"))
 
 
-def test_evaluation_of_the_training_cache_has_a_file_of_its_own(experiment, project):
-    precompute.run(experiment)
-    training.run(experiment)
-    eval_retrieval.run(experiment)
+def test_evaluation_of_the_training_cache_has_a_file_of_its_own(trained, project):
+    eval_retrieval.run(trained)
     held_out = (project / "runs/small/retrieval.json").read_bytes()
     eval_retrieval.run(parse("eval-retrieval", "--eval.split", "train"))
     assert (project / "runs/small/retrieval.json").read_bytes() == held_out

@@ -20,13 +20,6 @@ from siglit.trained import open_trained
 from tests.conftest import parse, siglit
 
 
-@pytest.fixture
-def cached(experiment):
-    """The project's experiment with its caches made; figures of the tower are checked in test_precompute."""
-    precompute.run(experiment)
-    return experiment
-
-
 def weights(folder):
     """State dict of a run's last checkpoint."""
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -50,10 +43,9 @@ def test_training_learns_and_leaves_what_it_promises(cached, project):
     assert (folder / "tokenizer.model").exists()
 
 
-def test_the_trained_text_tower_is_what_is_evaluated(cached, project):
+def test_the_trained_text_tower_is_what_is_evaluated(trained, project):
     """retrieval.json equals a plain computation from the checkpoint, the cache and a full score matrix."""
-    training.run(cached)
-    result = eval_retrieval.run(cached)
+    result = eval_retrieval.run(trained)
     written = json.loads((project / "runs/small/retrieval.json").read_text())
     assert written["text_to_image/R@1"] == result.metrics["text_to_image/R@1"]
     cache = EmbeddingCache("cache/small/val")
@@ -61,8 +53,8 @@ def test_the_trained_text_tower_is_what_is_evaluated(cached, project):
     tower = TextTower(parse("train").text_tower, **state["siglit"]["built_for"])
     prefix = "text_tower."
     tower.load_state_dict({k.removeprefix(prefix): v for k, v in state["state_dict"].items() if k.startswith(prefix)})
-    trained = open_trained(cached)
-    ids = torch.from_numpy(trained.tokenizer([cache.caption(i) for i in range(24)])).long()
+    run = open_trained(trained)
+    ids = torch.from_numpy(run.tokenizer([cache.caption(i) for i in range(24)])).long()
     with torch.inference_mode():
         ztxt = torch.nn.functional.normalize(tower.eval()(ids), dim=1).numpy()
     zimg = cache.gather(np.arange(12)).astype(np.float32)
@@ -228,14 +220,12 @@ def test_the_shuffle_is_chosen_once_said_once_and_kept(cached, project, monkeypa
         training.run(parse("train", "--train.val_every", "1", "--train.resume", "true", "--train.shuffle", "rows"))
 
 
-def test_an_earlier_run_is_not_overwritten(cached):
-    training.run(cached)
+def test_an_earlier_run_is_not_overwritten(trained):
     with pytest.raises(UserError, match="--train.resume true"):
-        training.run(cached)
+        training.run(trained)
 
 
-def test_a_run_is_not_resumed_as_another(cached):
-    training.run(cached)
+def test_a_run_is_not_resumed_as_another(trained):
     with pytest.raises(UserError, match="cannot resume.*text_tower"):
         training.run(parse("train", "--train.resume", "true", "--text_tower.depth", "2"))
     with pytest.raises(UserError, match="cannot resume.*batch_size"):
@@ -265,8 +255,7 @@ def test_a_resumed_run_takes_the_rate_that_is_asked_for_now(cached, project, ask
         (["--tokenizer.length", "9"], "built_for.length 8, the experiment asks for 9"),
     ],
 )
-def test_momentum_is_not_taken_for_what_it_is_not(cached, words, told):
-    training.run(cached)
+def test_momentum_is_not_taken_for_what_it_is_not(trained, words, told):
     with pytest.raises(UserError, match=f"cannot resume.*{told}") as error:
         training.run(parse("train", "--train.resume", "true", "--train.steps", "8", *words))
     assert len(str(error.value)) < 300
@@ -307,8 +296,7 @@ def test_settings_that_cannot_work_are_told(cached, words, told):
         training.run(parse("train", *words))
 
 
-def test_the_tokenizer_of_other_settings_is_not_taken(cached):
-    training.run(cached)
+def test_the_tokenizer_of_other_settings_is_not_taken(trained):
     with pytest.raises(UserError, match="vocab_size 320"):
         training.run(parse("train", "--train.resume", "true", "--tokenizer.vocab_size", "330"))
 
