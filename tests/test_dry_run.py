@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from siglit import dry_run, precompute
+from siglit import dry_run
 from siglit.errors import UserError
 from tests.conftest import parse, siglit
 

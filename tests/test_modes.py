@@ -73,6 +73,7 @@ def test_unlocked_starts_from_the_weights_and_scratch_does_not(experiment, proje
         assert torch.equal(found, start) == (mode == "unlocked")
 
 
+@pytest.mark.slow
 def test_two_devices_train_both_towers_like_one(experiment, project):
     training.run(parse("train", "--mode", "unlocked", "--output_dir", "runs/1"))
     words = ["--mode", "unlocked", "--output_dir", "runs/2", "--tokenizer.path", "runs/1/tokenizer.model"]

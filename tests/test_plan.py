@@ -71,6 +71,7 @@ def small(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is Linux's")
 @pytest.mark.parametrize(
     "words",
@@ -184,7 +185,13 @@ def test_every_experiment_file_parses_and_its_model_is_one_of_timms(path):
     assert model in timm.list_pretrained() or timm.is_model(model)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem == "siglit_b8_l12" else pytest.mark.slow)
+        for path in RECIPES
+    ],
+)
 def test_recipe_fits_four_devices_of_80_gib_as_it_stands(path, tmp_path, monkeypatch):
     """Nothing is computed, so the largest towers are planned in seconds."""
     from siglit import plan

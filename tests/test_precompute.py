@@ -67,6 +67,7 @@ def test_a_second_run_encodes_nothing(cached):
     assert {p: p.stat().st_mtime_ns for p in EmbeddingCache("cache/small/train").path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_equals_undisturbed(project):
     """SIGKILL at random moments, then a restart: the same rows by key, byte for byte."""
     siglit("precompute", "-c", "experiment.yaml", "--cache.path", "whole", cwd=project, check=0)
@@ -149,6 +150,7 @@ def test_retry_deletes_nothing_of_other_settings(experiment, project):
     assert rows_by_key("cache/small/train") == before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker:UserWarning")
 def test_rows_do_not_depend_on_workers_batches_or_processes(project, monkeypatch):
     """Equal by key to within float16 rounding: 1 or 4 workers, 1 or 2 processes, batches of 1 or 64."""

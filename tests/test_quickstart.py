@@ -9,7 +9,9 @@ import zipfile
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, siglit
+from siglit import quickstart as stage
+from siglit.cli import packaged_config
+from tests.conftest import ROOT, parse, siglit
 
 SMALL = (
     "from siglit import quickstart as q; q._TRAIN_IMAGES, q._VAL_IMAGES = 300, 20; from siglit.cli import main; main()"
@@ -48,6 +50,7 @@ def test_the_wheel_holds_configs_and_small_assets(wheel):
     assert not (wheel / "tests").exists()
 
 
+@pytest.mark.slow
 def test_quickstart_from_the_wheel(wheel, tmp_path):
     done = quickstart(wheel, tmp_path, *FEW_STEPS)
     assert done.returncode == 0, done.stderr
@@ -68,6 +71,17 @@ def test_quickstart_from_the_wheel(wheel, tmp_path):
         check=True,
     )
     assert "val/0" in found.stdout
+
+
+def test_quickstart_leaves_figures_and_a_picture(tmp_path, monkeypatch):
+    """All of its way, on a few images and in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage, "_TRAIN_IMAGES", 300)
+    monkeypatch.setattr(stage, "_VAL_IMAGES", 20)
+    stage.run(parse("quickstart", *FEW_STEPS, config=packaged_config("quickstart.yaml")))
+    assert "text_to_image/R@1" in json.loads((tmp_path / "runs/quickstart/retrieval.json").read_text())
+    with Image.open(tmp_path / "runs/quickstart/retrieval.png") as picture:
+        assert picture.size[0] > 800
 
 
 def test_what_somebody_has_is_not_overwritten(tmp_path):

@@ -180,6 +180,7 @@ def cut_off_in_step(step):
             training.run(experiment("stopped"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_stopped_at_every_step_in_turn(mode, place, folder, monkeypatch):
     """With dropout in the text tower; inside and at the end of a pass, with and without a checkpoint of its own."""
@@ -205,8 +206,15 @@ def test_stopped_at_every_step_in_turn(mode, place, folder, monkeypatch):
     assert losses != [row["train/loss"] for row in table(place / f"runs/plain-{mode}") if row["train/loss"]]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    ("devices", "number", "code"),
+    [
+        (1, signal.SIGTERM, 143),
+        pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_the_first_process_saves_and_stops_all(place, folder, whole, number, code, devices):
     process = start(place, "stopped", devices, 4, number)
     _, err = process.communicate(timeout=240)
@@ -220,6 +228,7 @@ def test_a_signal_to_the_first_process_saves_and_stops_all(place, folder, whole,
     assert_equal(folder, whole(devices=devices))
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_finds_the_workers_at_work_until_the_step_is_saved(place, folder, whole):
     """As `timeout` and SLURM send it; a worker that went before would take the batch with it."""
     process = start(place, "stopped", 1, 4, signal.SIGTERM, mode="unlocked", group="all")
@@ -231,6 +240,7 @@ def test_a_signal_to_all_processes_finds_the_workers_at_work_until_the_step_is_s
     assert_equal(folder, whole("unlocked"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["", "all"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_who_was_stopped_is_gone_at_once_also_with_workers_at_work(place, folder, number, group):
@@ -242,6 +252,7 @@ def test_who_was_stopped_is_gone_at_once_also_with_workers_at_work(place, folder
     assert "stopped at step 4 of 7" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_at_random_moments(place, folder, whole, mode):
     """SIGKILL to the first process of 1 and 2 in turn, which no other outlives; SIGLIT_KILL_ROUNDS kills."""

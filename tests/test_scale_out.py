@@ -39,6 +39,7 @@ def assert_equal(folder, whole):
     assert not list(folder.rglob("*.tmp*"))
 
 
+@pytest.mark.slow
 def test_two_restarts_with_other_numbers_of_processes_give_the_same_cache(project, whole):
     """4 processes are killed amid their work, then 3 are, and 1 finishes."""
     there = 0
@@ -54,6 +55,7 @@ def test_two_restarts_with_other_numbers_of_processes_give_the_same_cache(projec
     assert_equal(project / "killed", whole)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_two_processes_give_the_same_cache(project, whole):
     """Launched as in cache/README.md, on shards of which some are there: 4 processes go on where 1 stopped."""
     precompute.run(parse("precompute", "--cache.path", "four"))
@@ -64,6 +66,7 @@ def test_two_nodes_of_two_processes_give_the_same_cache(project, whole):
     assert_equal(project / "four", whole)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_like_one_process(project, whole):
     words = ["--cache.path", "whole", "--train.steps", "6", "--train.log_every", "1"]
     alone = training.run(parse("train", *words, "--output_dir", "runs/one"))

@@ -100,8 +100,15 @@ def test_what_a_library_makes_of_a_signal_is_still_the_signal():
         raise ValueError("our own")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    ("devices", "number", "code"),
+    [
+        (1, signal.SIGTERM, 143),
+        pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_stops_at_once(slow, number, code, devices):
     """Exit code, one line, no process left; SIGTERM to the first process, Ctrl-C to all as a terminal sends it."""
     process = start(slow, "stopped", "--cache.devices", str(devices))
@@ -139,6 +146,8 @@ def test_a_signal_that_meets_a_destructor_is_not_lost(number, kind, monkeypatch)
     assert (signal.getsignal(number), sys.unraisablehook) == before
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_killed_alone_ends_the_run(slow, rank):
     """The others do not wait for it; a restart completes, equal to an undisturbed run."""
@@ -158,6 +167,7 @@ def test_one_rank_killed_alone_ends_the_run(slow, rank):
         assert not list((slow / "killed" / split).glob("*.tmp*"))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_equals_undisturbed(slow):
     """SIGKILL to the whole run over all of its life, 1 and 2 processes in turn; SIGLIT_KILL_ROUNDS moments.
 
@@ -205,7 +215,7 @@ def test_killed_at_random_moments_equals_undisturbed(slow):
         shutil.rmtree(killed)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_run_on_the_same_folder_names_the_first(project, devices):
     with exclusive(project / "mine" / "val"):
         words = ["--cache.path", "mine", "--cache.devices", str(devices)]

@@ -122,6 +122,8 @@ def test_two_sharded_devices_train_like_one(mode, plain, sharded):
     assert_close(sharded(mode), plain(mode))
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_sharded_run_evaluates(plain, sharded):
     one, two = (
         eval_retrieval.run(parse("eval-retrieval", *words(made("unlocked").name, "unlocked")))
@@ -130,6 +132,7 @@ def test_a_sharded_run_evaluates(plain, sharded):
     assert two.metrics == pytest.approx(one.metrics)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_stopped_amid_a_pass_goes_on_exactly_or_unsharded(place, plain, sharded):
     """With FSDP2 bit for bit; in one process, and from one process's checkpoint, but for rounding."""
     process = start(place, "stopped", 2, 5, signal.SIGTERM, *words("stopped", "unlocked"), *FSDP2)
@@ -143,6 +146,7 @@ def test_a_sharded_run_stopped_amid_a_pass_goes_on_exactly_or_unsharded(place, p
     assert_close(place / "runs/alone", plain("unlocked"))
 
 
+@pytest.mark.slow
 def test_a_plain_run_goes_on_sharded(place, plain):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
@@ -175,6 +179,7 @@ def eager(place):
     return place / "runs/eager"
 
 
+@pytest.mark.slow
 def test_compiled_towers_train_like_plain_ones(place, eager):
     """Both towers, in micro-batches, with validation; nothing of it is seen in the checkpoint, which evaluates."""
     more = ["--train.compile", "true", "--train.micro_batch_size", "8", "--output_dir", "runs/compiled"]

@@ -154,6 +154,7 @@ def test_gradients_of_several_batches_are_not_added_up(cached, monkeypatch):
         SigLiT(cached, 1).on_fit_start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -80,6 +80,7 @@ def trained(listing, whose, processes, exchange):
     return losses, kept["state_dict"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("open_clip_train", "pandas", "webdataset"))),
     reason="open_clip_torch[training] is not installed",
