@@ -147,7 +147,6 @@ def test_a_signal_that_meets_a_destructor_is_not_lost(number, kind, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_killed_alone_ends_the_run(slow, rank):
     """The others do not wait for it; a restart completes, equal to an undisturbed run."""
