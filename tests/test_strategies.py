@@ -123,7 +123,6 @@ def test_two_sharded_devices_train_like_one(mode, plain, sharded):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_sharded_run_evaluates(plain, sharded):
     one, two = (
         eval_retrieval.run(parse("eval-retrieval", *words(made("unlocked").name, "unlocked")))
