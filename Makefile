@@ -4,6 +4,8 @@ BIN := .venv/bin
 # torch and torchvision must come from one index; a stray wheel folder would break the pair.
 PIP := PIP_FIND_LINKS= $(BIN)/pip install --quiet --disable-pip-version-check
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
+# Among versions that nobody has tried together, what one package deprecates in another is listed and does not fail.
+LISTED := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
 .PHONY: quickstart test test-slow test-all test-latest test-oldest check lint format types imports lock
 
@@ -19,18 +21,17 @@ test-slow: .venv/test
 test-all: .venv/test
 	$(PYTEST)
 
-# The newest release of everything, in an environment of its own. What others deprecate is listed and does not fail.
+# The newest release of everything, in an environment of its own.
 test-latest:
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	PIP_FIND_LINKS= .venv-latest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]'
-	HF_HUB_OFFLINE=1 .venv-latest/bin/python -m pytest -n auto \
-		-W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
+	HF_HUB_OFFLINE=1 .venv-latest/bin/python -m pytest -n auto $(LISTED)
 
 # The lowest versions that pyproject.toml admits, which have wheels for Python 3.11.
 test-oldest: .venv/uv
 	test -x .venv-oldest/bin/python || $(BIN)/uv venv --quiet --python 3.11 .venv-oldest
 	$(BIN)/uv pip install --quiet --python .venv-oldest --resolution lowest-direct -e '.[test]'
-	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n auto
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n auto $(LISTED)
 
 check: lint types imports test-all
 
