@@ -22,6 +22,7 @@ from torch import nn
 
 from siglit.config import ImageTowerConfig
 from siglit.errors import UserError
+from siglit.models.unread import freeze_unread, graph_only
 from siglit.paths import expand
 
 _LOCAL = "local-dir:"
@@ -33,6 +34,7 @@ class ImageTower(nn.Module):
 
     Attributes:
         pretrained: names of the parameters that came from weights, as in `named_parameters`.
+        unread: names of those that the pooling never reads; in a trainable tower they are frozen and listed.
     """
 
     def __init__(self, config: ImageTowerConfig, *, trainable: bool = False):
@@ -40,7 +42,7 @@ class ImageTower(nn.Module):
 
         Args:
             config: which tower, and what to load.
-            trainable: its parameters require gradients; otherwise it is frozen and in evaluation mode.
+            trainable: the parameters that it reads require gradients; otherwise it is frozen and in evaluation mode.
 
         Raises:
             UserError: the name is unknown, the weights cannot be had or do not fit, or the tower lacks the pooling.
@@ -63,9 +65,11 @@ class ImageTower(nn.Module):
         self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1) * 255, persistent=False)
-        self.eval()
-        self.embedding_width = self._probe()
-        self.requires_grad_(trainable).train(trainable)
+        self.eval().requires_grad_(trainable)
+        row = self._probe()
+        self.embedding_width = row.shape[1]
+        self.unread = freeze_unread(self, row)
+        self.train(trainable)
         loaded = config.pretrained or config.weights is not None
         self.pretrained = frozenset(name for name, _ in self.named_parameters()) if loaded else frozenset[str]()
 
@@ -127,22 +131,23 @@ class ImageTower(nn.Module):
             },
         }
 
-    def _probe(self) -> int:
+    def _probe(self) -> torch.Tensor:
+        """Embed a blank image as (1, D)."""
         blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
         try:
-            with torch.inference_mode():
-                shape = self(blank).shape
+            with graph_only():
+                row: torch.Tensor = self(blank)
         except (AssertionError, RuntimeError) as error:
             raise UserError(
                 f"{self.config.model} does not take images of {self.image_size} pixels ({_first_line(error)}); "
                 "set image_tower.image_size, or image_tower.model_args.img_size"
             ) from error
-        if len(shape) != 2:
+        if row.ndim != 2:
             raise UserError(
-                f"{self.config.model} with pooling {self.config.pooling!r} gives {tuple(shape)} instead of one row per "
-                "image; choose another image_tower.pooling or set model_args.global_pool"
+                f"{self.config.model} with pooling {self.config.pooling!r} gives {tuple(row.shape)} instead of one row "
+                "per image; choose another image_tower.pooling or set model_args.global_pool"
             )
-        return shape[1]
+        return row
 
 
 class ImageSide(nn.Module):
@@ -151,6 +156,7 @@ class ImageSide(nn.Module):
     Attributes:
         dim: width of the embeddings.
         pretrained: names of the parameters that came from weights, as in `named_parameters`.
+        unread: names of those that the tower never reads, and that are frozen for it.
     """
 
     def __init__(self, tower: ImageTower | None, *, width: int, head: int | None):
@@ -160,6 +166,7 @@ class ImageSide(nn.Module):
         self.head = nn.Linear(width, head, bias=False) if head else None
         self.dim = head or width
         self.pretrained = frozenset(f"tower.{name}" for name in tower.pretrained) if tower else frozenset[str]()
+        self.unread = [f"tower.{name}" for name in tower.unread] if tower else []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed (N, 3, H, W) uint8 pixels, or (N, width) rows of the cache, as (N, dim), not normalised."""
