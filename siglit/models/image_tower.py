@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch import nn
 
 from siglit.config import ImageTowerConfig
 from siglit.errors import UserError
+from siglit.models.hub import hub_or_cache
 from siglit.models.unread import freeze_unread, graph_only
 from siglit.paths import expand
 
 _LOCAL = "local-dir:"
+_HUB = ("hf-hub:", "hf_hub:")
 _TOKEN_POOLINGS = ("cls", "avg", "map", "cls+avg")
 
 
@@ -177,19 +180,17 @@ class ImageSide(nn.Module):
 def _build(config: ImageTowerConfig) -> nn.Module:
     folder = config.model.removeprefix(_LOCAL) if config.model.startswith(_LOCAL) else None
     name = config.model if folder is None else _LOCAL + (folder := expand(folder, "image_tower.model"))
-    known = config.model.startswith((_LOCAL, "hf-hub:", "hf_hub:")) or timm.is_model(config.model.split(".")[0])
+    known = config.model.startswith((_LOCAL, *_HUB)) or timm.is_model(config.model.split(".")[0])
     if not known:
         near = difflib.get_close_matches(config.model.split(".")[0], timm.list_models(), n=5)
         hint = f"names like it: {', '.join(near)}" if near else "see timm.list_models()"
         raise UserError(f"timm {timm.__version__} has no image_tower.model {config.model!r}; {hint}")
+    # timm lets missing tensors of a folder pass, as there is no head; `_load_weights` does not.
+    pretrained = config.pretrained and config.weights is None and folder is None
+    by_hub = pretrained or name.startswith(_HUB)
     try:
-        backbone = timm.create_model(
-            name,
-            # timm lets missing tensors of a folder pass, as there is no head; `_load_weights` does not.
-            pretrained=config.pretrained and config.weights is None and folder is None,
-            num_classes=0,
-            **config.model_args,
-        )
+        with hub_or_cache() if by_hub else nullcontext():
+            backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **config.model_args)
     except TypeError as error:
         raise UserError(f"{config.model} does not take image_tower.model_args {config.model_args}: {error}") from error
     except Exception as error:

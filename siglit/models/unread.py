@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from torch.autograd.function import BackwardCFunction
 
 
 def graph_only() -> AbstractContextManager[None]:
@@ -17,6 +18,9 @@ def graph_only() -> AbstractContextManager[None]:
 
 def freeze_unread(module: nn.Module, output: torch.Tensor) -> list[str]:
     """Freeze the parameters that a backward from `output` would leave without a gradient; zeros are a gradient.
+
+    Where a `torch.autograd.Function` is in the graph, nothing is frozen: its backward may well run one of its own, as
+    in Reformer's reversible layers, for parameters that the graph does not show.
 
     Args:
         module: its parameters that require gradients are looked at.
@@ -33,6 +37,8 @@ def freeze_unread(module: nn.Module, output: torch.Tensor) -> list[str]:
         node = ahead.pop()
         if node is None:
             continue
+        if isinstance(node, BackwardCFunction):
+            return []
         if isinstance(leaf := getattr(node, "variable", None), torch.Tensor):
             reached.add(leaf)
         following = {after for after, _ in node.next_functions} - seen
