@@ -231,8 +231,8 @@ class SigLiT(pl.LightningModule):
 
     def unread(self) -> list[str]:
         """Names of the parameters that the towers never read; they are frozen."""
-        towers = {"image_tower": self.image_tower, "text_tower": self.text_tower}
-        return [f"{side}.{name}" for side, tower in towers.items() for name in tower.unread]
+        image = [f"image_tower.{name}" for name in self.image_tower.unread]
+        return image + [f"text_tower.{name}" for name in self.text_tower.unread]
 
     def _share_of_peak(self, step: int) -> float:
         return rate(step, self._experiment.optim, self._total_steps, self._experiment.train.batch_size)

@@ -5,6 +5,7 @@ such weights.
 """
 
 from contextlib import AbstractContextManager
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.autograd.function import BackwardCFunction
 
 def graph_only() -> AbstractContextManager[None]:
     """Have a forward build its graph but keep no tensor for backward: it costs what one without gradients costs."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
+    return torch.autograd.graph.saved_tensors_hooks(lambda _: None, _not_kept)
 
 
 def freeze_unread(module: nn.Module, output: torch.Tensor) -> list[str]:
@@ -48,3 +49,7 @@ def freeze_unread(module: nn.Module, output: torch.Tensor) -> list[str]:
     for _, parameter in unread:
         parameter.requires_grad_(False)
     return [name for name, _ in unread]
+
+
+def _not_kept(_: None) -> NoReturn:
+    raise AssertionError("a forward under graph_only has no backward")
