@@ -18,14 +18,16 @@ from siglit.run import check_batch_size
 
 @dataclass(frozen=True)
 class DryRun:
-    """The table of parameters, and the schedule in words."""
+    """The table of parameters, those that are never read, and the schedule in words."""
 
     table: str
+    unread: str
+    """Empty where every parameter is read."""
     schedule: str
 
     def __str__(self) -> str:
-        """Both."""
-        return f"{self.table}\n\n{self.schedule}"
+        """All of it."""
+        return "\n\n".join(part for part in (self.table, self.unread, self.schedule) if part)
 
 
 def run(experiment: Experiment) -> DryRun:
@@ -58,6 +60,19 @@ def run(experiment: Experiment) -> DryRun:
     passes = steps * train.batch_size / data.count
     return DryRun(
         table,
+        _unread(module),
         f"{steps:,} steps of {train.batch_size:,} pairs = {steps * train.batch_size:,} examples, {passes:,.2f} passes "
         f"over {data.count:,} images; mode {experiment.mode}\nlearning rate at step {rates}",
+    )
+
+
+def _unread(module: SigLiT) -> str:
+    """List what the towers never read, a line for each of them."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    names = module.unread()
+    if not names:
+        return ""
+    count = sum(parameters[name].numel() for name in names)
+    return "\n".join(
+        [f"never read, so left as they are: {len(names)} parameters of {count:,} numbers (locked above)", *names]
     )

@@ -229,6 +229,11 @@ class SigLiT(pl.LightningModule):
         image = {f"image_tower.{name}": config.image_lr_multiplier for name in self.image_tower.pretrained}
         return image | {f"text_tower.{name}": config.text_lr_multiplier for name in self.text_tower.pretrained}
 
+    def unread(self) -> list[str]:
+        """Names of the parameters that the towers never read; they are frozen."""
+        image = [f"image_tower.{name}" for name in self.image_tower.unread]
+        return image + [f"text_tower.{name}" for name in self.text_tower.unread]
+
     def _share_of_peak(self, step: int) -> float:
         return rate(step, self._experiment.optim, self._total_steps, self._experiment.train.batch_size)
 
@@ -246,6 +251,7 @@ class SigLiT(pl.LightningModule):
                     f"cannot resume: the checkpoint was made with {told} {before}, the experiment asks for {now}; "
                     "change it back, or choose another --output_dir"
                 )
+        _leave_out(checkpoint, self.unread())
         if made.get("learning") != self._learning():
             raise UserError(
                 "cannot resume: the checkpoint's optimiser has its parameters in other groups; set loss.name, "
@@ -256,6 +262,25 @@ class SigLiT(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in plain types how to rebuild the tower and which towers and tokenizer it belongs to."""
         checkpoint["siglit"] = self._description | {"learning": self._learning()}
+
+
+def _leave_out(checkpoint: dict[str, Any], unread: list[str]) -> None:
+    """Take parameters that are never read out of a checkpoint's optimiser: earlier commits put them into its groups.
+
+    They never had a gradient, so it has no state of them and never changed them.
+    """
+    learning = checkpoint.get("siglit", {}).get("learning")
+    if not learning or not {*unread} & {name for names in learning for name in names}:
+        return
+    optimizer = checkpoint["optimizer_states"][0]
+    kept = []
+    for names, group in zip(learning, optimizer["param_groups"], strict=True):
+        numbers = [n for n, name in zip(group["params"], names, strict=True) if name not in unread]
+        if numbers:
+            kept.append({**group, "params": numbers})
+    optimizer["param_groups"] = kept
+    learned = ([name for name in names if name not in unread] for names in learning)
+    checkpoint["siglit"]["learning"] = [names for names in learned if names]
 
 
 def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:

@@ -42,6 +42,7 @@ def quiet_lightning() -> None:
         ".*does not have many workers",
         ".*The number of training batches .* is smaller than the logging interval",
         ".*LeafSpec.* is deprecated",
+        "Grad strides do not match bucket view strides",  # of the one channel of a depthwise kernel, as in ConvNeXt
         "FSDP2-wrapped module .* returned a view tensor",  # nothing here changes embeddings in place
     ):
         warnings.filterwarnings("ignore", message=harmless)

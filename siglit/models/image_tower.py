@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from torch import nn
 
 from siglit.config import ImageTowerConfig
 from siglit.errors import UserError
+from siglit.models.hub import hub_or_cache
+from siglit.models.unread import freeze_unread, graph_only
 from siglit.paths import expand
 
 _LOCAL = "local-dir:"
+_HUB = ("hf-hub:", "hf_hub:")
 _TOKEN_POOLINGS = ("cls", "avg", "map", "cls+avg")
 
 
@@ -33,6 +37,7 @@ class ImageTower(nn.Module):
 
     Attributes:
         pretrained: names of the parameters that came from weights, as in `named_parameters`.
+        unread: names of those that the pooling never reads; in a trainable tower they are frozen and listed.
     """
 
     def __init__(self, config: ImageTowerConfig, *, trainable: bool = False):
@@ -40,7 +45,7 @@ class ImageTower(nn.Module):
 
         Args:
             config: which tower, and what to load.
-            trainable: its parameters require gradients; otherwise it is frozen and in evaluation mode.
+            trainable: the parameters that it reads require gradients; otherwise it is frozen and in evaluation mode.
 
         Raises:
             UserError: the name is unknown, the weights cannot be had or do not fit, or the tower lacks the pooling.
@@ -63,9 +68,11 @@ class ImageTower(nn.Module):
         self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1) * 255, persistent=False)
-        self.eval()
-        self.embedding_width = self._probe()
-        self.requires_grad_(trainable).train(trainable)
+        self.eval().requires_grad_(trainable)
+        row = self._probe()
+        self.embedding_width = row.shape[1]
+        self.unread = freeze_unread(self, row)
+        self.train(trainable)
         loaded = config.pretrained or config.weights is not None
         self.pretrained = frozenset(name for name, _ in self.named_parameters()) if loaded else frozenset[str]()
 
@@ -127,22 +134,23 @@ class ImageTower(nn.Module):
             },
         }
 
-    def _probe(self) -> int:
+    def _probe(self) -> torch.Tensor:
+        """Embed a blank image as (1, D)."""
         blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
         try:
-            with torch.inference_mode():
-                shape = self(blank).shape
+            with graph_only():
+                row: torch.Tensor = self(blank)
         except (AssertionError, RuntimeError) as error:
             raise UserError(
                 f"{self.config.model} does not take images of {self.image_size} pixels ({_first_line(error)}); "
                 "set image_tower.image_size, or image_tower.model_args.img_size"
             ) from error
-        if len(shape) != 2:
+        if row.ndim != 2:
             raise UserError(
-                f"{self.config.model} with pooling {self.config.pooling!r} gives {tuple(shape)} instead of one row per "
-                "image; choose another image_tower.pooling or set model_args.global_pool"
+                f"{self.config.model} with pooling {self.config.pooling!r} gives {tuple(row.shape)} instead of one row "
+                "per image; choose another image_tower.pooling or set model_args.global_pool"
             )
-        return shape[1]
+        return row
 
 
 class ImageSide(nn.Module):
@@ -151,6 +159,7 @@ class ImageSide(nn.Module):
     Attributes:
         dim: width of the embeddings.
         pretrained: names of the parameters that came from weights, as in `named_parameters`.
+        unread: names of those that the tower never reads, and that are frozen for it.
     """
 
     def __init__(self, tower: ImageTower | None, *, width: int, head: int | None):
@@ -160,6 +169,7 @@ class ImageSide(nn.Module):
         self.head = nn.Linear(width, head, bias=False) if head else None
         self.dim = head or width
         self.pretrained = frozenset(f"tower.{name}" for name in tower.pretrained) if tower else frozenset[str]()
+        self.unread = [f"tower.{name}" for name in tower.unread] if tower else []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed (N, 3, H, W) uint8 pixels, or (N, width) rows of the cache, as (N, dim), not normalised."""
@@ -170,19 +180,17 @@ class ImageSide(nn.Module):
 def _build(config: ImageTowerConfig) -> nn.Module:
     folder = config.model.removeprefix(_LOCAL) if config.model.startswith(_LOCAL) else None
     name = config.model if folder is None else _LOCAL + (folder := expand(folder, "image_tower.model"))
-    known = config.model.startswith((_LOCAL, "hf-hub:", "hf_hub:")) or timm.is_model(config.model.split(".")[0])
+    known = config.model.startswith((_LOCAL, *_HUB)) or timm.is_model(config.model.split(".")[0])
     if not known:
         near = difflib.get_close_matches(config.model.split(".")[0], timm.list_models(), n=5)
         hint = f"names like it: {', '.join(near)}" if near else "see timm.list_models()"
         raise UserError(f"timm {timm.__version__} has no image_tower.model {config.model!r}; {hint}")
+    # timm lets missing tensors of a folder pass, as there is no head; `_load_weights` does not.
+    pretrained = config.pretrained and config.weights is None and folder is None
+    by_hub = pretrained or name.startswith(_HUB)
     try:
-        backbone = timm.create_model(
-            name,
-            # timm lets missing tensors of a folder pass, as there is no head; `_load_weights` does not.
-            pretrained=config.pretrained and config.weights is None and folder is None,
-            num_classes=0,
-            **config.model_args,
-        )
+        with hub_or_cache() if by_hub else nullcontext():
+            backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **config.model_args)
     except TypeError as error:
         raise UserError(f"{config.model} does not take image_tower.model_args {config.model_args}: {error}") from error
     except Exception as error:

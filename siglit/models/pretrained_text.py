@@ -6,7 +6,8 @@ Knows nothing of heads, images or training. Shapes: N captions, L tokens, W hidd
 import inspect
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_
 from transformers.utils import logging
 
 from siglit.errors import UserError
+from siglit.models.hub import hub_or_cache
 from siglit.paths import expand
 
 
@@ -26,7 +28,7 @@ def load_text_model(name: str) -> nn.Module:
     """
     folder = expand(name, "text_tower.pretrained")
     try:
-        with _quiet():
+        with _quiet(), nullcontext() if Path(folder).is_dir() else hub_or_cache():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model_class, options = _class_of(config, name)
             model, found = model_class.from_pretrained(
@@ -78,7 +80,7 @@ def check_text_model(model: Any, name: str, *, vocab_size: int, length: int) -> 
             f"text_tower.pretrained {name!r} is no text encoder: {type(model).__name__} gives no state per token; "
             "choose one such as BERT, MiniLM or XLM-R"
         )
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)
     if vocab_size > rows:
         raise UserError(
             f"the tokenizer has {vocab_size:,} ids, but text_tower.pretrained {name!r} has embeddings for {rows:,}; "

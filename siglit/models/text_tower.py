@@ -21,6 +21,7 @@ from siglit.models.pretrained_text import (
     rebuild_text_model,
     text_mask,
 )
+from siglit.models.unread import freeze_unread, graph_only
 
 # width, depth, heads; `L12` is the Large width with 12 layers of arXiv:2303.15343, section 4.4.
 PRESETS = {
@@ -38,6 +39,8 @@ class TextTower(nn.Module):
 
     pretrained: frozenset[str]
     """Names of the parameters that came from pretrained weights; the head is never one of them."""
+    unread: list[str]
+    """Names of the parameters of the pretrained model that nothing reads, and that are frozen for it."""
     told: str | None
     """What is worth telling of the tower before training: what a bottleneck saves, what a pretrained model is."""
     architecture: dict[str, Any] | None
@@ -79,7 +82,7 @@ class TextTower(nn.Module):
             self.model = _random_model(
                 config, vocab_size=vocab_size, length=length, projection_size=dim, eos_id=eos_id, pad_id=pad_id
             )
-            self.architecture, self.pretrained = None, frozenset()
+            self.architecture, self.pretrained, self.unread = None, frozenset(), []
             self.told = _bottleneck_told(self.model, vocab_size)
         else:
             _refuse_sizes(config)
@@ -87,7 +90,8 @@ class TextTower(nn.Module):
             with torch.device("cpu"):
                 model = rebuild_text_model(architecture) if architecture else load_text_model(config.pretrained)
                 width = check_text_model(model, config.pretrained, vocab_size=vocab_size, length=length)
-            self.model = model.requires_grad_(not config.locked)
+                self.model = model.requires_grad_(not config.locked)
+                self.unread = [f"model.{name}" for name in freeze_unread(model, self._sample(vocab_size, length))]
             self.head = _head(width, dim)
             self.architecture = architecture_of(model)
             self.pretrained = frozenset(f"model.{name}" for name, _ in model.named_parameters())
@@ -112,10 +116,21 @@ class TextTower(nn.Module):
         """
         if self.head is None:
             return self.model(input_ids=ids).pooler_output
-        mask = text_mask(ids, **self._special)
         # Of a locked model autograd keeps nothing: none of its parameters asks for a gradient.
+        return self.head(self._pooled(ids))
+
+    def _pooled(self, ids: torch.Tensor) -> torch.Tensor:
+        """(N, W) pooled states of a pretrained model."""
+        mask = text_mask(ids, **self._special)
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        return self.head(pool(states, mask, self._pooling))
+        return pool(states, mask, self._pooling)
+
+    def _sample(self, vocab_size: int, length: int) -> torch.Tensor:
+        """Pool a full caption and a short one, without what backward would need."""
+        ids = torch.arange(2 * length).view(2, length) % vocab_size
+        ids[1, length // 2 :] = self._special["pad_id"]
+        with graph_only():
+            return self._pooled(ids)
 
 
 def _random_model(

@@ -10,6 +10,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ import sentencepiece
 
 from siglit.config import TokenizerConfig
 from siglit.errors import UserError
+from siglit.models.hub import hub_or_cache
 from siglit.paths import expand
 
 
@@ -77,7 +79,8 @@ class TransformersTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            with nullcontext() if Path(name).is_dir() else hub_or_cache():
+                self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise UserError(
