@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from siglit.models.image_tower import ImageTower
 from siglit.paths import expand
 from siglit.progress import Meter
 
+_TOO_LARGE = "the tower's output is larger than 65504, which float16 cannot hold"
+_NOT_FINITE = "the tower's output is not finite"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -97,12 +100,11 @@ class _Encoder:
     def __init__(self, fabric: Fabric, tower: ImageTower, precision: str):
         self._fabric, self.tower, self._dtype = fabric, tower, _DTYPES[precision]
         self._kept: torch.Tensor | None = None
-        self.images = 0
+        self.images = 0  # that got a row
 
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
         """Embed (N, 3, H, W) uint8 as (N, D) float32."""
         rows = self._forward(pixels.to(self._fabric.device, non_blocking=True)).float().cpu().numpy()
-        self.images += len(pixels)
         if self._kept is None or len(pixels) > len(self._kept):
             self._kept = pixels
         return rows
@@ -151,12 +153,26 @@ def _encode_units(
         for number, of_unit in _by_unit(batches if units else iter(())):
             rows, samples, skipped = [], [], []
             for batch in of_unit:
-                if batch.samples:
-                    rows.append(encoder(batch.pixels))
-                samples += batch.samples
-                skipped += batch.skipped
                 meter.advance(len(batch.samples) + len(batch.skipped))
+                skipped += batch.skipped
+                if not batch.samples:
+                    continue
+                embedded = encoder(batch.pixels)
+                reasons = _reasons_against(embedded)
+                keep = [reason is None for reason in reasons]
+                encoder.images += sum(keep)
+                rows.append(embedded[keep])
+                samples += compress(batch.samples, keep)
+                skipped += [(s.key, reason) for s, reason in zip(batch.samples, reasons, strict=True) if reason]
             _write(path, number, rows, samples, skipped, fingerprint)
+
+
+def _reasons_against(rows: np.ndarray) -> list[str | None]:
+    """For each of (N, D) rows why it cannot be stored as float16; None if it can."""
+    with np.errstate(over="ignore"):
+        stored = np.isfinite(rows.astype(np.float16)).all(axis=1)
+    finite = np.isfinite(rows).all(axis=1)
+    return [None if fits else _TOO_LARGE if real else _NOT_FINITE for fits, real in zip(stored, finite, strict=True)]
 
 
 def _write(path: Path, number: int, rows: list, samples: list, skipped: list, fingerprint: dict[str, Any]) -> None:

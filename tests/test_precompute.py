@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from siglit import precompute
 from siglit.cache import EmbeddingCache
+from siglit.embedding import _Encoder
 from siglit.errors import UserError
 from tests.conftest import ROOT, TOWER, parse, siglit
 
@@ -261,3 +262,37 @@ def test_a_tower_the_hub_cannot_give_names_the_local_way(project):
     assert "image_tower.weights" in done.stderr
     assert "local-dir:" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_row_that_float16_cannot_hold_is_a_skipped_image(experiment, project, monkeypatch):
+    """Images whose outputs are too large or not finite are listed with the reason; all others keep row and captions."""
+    words = ["--data.workers", "0", "--cache.splits", "[train]"]
+    precompute.run(parse("precompute", "--cache.path", "good", *words))
+    good = rows_by_key("good/train")
+    (project / "images/0012.png").write_bytes(b"")
+    forward, seen = _Encoder._forward, []
+
+    def spoilt(encoder, pixels):
+        rows = forward(encoder, pixels).clone()
+        start = len(seen)
+        seen.extend(range(len(rows)))
+        for number, value in ((2, 7e4), (5, float("nan")), (11, float("-inf"))):
+            if start <= number < start + len(rows):
+                rows[number - start, 3] = value
+        return rows
+
+    monkeypatch.setattr(_Encoder, "_forward", spoilt)
+    result = precompute.run(parse("precompute", *words, "--data.max_skipped", "0.1")).splits["train"]
+    cache = EmbeddingCache("cache/small/train")
+    bad = [f"images/{n:04d}.png" for n in (2, 5, 11, 12)]
+    assert rows_by_key("cache/small/train") == {key: row for key, row in good.items() if key not in bad}
+    assert sorted(key for key, _ in cache.skipped) == bad
+    assert [reason for _, reason in sorted(cache.skipped)] == [
+        "the tower's output is larger than 65504, which float16 cannot hold",
+        *["the tower's output is not finite"] * 2,
+        "zero bytes",
+    ]
+    assert (result.rows, result.encoded_now, result.skipped) == (36, 36, 4)
+    assert cache.verify() == []
+    with pytest.raises(UserError, match=r"4 of 40 images \(10.0%\).*data.max_skipped.*'images/0002.png': the tower's"):
+        precompute.run(parse("precompute", *words, "--data.max_skipped", "0.05"))
