@@ -19,6 +19,7 @@ from lightning.fabric import Fabric
 from siglit import run as run_folder
 from siglit.cache import (
     EmbeddingCache,
+    KnownKeys,
     committed_shards,
     finish,
     remove_shards,
@@ -65,7 +66,7 @@ def embed_source(
 
     Raises:
         UserError: the source is found wrong while reading.
-        CacheError: the folder holds shards that something else made.
+        CacheError: the folder holds shards that something else made, or a key stands in two shards.
     """
     units = source.units(experiment.cache.shard_size)
     precision = _precision(experiment, fabric)
@@ -148,6 +149,7 @@ def _encode_units(
     )
     batches = pixel_batches(dataset, _workers(experiment), pin_memory=fabric.device.type == "cuda")
     known = sum(u.stop - u.start for u in units)
+    known_keys = KnownKeys(path)
     title += f" (1 of {fabric.world_size} devices)" if fabric.world_size > 1 else ""
     with Meter(title, known or None, "images", quiet=not fabric.is_global_zero) as meter:
         for number, of_unit in _by_unit(batches if units else iter(())):
@@ -164,6 +166,7 @@ def _encode_units(
                 rows.append(embedded[keep])
                 samples += compress(batch.samples, keep)
                 skipped += [(s.key, reason) for s, reason in zip(batch.samples, reasons, strict=True) if reason]
+            known_keys.add(number, [s.key for s in samples])
             _write(path, number, rows, samples, skipped, fingerprint)
 
 

@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from siglit import precompute
-from siglit.cache import EmbeddingCache
+from siglit.cache import CacheError, EmbeddingCache
 from siglit.embedding import _Encoder
 from siglit.errors import UserError
 from tests.conftest import ROOT, TOWER, parse, siglit
@@ -296,3 +298,29 @@ def test_a_row_that_float16_cannot_hold_is_a_skipped_image(experiment, project, 
     assert cache.verify() == []
     with pytest.raises(UserError, match=r"4 of 40 images \(10.0%\).*data.max_skipped.*'images/0002.png': the tower's"):
         precompute.run(parse("precompute", *words, "--data.max_skipped", "0.05"))
+
+
+def test_a_key_in_two_tars_ends_the_run_at_the_second(experiment, project):
+    """Also where an earlier run committed the first; once the tar is as it should be, the run goes on."""
+
+    def write_tar(number, *keys):
+        with tarfile.open(project / f"{number}.tar", "w") as tar:
+            for key in keys:
+                (project / "text").write_text("a red square")
+                tar.add(project / "images/0000.png", f"{key}.png")
+                tar.add(project / "text", f"{key}.txt")
+
+    for number, keys in enumerate(["ab", "c", "da"]):
+        write_tar(number, *keys)
+    words = ["--data.train.format", "webdataset", "--data.train.path", "[012].tar", "--cache.splits", "[train]"]
+    asked = parse("precompute", *words, "--data.workers", "0")
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r"'a' is in row 0 of shard-000000\.h5 and in row 1 of shard-000002\.h5"):
+            precompute.run(asked)
+        assert sorted(path.name for path in Path("cache/small/train").glob("*")) == [
+            "shard-000000.h5",
+            "shard-000001.h5",
+        ]
+    write_tar(2, *"de")
+    assert precompute.run(asked).splits["train"].encoded_now == 2
+    assert list(EmbeddingCache("cache/small/train").keys) == list("abcde")

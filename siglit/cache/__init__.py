@@ -6,6 +6,7 @@ Knows files and arrays; knows nothing of towers, configurations or torch. The fo
 from siglit.cache.checking import Problem, find_problems_without_index, remove_shards, shards_with_skipped
 from siglit.cache.collecting import CacheWriter
 from siglit.cache.format import FORMAT_VERSION, CacheError, differing_fields, shard_files
+from siglit.cache.keys import KnownKeys, find_duplicate, hash_keys
 from siglit.cache.lock import exclusive
 from siglit.cache.merging import concat, merge
 from siglit.cache.plain_hdf5 import PlainHdf5
@@ -17,14 +18,17 @@ __all__ = [
     "CacheError",
     "CacheWriter",
     "EmbeddingCache",
+    "KnownKeys",
     "PlainHdf5",
     "Problem",
     "committed_shards",
     "concat",
     "differing_fields",
     "exclusive",
+    "find_duplicate",
     "find_problems_without_index",
     "finish",
+    "hash_keys",
     "merge",
     "remove_shards",
     "remove_unfinished",

@@ -14,12 +14,12 @@ from siglit.cache.format import (
     CacheError,
     ShardRecord,
     describe_shard,
-    find_duplicate_key,
     open_shard,
     shard_files,
     shard_fingerprint,
     shard_problems,
 )
+from siglit.cache.keys import find_duplicate_key
 
 REMAKE = "run `siglit precompute` again"
 REMAKE_INDEX = f"delete it and {REMAKE}"

@@ -1,7 +1,7 @@
 """What a shard and its index look like, and the rules that decide whether one is whole.
 
-Reads single shards with h5py and judges them; writes nothing and knows no cache as a whole but for the uniqueness of
-its keys. The bytes are specified in cache/README.md; a change here is a change there.
+Reads single shards with h5py and judges them; writes nothing and knows no cache as a whole. The bytes are specified in
+cache/README.md; a change here is a change there.
 Shapes: n rows (images) of a shard, D embedding width, m captions of a shard, s skipped images of a shard.
 """
 
@@ -302,39 +302,3 @@ def _array_problems(arrays: Mapping[str, np.ndarray]) -> list[str]:
 
 def _partitions(offsets: np.ndarray, length: int) -> bool:
     return len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == length and bool((np.diff(offsets) >= 0).all())
-
-
-def find_duplicate_key(paths: Sequence[Path]) -> str | None:
-    """Look for a key that two rows of a cache share.
-
-    Holds 16 bytes per row at most: 64-bit hashes are sorted, and only keys whose hashes meet are compared as text.
-
-    Args:
-        paths: all its shards, readable.
-
-    Returns:
-        A text that names the key, both shards and both rows; None if all keys differ.
-    """
-    hashes = np.concatenate([_hash_keys(shard_keys(path)) for path in paths]) if paths else np.empty(0, np.uint64)
-    hashes.sort()
-    met = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-    seen: dict[str, tuple[Path, int]] = {}
-    for path in paths if met.size else ():
-        keys = shard_keys(path)
-        for row in np.flatnonzero(np.isin(_hash_keys(keys), met)).tolist():
-            if keys[row] in seen:
-                other, other_row = seen[keys[row]]
-                return f"key {keys[row]!r} is in row {other_row} of {other.name} and in row {row} of {path.name}"
-            seen[keys[row]] = path, row
-    return None
-
-
-def shard_keys(path: Path) -> list[str]:
-    """The keys of a committed shard, one per row."""
-    with open_shard(path) as file:
-        return list(unpack_strings(file["key_bytes"][()], file["key_offsets"][()]))
-
-
-def _hash_keys(keys: Sequence[str]) -> np.ndarray:
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, np.uint64)

@@ -13,9 +13,9 @@ from siglit.cache.format import (
     CacheError,
     content_checksum,
     differing_fields,
-    find_duplicate_key,
     open_shard,
 )
+from siglit.cache.keys import find_duplicate_key
 from siglit.cache.lock import exclusive
 from siglit.cache.reader import EmbeddingCache
 from siglit.cache.writer import commit_arrays, committed_shards, finish, remove_unfinished

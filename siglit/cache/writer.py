@@ -26,7 +26,6 @@ from siglit.cache.format import (
     content_checksum,
     describe_shard,
     differing_fields,
-    find_duplicate_key,
     fingerprint_json,
     open_shard,
     pack_strings,
@@ -34,6 +33,7 @@ from siglit.cache.format import (
     shard_fingerprint,
     shard_name,
 )
+from siglit.cache.keys import find_duplicate_key
 
 
 def write_shard(
@@ -199,7 +199,7 @@ def _float16(embeddings: np.ndarray, keys: Sequence[str]) -> np.ndarray:
         row, column = np.argwhere(~np.isfinite(stored))[0]
         raise CacheError(
             f"the embedding of {keys[row]!r} (row {row}) holds {embeddings[row, column]}, finite values up to 65504 "
-            f"(float16) were wanted; run the tower in float32, or skip this image"
+            f"(float16) were wanted; run the tower in float32, or leave the row out and list the image as skipped"
         )
     return stored
 
