@@ -33,6 +33,7 @@ from siglit.data.sources import Source, Unit
 from siglit.models.image_tower import ImageTower
 from siglit.paths import expand
 from siglit.progress import Meter
+from siglit.provenance import versions
 
 _TOO_LARGE = "the tower's output is larger than 65504, which float16 cannot hold"
 _NOT_FINITE = "the tower's output is not finite"
@@ -190,6 +191,7 @@ def _write(path: Path, number: int, rows: list, samples: list, skipped: list, fi
         labels=[s.label for s in samples],
         skipped=skipped,
         fingerprint=fingerprint,
+        versions=versions(("Pillow", "timm", "torch")),
     )
 
 

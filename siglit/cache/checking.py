@@ -37,13 +37,20 @@ class Problem:
 
 
 def find_problems(
-    folder: Path, shards: Sequence[ShardRecord], fingerprint: Mapping[str, Any], num_skipped: int
+    folder: Path,
+    shards: Sequence[ShardRecord],
+    fingerprint: Mapping[str, Any],
+    num_skipped: int,
+    metadata_checksums: Sequence[str] | None,
 ) -> list[Problem]:
-    """Read everything again and compare it with what the index says; empty if the cache is sound."""
+    """Read every byte again and compare it with what the index says; empty if the cache is sound.
+
+    Without `metadata_checksums`, which earlier versions did not write, bytes outside of the datasets are not compared.
+    """
     problems, readable = [], []
-    for number, shard in enumerate(shards):
+    for number, (shard, outside) in enumerate(zip(shards, metadata_checksums or [None] * len(shards), strict=True)):
         path = folder / shard.file
-        found = _of_shard(path, number, shard, fingerprint)
+        found = _of_shard(path, number, shard, fingerprint, outside)
         readable += [] if found else [path]
         problems += found
     if sum(shard.skipped for shard in shards) != num_skipped:
@@ -67,7 +74,7 @@ def find_problems_without_index(folder: Path) -> list[Problem]:
         except CacheError as error:
             problems.append(Problem(str(error), path))
             continue
-        found = _of_shard(path, number, record, fingerprint)
+        found = _of_shard(path, number, record, fingerprint, None)
         readable += [] if found else [path]
         problems += found
     return problems + _of_keys(folder, readable)
@@ -101,9 +108,11 @@ def remove_shards(folder: Path, shards: Sequence[Path]) -> list[str]:
     return [path.name for path in shards]
 
 
-def _of_shard(path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any]) -> list[Problem]:
+def _of_shard(
+    path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any], outside: str | None
+) -> list[Problem]:
     try:
-        texts = shard_problems(path, number, record, fingerprint)
+        texts = shard_problems(path, number, record, fingerprint, outside)
     except CacheError as error:
         return [Problem(str(error), path)]
     return [Problem(f"{path}: {text}; {REMAKE_SHARD}", path) for text in texts]
