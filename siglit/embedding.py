@@ -29,7 +29,7 @@ from siglit.cache import (
 )
 from siglit.config import Experiment
 from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
-from siglit.data.sources import Source, Unit
+from siglit.data.sources import Sample, Source, Unit
 from siglit.models.image_tower import ImageTower
 from siglit.paths import expand
 from siglit.progress import Meter
@@ -154,14 +154,16 @@ def _encode_units(
     title += f" (1 of {fabric.world_size} devices)" if fabric.world_size > 1 else ""
     with Meter(title, known or None, "images", quiet=not fabric.is_global_zero) as meter:
         for number, of_unit in _by_unit(batches if units else iter(())):
-            rows, samples, skipped = [], [], []
+            rows: list[np.ndarray] = []
+            samples: list[Sample] = []
+            skipped: list[tuple[str, str]] = []
             for batch in of_unit:
                 meter.advance(len(batch.samples) + len(batch.skipped))
                 skipped += batch.skipped
                 if not batch.samples:
                     continue
                 embedded = encoder(batch.pixels)
-                reasons = _reasons_against(embedded)
+                reasons = [_reason_against(row) for row in embedded]
                 keep = [reason is None for reason in reasons]
                 encoder.images += sum(keep)
                 rows.append(embedded[keep])
@@ -171,12 +173,12 @@ def _encode_units(
             _write(path, number, rows, samples, skipped, fingerprint)
 
 
-def _reasons_against(rows: np.ndarray) -> list[str | None]:
-    """For each of (N, D) rows why it cannot be stored as float16; None if it can."""
+def _reason_against(row: np.ndarray) -> str | None:
+    """Why a (D,) row cannot be stored as float16; None if it can."""
+    if not np.isfinite(row).all():
+        return _NOT_FINITE
     with np.errstate(over="ignore"):
-        stored = np.isfinite(rows.astype(np.float16)).all(axis=1)
-    finite = np.isfinite(rows).all(axis=1)
-    return [None if fits else _TOO_LARGE if real else _NOT_FINITE for fits, real in zip(stored, finite, strict=True)]
+        return None if np.isfinite(row.astype(np.float16)).all() else _TOO_LARGE
 
 
 def _write(path: Path, number: int, rows: list, samples: list, skipped: list, fingerprint: dict[str, Any]) -> None:
@@ -191,7 +193,7 @@ def _write(path: Path, number: int, rows: list, samples: list, skipped: list, fi
         labels=[s.label for s in samples],
         skipped=skipped,
         fingerprint=fingerprint,
-        versions=versions(("Pillow", "timm", "torch")),
+        versions={**versions(("Pillow", "timm")), "torch": torch.__version__},
     )
 
 

@@ -324,3 +324,22 @@ def test_a_key_in_two_tars_ends_the_run_at_the_second(experiment, project):
     write_tar(2, *"de")
     assert precompute.run(asked).splits["train"].encoded_now == 2
     assert list(EmbeddingCache("cache/small/train").keys) == list("abcde")
+
+
+def test_where_all_images_are_missing_the_folder_is_named(experiment, project):
+    words = ["--data.train.images", "nowhere", "--cache.splits", "[train]", "--data.workers", "0"]
+    with pytest.raises(UserError) as refused:
+        precompute.run(parse("precompute", *words))
+    assert str(refused.value) == (
+        f"no image was found below {project / 'nowhere'}: all 40 files that data.train names are missing, the first is "
+        "'images/0000.png'; check data.train.images, then run with --cache.retry_skipped true"
+    )
+    precompute.run(parse("precompute", *words[2:], "--cache.retry_skipped", "true"))
+    assert len(EmbeddingCache("cache/small/train")) == 40
+    # The reason is another one where some are there and broken.
+    (project / "bad").mkdir()
+    (project / "bad/images").mkdir()
+    (project / "bad/images/0001.png").write_bytes(b"")
+    words[1] = "bad"
+    with pytest.raises(UserError, match=r"40 of 40 images.*data\.max_skipped"):
+        precompute.run(parse("precompute", *words, "--cache.path", "bad"))

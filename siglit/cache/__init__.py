@@ -3,7 +3,15 @@
 Knows files and arrays; knows nothing of towers, configurations or torch. The format is specified in cache/README.md.
 """
 
-from siglit.cache.checking import Problem, find_problems_without_index, remove_shards, shards_with_skipped
+from siglit.cache.checking import (
+    Problem,
+    Unfinished,
+    find_problems_without_index,
+    no_cache,
+    read_unfinished,
+    remove_shards,
+    shards_with_skipped,
+)
 from siglit.cache.collecting import CacheWriter
 from siglit.cache.format import FORMAT_VERSION, CacheError, differing_fields, shard_files
 from siglit.cache.keys import KnownKeys, find_duplicate, hash_keys
@@ -21,6 +29,7 @@ __all__ = [
     "KnownKeys",
     "PlainHdf5",
     "Problem",
+    "Unfinished",
     "committed_shards",
     "concat",
     "differing_fields",
@@ -30,6 +39,8 @@ __all__ = [
     "finish",
     "hash_keys",
     "merge",
+    "no_cache",
+    "read_unfinished",
     "remove_shards",
     "remove_unfinished",
     "shard_files",

@@ -18,6 +18,7 @@ from siglit.cache.format import (
     shard_files,
     shard_fingerprint,
     shard_problems,
+    unpack_strings,
 )
 from siglit.cache.keys import find_duplicate_key
 
@@ -48,8 +49,9 @@ def find_problems(
     Without `metadata_checksums`, which earlier versions did not write, bytes outside of the datasets are not compared.
     """
     problems, readable = [], []
-    for number, (shard, outside) in enumerate(zip(shards, metadata_checksums or [None] * len(shards), strict=True)):
+    for number, shard in enumerate(shards):
         path = folder / shard.file
+        outside = metadata_checksums[number] if metadata_checksums else None
         found = _of_shard(path, number, shard, fingerprint, outside)
         readable += [] if found else [path]
         problems += found
@@ -78,6 +80,49 @@ def find_problems_without_index(folder: Path) -> list[Problem]:
         readable += [] if found else [path]
         problems += found
     return problems + _of_keys(folder, readable)
+
+
+def no_cache(path: Path) -> str:
+    """What to say where there is no folder; a relative path with the folder that it starts from."""
+    start = "" if path.is_absolute() else f" (the working directory is {Path.cwd()})"
+    return f"there is no cache at {path}{start}; make it with `siglit precompute`, or correct the path"
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What the committed shards of a cache without index.json say of themselves."""
+
+    shards: list[ShardRecord]
+    skipped: list[tuple[str, str]]
+    """(key, reason) of every image that has no row."""
+    created_by: list[str]
+    fingerprint: dict[str, Any]
+    """The first shard's; empty if there is none."""
+
+
+def read_unfinished(folder: Path) -> Unfinished:
+    """Read the shards of a cache that is not complete.
+
+    Raises:
+        CacheError: there is no such folder, or a shard cannot be read.
+    """
+    if not folder.is_dir():
+        raise CacheError(no_cache(folder))
+    records: list[ShardRecord] = []
+    skipped: list[tuple[str, str]] = []
+    fingerprint: dict[str, Any] = {}
+    created_by = set()
+    for path in shard_files(folder).values():
+        with open_shard(path) as file:
+            records.append(describe_shard(file, path))
+            texts = [
+                unpack_strings(file[f"{name}_bytes"][()], file[f"{name}_offsets"][()])
+                for name in ("skipped_key", "skipped_reason")
+            ]
+            skipped += zip(*texts, strict=True)
+            created_by.add(str(file.attrs.get("created_by", "")))
+            fingerprint = fingerprint or shard_fingerprint(file)
+    return Unfinished(records, skipped, sorted(created_by), fingerprint)
 
 
 def shards_with_skipped(folder: Path) -> list[Path]:

@@ -33,7 +33,8 @@ class _Piece:
 class CacheWriter:
     """A new cache, filled row by row; a context manager that completes the cache unless an exception ends it.
 
-    Holds at most a shard, the piece being added and 8 bytes per key so far. Cannot go on with an unfinished cache: delete that and begin again.
+    Holds at most a shard, the piece being added, and 8 bytes per key so far. Cannot go on with an unfinished cache:
+    delete that and begin again.
 
     Raises:
         CacheError: the folder holds shards, another process writes there, or rows are not as `write_shard` wants them.

@@ -19,7 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from siglit.cache.checking import REMAKE, REMAKE_INDEX, REMAKE_SHARD, Problem, find_problems
+from siglit.cache.checking import REMAKE, REMAKE_INDEX, REMAKE_SHARD, Problem, find_problems, no_cache
 from siglit.cache.format import (
     ALIGNMENT,
     DATASETS,
@@ -371,7 +371,7 @@ class Keys(Sequence[str]):
 
 def _read_index(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise CacheError(f"there is no cache at {path}; make it with `siglit precompute`, or correct the path")
+        raise CacheError(no_cache(path))
     file = path / INDEX_NAME
     if not file.is_file():
         there = len(shard_files(path))
