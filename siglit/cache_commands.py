@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from siglit import cache as caches
-from siglit.cache import CacheError, EmbeddingCache, Problem
+from siglit.cache import CacheError, EmbeddingCache, Problem, Unfinished
 from siglit.errors import UserError
 
 
@@ -21,6 +21,7 @@ class CacheInfo:
     """What a cache is."""
 
     path: str
+    complete: bool
     rows: int
     dim: int
     captions: int
@@ -28,18 +29,36 @@ class CacheInfo:
     size: int
     """Bytes of the shards."""
     skipped_by_reason: dict[str, int]
-    digest: str
+    digest: str | None
+    """None while it is not complete."""
+    created_by: list[str]
+    """Versions of the software that made its shards; empty where an earlier siglit completed it."""
     fingerprint: dict[str, Any]
 
     def __str__(self) -> str:
         """One line per property, then the fingerprint as JSON."""
         skipped = "".join(f"\n  {count:,} {reason}" for reason, count in self.skipped_by_reason.items())
+        state = f"not complete: {self.shards:,} shards are committed; run `siglit precompute` again\n"
         return (
-            f"{self.path}\nrows         {self.rows:,} × {self.dim} float16\ncaptions     {self.captions:,}\n"
+            f"{self.path}\n{'' if self.complete else state}"
+            f"rows         {self.rows:,} × {self.dim} float16\ncaptions     {self.captions:,}\n"
             f"size         {self.size / 1e6:,.1f} MB in {self.shards:,} shards\n"
-            f"skipped      {sum(self.skipped_by_reason.values()):,}{skipped}\ndigest       {self.digest}\n"
+            f"skipped      {sum(self.skipped_by_reason.values()):,}{skipped}\n"
+            f"digest       {self.digest or 'none yet'}\n"
+            f"created by   {'; '.join(self.created_by) or 'not recorded'}\n"
             f"fingerprint  {json.dumps(self.fingerprint, indent=1, ensure_ascii=False)}"
         )
+
+
+@dataclass(frozen=True)
+class CacheInfos:
+    """What the caches of a folder are."""
+
+    caches: list[CacheInfo]
+
+    def __str__(self) -> str:
+        """One after the other."""
+        return "\n\n".join(map(str, self.caches))
 
 
 @dataclass(frozen=True)
@@ -50,11 +69,6 @@ class Verification:
     problems: list[str]
     removed: list[str] | None = None
     """Files that --repair deleted; None if it was not asked for."""
-
-    @property
-    def exit_code(self) -> int:
-        """0 sound, 2 not, also once the bad shards are away: they are yet to be made."""
-        return 2 if self.problems else 0
 
     def __str__(self) -> str:
         """One line per problem, one for what was done."""
@@ -69,15 +83,34 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """The images of a cache that have no row."""
+class Verifications:
+    """Whether the caches of a folder are sound."""
 
-    images: list[tuple[str, str]]
+    caches: list[Verification]
+
+    @property
+    def exit_code(self) -> int:
+        """0 all sound, 2 not, also once the bad shards are away: they are yet to be made."""
+        return 2 if any(cache.problems for cache in self.caches) else 0
 
     def __str__(self) -> str:
-        """CSV with the columns key and reason."""
+        """One after the other."""
+        return "\n".join(map(str, self.caches))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """The images that have no row, of one cache or of several."""
+
+    images: dict[str, list[tuple[str, str]]]
+    """Folder of each cache → its images' keys and reasons."""
+
+    def __str__(self) -> str:
+        """CSV with the columns key and reason, after the column cache if there are several."""
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([("key", "reason"), *self.images])
+        rows = [(path, *image) for path, images in self.images.items() for image in images]
+        first = 0 if len(self.images) > 1 else 1
+        csv.writer(text, lineterminator="\n").writerows(row[first:] for row in [("cache", "key", "reason"), *rows])
         return text.getvalue().rstrip("\n")
 
 
@@ -94,28 +127,17 @@ class Made:
         return f"{self.rows:,} rows × {self.dim} in {self.path}"
 
 
-def info(path: str) -> CacheInfo:
-    """Describe a complete cache.
+def info(path: str) -> CacheInfos:
+    """Describe a cache, complete or not, or all caches in a folder.
 
     Raises:
         CacheError: there is none.
     """
-    cache = EmbeddingCache(path)
-    return CacheInfo(
-        path=path,
-        rows=len(cache),
-        dim=cache.dim,
-        captions=cache.num_captions,
-        shards=len(cache.shard_paths),
-        size=cache.size,
-        skipped_by_reason=dict(Counter(reason for _, reason in cache.skipped).most_common()),
-        digest=cache.digest,
-        fingerprint=cache.fingerprint,
-    )
+    return CacheInfos([_info(folder) for folder in _caches(path)])
 
 
-def verify(path: str, repair: bool = False) -> Verification:
-    """Read all of a cache again and compare it with its checksums, its index and itself.
+def verify(path: str, repair: bool = False) -> Verifications:
+    """Read all of a cache again, or of all caches in a folder; compare it with its checksums, its index and itself.
 
     Args:
         path: the folder.
@@ -124,22 +146,16 @@ def verify(path: str, repair: bool = False) -> Verification:
     Raises:
         CacheError: there is no cache, or (repair) somebody is writing it.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CacheError(f"there is no cache at {path}; correct the path")
-    if not repair:
-        return Verification(path, [problem.text for problem in _problems(folder)])
-    with caches.exclusive(folder):
-        problems = _problems(folder)
-        bad = sorted({problem.shard for problem in problems if problem.shard})
-        damaged_index = any(problem.shard is None and "index.json" in problem.text for problem in problems)
-        removed = caches.remove_shards(folder, bad) if bad or damaged_index else []
-    return Verification(path, [p.text for p in problems], [*removed, "index.json"] if bad or damaged_index else [])
+    return Verifications([_verify(folder, repair) for folder in _caches(path)])
 
 
 def skipped(path: str) -> Skipped:
-    """List the images of a cache that have no row, with the reason."""
-    return Skipped(EmbeddingCache(path).skipped)
+    """List the images of a cache that have no row, with the reason; it need not be complete, or holds several caches.
+
+    Raises:
+        CacheError: there is none.
+    """
+    return Skipped({str(folder): _open(folder).skipped for folder in _caches(path)})
 
 
 def merge(out: str, parts: list[str]) -> Made:
@@ -153,6 +169,57 @@ def merge(out: str, parts: list[str]) -> Made:
         raise UserError(f"only {', '.join(parts)} is to be merged; name two caches or more")
     cache = caches.merge(Path(out), [EmbeddingCache(part) for part in parts])
     return Made(out, len(cache), cache.dim)
+
+
+def _caches(path: str) -> list[Path]:
+    """The folder itself if it is a cache, else those in it that are, such as train and val."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CacheError(caches.no_cache(folder))
+    if _is_cache(folder):
+        return [folder]
+    found = sorted(part for part in folder.iterdir() if part.is_dir() and _is_cache(part))
+    if not found:
+        raise CacheError(f"no shard is in {path}, nor in a folder in it; run `siglit precompute`, or correct the path")
+    return found
+
+
+def _is_cache(folder: Path) -> bool:
+    return (folder / "index.json").exists() or bool(caches.shard_files(folder))
+
+
+def _open(folder: Path) -> EmbeddingCache | Unfinished:
+    return EmbeddingCache(folder) if (folder / "index.json").exists() else caches.read_unfinished(folder)
+
+
+def _info(folder: Path) -> CacheInfo:
+    cache = _open(folder)
+    shards = cache.shards if isinstance(cache, Unfinished) else cache.located_shards()
+    return CacheInfo(
+        path=str(folder),
+        complete=isinstance(cache, EmbeddingCache),
+        rows=sum(shard.rows for shard in shards),
+        dim=max((shard.dim for shard in shards if shard.rows), default=0),
+        captions=sum(shard.captions for shard in shards),
+        shards=len(shards),
+        size=sum(shard.size for shard in shards),
+        skipped_by_reason=dict(Counter(reason for _, reason in cache.skipped).most_common()),
+        digest=cache.digest if isinstance(cache, EmbeddingCache) else None,
+        created_by=cache.created_by,
+        fingerprint=cache.fingerprint,
+    )
+
+
+def _verify(folder: Path, repair: bool) -> Verification:
+    path = str(folder)
+    if not repair:
+        return Verification(path, [problem.text for problem in _problems(folder)])
+    with caches.exclusive(folder):
+        problems = _problems(folder)
+        bad = sorted({problem.shard for problem in problems if problem.shard})
+        damaged_index = any(problem.shard is None and "index.json" in problem.text for problem in problems)
+        removed = caches.remove_shards(folder, bad) if bad or damaged_index else []
+    return Verification(path, [p.text for p in problems], [*removed, "index.json"] if bad or damaged_index else [])
 
 
 def _problems(folder: Path) -> list[Problem]:

@@ -30,6 +30,7 @@ class Command(NamedTuple):
 
 
 _CACHE = {"help": "folder of a cache, such as cache/NAME/train"}
+_CACHES = {"help": "folder of a cache, finished or not, or a folder of caches, such as cache/NAME with train and val"}
 
 _RESUME = ("--train.resume", "true")
 _DRY_RUN = "--dry-run"
@@ -70,17 +71,19 @@ COMMANDS = {
         },
     ),
     "search": Command("find the images for a sentence: siglit search WORDS -c FILE", "siglit.search:run", "query"),
-    "cache info": Command("say what a cache holds", "siglit.cache_commands:info", arguments={"path": _CACHE}),
+    "cache info": Command(
+        "say what a cache holds, and who made it", "siglit.cache_commands:info", arguments={"path": _CACHES}
+    ),
     "cache verify": Command(
-        "read a cache again: checksums, counts, keys, finite values",
+        "read every byte of a cache again: checksums, counts, keys, finite values",
         "siglit.cache_commands:verify",
         arguments={
-            "path": _CACHE,
+            "path": _CACHES,
             "--repair": {"action": "store_true", "help": "delete bad shards, so that precompute makes them again"},
         },
     ),
     "cache skipped": Command(
-        "list the images without a row, as CSV", "siglit.cache_commands:skipped", arguments={"path": _CACHE}
+        "list the images without a row, as CSV", "siglit.cache_commands:skipped", arguments={"path": _CACHES}
     ),
     "cache merge": Command(
         "put caches of one tower together: siglit cache merge OUT IN IN ...",

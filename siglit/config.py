@@ -62,7 +62,8 @@ class DataConfig:
     workers: int | None = None
     """Processes that decode images, per device; default: the cores shared out among the devices, at most 16."""
     max_skipped: float = 0.01
-    """Largest share of images that may be unusable before precompute fails, 0.0–1.0."""
+    """Largest share of images that may be unusable (or whose embedding float16 cannot hold) before precompute fails,
+    0.0–1.0."""
     max_image_pixels: int = 178_956_970
     """Images with more pixels than this are skipped as decompression bombs; Pillow's own limit, and the largest."""
     random_crop: float | None = None

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.fabric import Fabric
 from siglit import run as run_folder
 from siglit.cache import (
     EmbeddingCache,
+    KnownKeys,
     committed_shards,
     finish,
     remove_shards,
@@ -27,11 +29,14 @@ from siglit.cache import (
 )
 from siglit.config import Experiment
 from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
-from siglit.data.sources import Source, Unit
+from siglit.data.sources import Sample, Source, Unit
 from siglit.models.image_tower import ImageTower
 from siglit.paths import expand
 from siglit.progress import Meter
+from siglit.provenance import versions
 
+_TOO_LARGE = "the tower's output is larger than 65504, which float16 cannot hold"
+_NOT_FINITE = "the tower's output is not finite"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,7 +67,7 @@ def embed_source(
 
     Raises:
         UserError: the source is found wrong while reading.
-        CacheError: the folder holds shards that something else made.
+        CacheError: the folder holds shards that something else made, or a key stands in two shards.
     """
     units = source.units(experiment.cache.shard_size)
     precision = _precision(experiment, fabric)
@@ -97,12 +102,11 @@ class _Encoder:
     def __init__(self, fabric: Fabric, tower: ImageTower, precision: str):
         self._fabric, self.tower, self._dtype = fabric, tower, _DTYPES[precision]
         self._kept: torch.Tensor | None = None
-        self.images = 0
+        self.images = 0  # that got a row
 
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
         """Embed (N, 3, H, W) uint8 as (N, D) float32."""
         rows = self._forward(pixels.to(self._fabric.device, non_blocking=True)).float().cpu().numpy()
-        self.images += len(pixels)
         if self._kept is None or len(pixels) > len(self._kept):
             self._kept = pixels
         return rows
@@ -146,17 +150,35 @@ def _encode_units(
     )
     batches = pixel_batches(dataset, _workers(experiment), pin_memory=fabric.device.type == "cuda")
     known = sum(u.stop - u.start for u in units)
+    known_keys = KnownKeys(path)
     title += f" (1 of {fabric.world_size} devices)" if fabric.world_size > 1 else ""
     with Meter(title, known or None, "images", quiet=not fabric.is_global_zero) as meter:
         for number, of_unit in _by_unit(batches if units else iter(())):
-            rows, samples, skipped = [], [], []
+            rows: list[np.ndarray] = []
+            samples: list[Sample] = []
+            skipped: list[tuple[str, str]] = []
             for batch in of_unit:
-                if batch.samples:
-                    rows.append(encoder(batch.pixels))
-                samples += batch.samples
-                skipped += batch.skipped
                 meter.advance(len(batch.samples) + len(batch.skipped))
+                skipped += batch.skipped
+                if not batch.samples:
+                    continue
+                embedded = encoder(batch.pixels)
+                reasons = [_reason_against(row) for row in embedded]
+                keep = [reason is None for reason in reasons]
+                encoder.images += sum(keep)
+                rows.append(embedded[keep])
+                samples += compress(batch.samples, keep)
+                skipped += [(s.key, reason) for s, reason in zip(batch.samples, reasons, strict=True) if reason]
+            known_keys.add(number, [s.key for s in samples])
             _write(path, number, rows, samples, skipped, fingerprint)
+
+
+def _reason_against(row: np.ndarray) -> str | None:
+    """Why a (D,) row cannot be stored as float16; None if it can."""
+    if not np.isfinite(row).all():
+        return _NOT_FINITE
+    with np.errstate(over="ignore"):
+        return None if np.isfinite(row.astype(np.float16)).all() else _TOO_LARGE
 
 
 def _write(path: Path, number: int, rows: list, samples: list, skipped: list, fingerprint: dict[str, Any]) -> None:
@@ -171,6 +193,7 @@ def _write(path: Path, number: int, rows: list, samples: list, skipped: list, fi
         labels=[s.label for s in samples],
         skipped=skipped,
         fingerprint=fingerprint,
+        versions={**versions(("Pillow", "timm")), "torch": torch.__version__},
     )
 
 

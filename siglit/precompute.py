@@ -3,6 +3,7 @@
 How a shard is made is `siglit.embedding`.
 """
 
+import os
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -13,11 +14,13 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 
 from siglit import run as run_folder
 from siglit.cache import EmbeddingCache, exclusive
-from siglit.config import CacheConfig, Experiment
+from siglit.config import CacheConfig, Experiment, SourceSpec
+from siglit.data.decoding import MISSING_FILE
 from siglit.data.sources import Source, open_source
 from siglit.embedding import embed_source
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
+from siglit.paths import expand
 from siglit.stopping import ending_with_first_process, stopping_at_signals
 
 
@@ -117,7 +120,7 @@ def _fabric(config: CacheConfig) -> Fabric:
 def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str, source: Source) -> SplitResult:
     path = run_folder.cache_path(experiment, split)
     done = embed_source(experiment, fabric, tower, source, path, f"precompute {split}")
-    _check_skipped(experiment, done.cache)
+    _check_skipped(experiment, split, done.cache)
     return SplitResult(
         path=str(path),
         rows=len(done.cache),
@@ -130,7 +133,7 @@ def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str
     )
 
 
-def _check_skipped(experiment: Experiment, cache: EmbeddingCache) -> None:
+def _check_skipped(experiment: Experiment, split: str, cache: EmbeddingCache) -> None:
     seen = len(cache) + cache.num_skipped
     if seen == 0:
         raise UserError(f"the split of {cache.path} is empty: no sample was found in it")
@@ -139,8 +142,22 @@ def _check_skipped(experiment: Experiment, cache: EmbeddingCache) -> None:
         key, reason = cache.skipped[0]
         # Not complete until the person has decided: nothing trains on it in the meantime.
         (cache.path / "index.json").unlink(missing_ok=True)
+        if cache.num_skipped == seen and {reason for _, reason in cache.skipped} == {MISSING_FILE}:
+            folder, field = _images_folder(getattr(experiment.data, split))
+            raise UserError(
+                f"no image was found below {folder}: all {seen} files that data.{split} names are missing, the first "
+                f"is {key!r}; check data.{split}.{field}, then run with --cache.retry_skipped true"
+            )
         raise UserError(
             f"{cache.num_skipped} of {seen} images ({share:.1%}) could not be used, more than data.max_skipped "
             f"({experiment.data.max_skipped:.1%}); the first is {key!r}: {reason}. The rest is kept in {cache.path}; "
-            "raise data.max_skipped and run again, or mend the images and run with --cache.retry_skipped true"
+            "raise data.max_skipped and run again, or mend the images and run with --cache.retry_skipped true; "
+            f"`siglit cache skipped {cache.path}` lists them"
         )
+
+
+def _images_folder(spec: SourceSpec) -> tuple[str, str]:
+    """The folder that relative paths of images start from, absolute, and the field that sets it."""
+    path = expand(spec.images or spec.path, "images" if spec.images else "path")
+    folder = path if os.path.isdir(path) or spec.images else os.path.dirname(path)
+    return os.path.abspath(folder), "path" if spec.format in ("folder", "class_folders") else "images"

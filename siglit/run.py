@@ -219,15 +219,19 @@ def _asked_for(config: ImageTowerConfig, made: dict[str, Any]) -> tuple[dict[str
     """Return what the experiment says of the tower, in the fingerprint's form, and the fields that it says.
 
     Training needs neither the tower nor its weights on the machine, so only what the experiment states is compared; a
-    local weights file is compared by hash where it is there.
+    local weights file is compared by hash where it is there. Fields that an earlier siglit did not record are left out.
     """
     if made["image_tower"].get("imported"):  # nothing but the name is known of what somebody else embedded
         return {"image_tower": {"model": config.model}}, ["image_tower.model"]
     weights = config.weights and os.path.expandvars(os.path.expanduser(config.weights))
     stated: dict[str, Any] = {"model": config.model, "model_args": config.model_args, "pooling": config.pooling}
-    if weights and os.path.isfile(weights):
+    if weights is None and "weights_file" in made["image_tower"]:
+        stated["weights_file"] = None
+    elif weights and os.path.isfile(weights):
         stated["weights_file"] = file_hash(weights)
     transform: dict[str, Any] = {"resize": config.resize}
+    if "jpeg_draft" in made["image_tower"]["transform"]:
+        transform["jpeg_draft"] = config.jpeg_draft
     transform |= {k: getattr(config, k) for k in ("image_size", "interpolation") if getattr(config, k)}
     transform |= {k: [round(v, 6) for v in getattr(config, k)] for k in ("mean", "std") if getattr(config, k)}
     merged = {**made["image_tower"], **stated, "transform": {**made["image_tower"]["transform"], **transform}}

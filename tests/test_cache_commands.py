@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from siglit import cache_exchange, precompute
-from siglit.cache import EmbeddingCache
+from siglit.cache import CacheError, EmbeddingCache
 from siglit.cli import main
+from siglit.errors import UserError
 from tests.cache.test_merging import content, make
 from tests.conftest import parse
 
@@ -201,3 +202,79 @@ def test_an_imported_cache_is_known_by_its_model_alone(experiment, tmp_path, cap
     assert len(open_cache(experiment, "val")) == 2
     with pytest.raises(UserError, match=r"image_tower\.model: 'other' here"):
         open_cache(experiment, "train")
+
+
+def test_info_verify_and_skipped_take_the_folder_of_both_splits(experiment, project, capsys):
+    (project / "images/0003.png").write_bytes(b"")
+    (project / "images/0042.png").unlink()
+    precompute.run(parse("precompute", "--data.max_skipped", "0.2"))
+    (project / "cache/small/notes").mkdir()
+    code, out, _ = run(capsys, "info", "cache/small")
+    assert (code, [line for line in out if line.startswith(("cache/", "rows"))]) == (
+        0,
+        ["cache/small/train", "rows         39 × 48 float16", "cache/small/val", "rows         11 × 48 float16"],
+    )
+    assert run(capsys, "verify", "cache/small")[:2] == (
+        0,
+        ["cache/small/train is sound", "cache/small/val is sound"],
+    )
+    code, out, _ = run(capsys, "skipped", "cache/small")
+    assert (code, out) == (
+        0,
+        [
+            "cache,key,reason",
+            "cache/small/train,images/0003.png,zero bytes",
+            "cache/small/val,images/0042.png,cannot be read: No such file or directory",
+        ],
+    )
+    damage(EmbeddingCache("cache/small/val"), 0)
+    code, out, _ = run(capsys, "verify", "cache/small", "--repair")
+    assert (code, out[0]) == (2, "cache/small/train is sound")
+    assert "deleted shard-000000.h5, index.json" in out[-1]
+    assert (project / "cache/small/train/index.json").exists()
+
+
+def test_a_cache_that_is_not_complete_says_so_and_lists_its_skipped_images(experiment, project, capsys):
+    for number in (3, 4, 20):
+        (project / f"images/{number:04d}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"`siglit cache skipped cache/small/train` lists them"):
+        precompute.run(parse("precompute", "--cache.splits", "[train]"))
+    code, out, _ = run(capsys, "skipped", "cache/small/train")
+    assert (code, out) == (
+        0,
+        ["key,reason", *(f"images/{number:04d}.png,zero bytes" for number in (3, 4, 20))],
+    )
+    (project / "cache/small/train/shard-000000.h5").unlink()
+    code, out, _ = run(capsys, "info", "cache/small")
+    assert code == 0
+    assert out[1] == "not complete: 4 shards are committed; run `siglit precompute` again"
+    assert "rows         31 × 48 float16" in out
+    assert "  1 zero bytes" in out
+    assert any('"pooling": "tower"' in line for line in out)
+    code, out, _ = run(capsys, "verify", "cache/small")
+    assert (code, len(out)) == (2, 1)
+    assert "not complete: 4 shards are there" in out[0]
+
+
+def test_info_tells_the_versions_of_the_making(experiment, capsys):
+    import PIL
+    import timm
+    import torch
+
+    precompute.run(parse("precompute", "--cache.splits", "[train]"))
+    line = next(line for line in run(capsys, "info", "cache/small/train")[1] if line.startswith("created by"))
+    assert f"Pillow {PIL.__version__}, timm {timm.__version__}, torch {torch.__version__}" in line
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "skipped"])
+def test_no_cache_at_a_relative_path_names_the_working_directory(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, command, "cache/my/train")
+    assert (code, out, len(err)) == (2, [], 1)
+    assert f"there is no cache at cache/my/train (the working directory is {tmp_path}); make it" in err[0]
+    with pytest.raises(CacheError, match=f"the working directory is {tmp_path}"):
+        EmbeddingCache("cache/my/train")
+    (tmp_path / "empty/train").mkdir(parents=True)
+    code, out, err = run(capsys, command, tmp_path / "empty")
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "no shard is in" in err[0]

@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from siglit import precompute
-from siglit.cache import EmbeddingCache
+from siglit.cache import CacheError, EmbeddingCache
+from siglit.embedding import _Encoder
 from siglit.errors import UserError
 from tests.conftest import ROOT, TOWER, parse, siglit
 
@@ -260,3 +263,82 @@ def test_a_tower_the_hub_cannot_give_names_the_local_way(project):
     assert "image_tower.weights" in done.stderr
     assert "local-dir:" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_row_that_float16_cannot_hold_is_a_skipped_image(experiment, project, monkeypatch):
+    """Images whose outputs are too large or not finite are listed with the reason; all others keep row and captions."""
+    words = ["--data.workers", "0", "--cache.splits", "[train]"]
+    precompute.run(parse("precompute", "--cache.path", "good", *words))
+    good = rows_by_key("good/train")
+    (project / "images/0012.png").write_bytes(b"")
+    forward, seen = _Encoder._forward, []
+
+    def spoilt(encoder, pixels):
+        rows = forward(encoder, pixels).clone()
+        start = len(seen)
+        seen.extend(range(len(rows)))
+        for number, value in ((2, 7e4), (5, float("nan")), (11, float("-inf"))):
+            if start <= number < start + len(rows):
+                rows[number - start, 3] = value
+        return rows
+
+    monkeypatch.setattr(_Encoder, "_forward", spoilt)
+    result = precompute.run(parse("precompute", *words, "--data.max_skipped", "0.1")).splits["train"]
+    cache = EmbeddingCache("cache/small/train")
+    bad = [f"images/{n:04d}.png" for n in (2, 5, 11, 12)]
+    assert rows_by_key("cache/small/train") == {key: row for key, row in good.items() if key not in bad}
+    assert sorted(key for key, _ in cache.skipped) == bad
+    assert [reason for _, reason in sorted(cache.skipped)] == [
+        "the tower's output is larger than 65504, which float16 cannot hold",
+        *["the tower's output is not finite"] * 2,
+        "zero bytes",
+    ]
+    assert (result.rows, result.encoded_now, result.skipped) == (36, 36, 4)
+    assert cache.verify() == []
+    with pytest.raises(UserError, match=r"4 of 40 images \(10.0%\).*data.max_skipped.*'images/0002.png': the tower's"):
+        precompute.run(parse("precompute", *words, "--data.max_skipped", "0.05"))
+
+
+def test_a_key_in_two_tars_ends_the_run_at_the_second(experiment, project):
+    """Also where an earlier run committed the first; once the tar is as it should be, the run goes on."""
+
+    def write_tar(number, *keys):
+        with tarfile.open(project / f"{number}.tar", "w") as tar:
+            for key in keys:
+                (project / "text").write_text("a red square")
+                tar.add(project / "images/0000.png", f"{key}.png")
+                tar.add(project / "text", f"{key}.txt")
+
+    for number, keys in enumerate(["ab", "c", "da"]):
+        write_tar(number, *keys)
+    words = ["--data.train.format", "webdataset", "--data.train.path", "[012].tar", "--cache.splits", "[train]"]
+    asked = parse("precompute", *words, "--data.workers", "0")
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r"'a' is in row 0 of shard-000000\.h5 and in row 1 of shard-000002\.h5"):
+            precompute.run(asked)
+        assert sorted(path.name for path in Path("cache/small/train").glob("*")) == [
+            "shard-000000.h5",
+            "shard-000001.h5",
+        ]
+    write_tar(2, *"de")
+    assert precompute.run(asked).splits["train"].encoded_now == 2
+    assert list(EmbeddingCache("cache/small/train").keys) == list("abcde")
+
+
+def test_where_all_images_are_missing_the_folder_is_named(experiment, project):
+    words = ["--data.train.images", "nowhere", "--cache.splits", "[train]", "--data.workers", "0"]
+    with pytest.raises(UserError) as refused:
+        precompute.run(parse("precompute", *words))
+    assert str(refused.value) == (
+        f"no image was found below {project / 'nowhere'}: all 40 files that data.train names are missing, the first is "
+        "'images/0000.png'; check data.train.images, then run with --cache.retry_skipped true"
+    )
+    precompute.run(parse("precompute", *words[2:], "--cache.retry_skipped", "true"))
+    assert len(EmbeddingCache("cache/small/train")) == 40
+    # The reason is another one where some are there and broken.
+    (project / "bad").mkdir()
+    (project / "bad/images").mkdir()
+    (project / "bad/images/0001.png").write_bytes(b"")
+    words[1] = "bad"
+    with pytest.raises(UserError, match=r"40 of 40 images.*data\.max_skipped"):
+        precompute.run(parse("precompute", *words, "--cache.path", "bad"))

@@ -14,12 +14,13 @@ from siglit.cache.format import (
     CacheError,
     ShardRecord,
     describe_shard,
-    find_duplicate_key,
     open_shard,
     shard_files,
     shard_fingerprint,
     shard_problems,
+    unpack_strings,
 )
+from siglit.cache.keys import find_duplicate_key
 
 REMAKE = "run `siglit precompute` again"
 REMAKE_INDEX = f"delete it and {REMAKE}"
@@ -37,13 +38,21 @@ class Problem:
 
 
 def find_problems(
-    folder: Path, shards: Sequence[ShardRecord], fingerprint: Mapping[str, Any], num_skipped: int
+    folder: Path,
+    shards: Sequence[ShardRecord],
+    fingerprint: Mapping[str, Any],
+    num_skipped: int,
+    metadata_checksums: Sequence[str] | None,
 ) -> list[Problem]:
-    """Read everything again and compare it with what the index says; empty if the cache is sound."""
+    """Read every byte again and compare it with what the index says; empty if the cache is sound.
+
+    Without `metadata_checksums`, which earlier versions did not write, bytes outside of the datasets are not compared.
+    """
     problems, readable = [], []
     for number, shard in enumerate(shards):
         path = folder / shard.file
-        found = _of_shard(path, number, shard, fingerprint)
+        outside = metadata_checksums[number] if metadata_checksums else None
+        found = _of_shard(path, number, shard, fingerprint, outside)
         readable += [] if found else [path]
         problems += found
     if sum(shard.skipped for shard in shards) != num_skipped:
@@ -67,10 +76,53 @@ def find_problems_without_index(folder: Path) -> list[Problem]:
         except CacheError as error:
             problems.append(Problem(str(error), path))
             continue
-        found = _of_shard(path, number, record, fingerprint)
+        found = _of_shard(path, number, record, fingerprint, None)
         readable += [] if found else [path]
         problems += found
     return problems + _of_keys(folder, readable)
+
+
+def no_cache(path: Path) -> str:
+    """What to say where there is no folder; a relative path with the folder that it starts from."""
+    start = "" if path.is_absolute() else f" (the working directory is {Path.cwd()})"
+    return f"there is no cache at {path}{start}; make it with `siglit precompute`, or correct the path"
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What the committed shards of a cache without index.json say of themselves."""
+
+    shards: list[ShardRecord]
+    skipped: list[tuple[str, str]]
+    """(key, reason) of every image that has no row."""
+    created_by: list[str]
+    fingerprint: dict[str, Any]
+    """The first shard's; empty if there is none."""
+
+
+def read_unfinished(folder: Path) -> Unfinished:
+    """Read the shards of a cache that is not complete.
+
+    Raises:
+        CacheError: there is no such folder, or a shard cannot be read.
+    """
+    if not folder.is_dir():
+        raise CacheError(no_cache(folder))
+    records: list[ShardRecord] = []
+    skipped: list[tuple[str, str]] = []
+    fingerprint: dict[str, Any] = {}
+    created_by = set()
+    for path in shard_files(folder).values():
+        with open_shard(path) as file:
+            records.append(describe_shard(file, path))
+            texts = [
+                unpack_strings(file[f"{name}_bytes"][()], file[f"{name}_offsets"][()])
+                for name in ("skipped_key", "skipped_reason")
+            ]
+            skipped += zip(*texts, strict=True)
+            created_by.add(str(file.attrs.get("created_by", "")))
+            fingerprint = fingerprint or shard_fingerprint(file)
+    return Unfinished(records, skipped, sorted(created_by), fingerprint)
 
 
 def shards_with_skipped(folder: Path) -> list[Path]:
@@ -101,9 +153,11 @@ def remove_shards(folder: Path, shards: Sequence[Path]) -> list[str]:
     return [path.name for path in shards]
 
 
-def _of_shard(path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any]) -> list[Problem]:
+def _of_shard(
+    path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any], outside: str | None
+) -> list[Problem]:
     try:
-        texts = shard_problems(path, number, record, fingerprint)
+        texts = shard_problems(path, number, record, fingerprint, outside)
     except CacheError as error:
         return [Problem(str(error), path)]
     return [Problem(f"{path}: {text}; {REMAKE_SHARD}", path) for text in texts]

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from siglit.cache.format import CacheError, shard_files
+from siglit.cache.keys import KnownKeys
 from siglit.cache.lock import exclusive
 from siglit.cache.writer import finish, remove_unfinished, write_shard
 
@@ -32,7 +33,8 @@ class _Piece:
 class CacheWriter:
     """A new cache, filled row by row; a context manager that completes the cache unless an exception ends it.
 
-    Holds at most a shard and the piece being added. Cannot go on with an unfinished cache: delete that and begin again.
+    Holds at most a shard, the piece being added, and 8 bytes per key so far. Cannot go on with an unfinished cache:
+    delete that and begin again.
 
     Raises:
         CacheError: the folder holds shards, another process writes there, or rows are not as `write_shard` wants them.
@@ -50,6 +52,7 @@ class CacheWriter:
         if shard_size < 1:
             raise CacheError(f"shard_size is {shard_size}, at least 1 was wanted")
         self._folder, self._fingerprint, self._shard_size = Path(folder), dict(fingerprint), shard_size
+        self._known_keys = KnownKeys(self._folder)
         self._pieces: list[_Piece] = []
         self._waiting = self._shards = 0
         self._open = ExitStack()
@@ -75,7 +78,7 @@ class CacheWriter:
 
         Args:
             embeddings: (k, D) floats, not normalised by choice of the owner; stored as float16.
-            keys: k, unique over the cache (found out when it is completed).
+            keys: k, unique over the cache (found out when a shard is committed).
             captions: k times any number of captions; default: none.
             labels: k class numbers ≥ 0 or None; default: none.
             langs: language codes, parallel to `captions`; default: none.
@@ -117,11 +120,13 @@ class CacheWriter:
             raise CacheError(
                 f"rows have {sorted({p.embeddings.shape[1] for p in pieces})} numbers; one width was wanted"
             )
+        keys = [key for piece in pieces for key in piece.keys]
+        self._known_keys.add(self._shards, keys)
         write_shard(
             self._folder,
             self._shards,
             embeddings=np.concatenate([piece.embeddings for piece in pieces]),
-            keys=[key for piece in pieces for key in piece.keys],
+            keys=keys,
             captions=[group for piece in pieces for group in piece.captions],
             labels=[label for piece in pieces for label in piece.labels],
             langs=[group for piece in pieces for group in piece.langs],

@@ -1,12 +1,13 @@
 """What a shard and its index look like, and the rules that decide whether one is whole.
 
-Reads single shards with h5py and judges them; writes nothing and knows no cache as a whole but for the uniqueness of
-its keys. The bytes are specified in cache/README.md; a change here is a change there.
+Reads single shards with h5py and judges them; writes nothing and knows no cache as a whole. The bytes are specified in
+cache/README.md; a change here is a change there.
 Shapes: n rows (images) of a shard, D embedding width, m captions of a shard, s skipped images of a shard.
 """
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,33 @@ def content_checksum(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def outside_datasets(record: ShardRecord) -> list[tuple[int, int]]:
+    """The stretches of a shard's file that belong to no dataset: HDF5's metadata, the attributes, and padding.
+
+    Returns:
+        [(start, end), …] in bytes, ascending.
+    """
+    gaps, end = [], 0
+    for offset, size in sorted(
+        (offset, math.prod(shape) * DATASETS[name].itemsize)
+        for name, (offset, *shape) in record.datasets.items()
+        if offset is not None
+    ):
+        gaps.append((end, offset))
+        end = offset + size
+    return [*gaps, (end, record.size)]
+
+
+def metadata_checksum(path: Path, record: ShardRecord) -> str:
+    """SHA-256, as 64 hexadecimal digits, over all bytes of a shard's file but those of its datasets."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start, end in outside_datasets(record):
+            file.seek(start)
+            digest.update(file.read(max(0, end - start)))
+    return digest.hexdigest()
+
+
 def fingerprint_json(fingerprint: Mapping[str, Any]) -> str:
     """The one way in which a fingerprint is written: JSON, keys sorted, ASCII, no spaces.
 
@@ -245,7 +273,9 @@ def describe_shard(file: h5py.File, path: Path) -> ShardRecord:
         raise CacheError(f"{path} is no shard of a cache ({error}); {_REMAKE_SHARD}") from None
 
 
-def shard_problems(path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any]) -> list[str]:
+def shard_problems(
+    path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any], outside: str | None
+) -> list[str]:
     """What is wrong with a committed shard, one text per problem; empty if it is sound.
 
     Args:
@@ -253,6 +283,7 @@ def shard_problems(path: Path, number: int, record: ShardRecord, fingerprint: Ma
         number: of the shard in the cache.
         record: what the index says of it.
         fingerprint: what the cache was made with.
+        outside: the `metadata_checksum` that it had when the cache was completed; None where that is not known.
 
     Raises:
         CacheError: it is missing or no shard at all.
@@ -268,6 +299,8 @@ def shard_problems(path: Path, number: int, record: ShardRecord, fingerprint: Ma
         return [f"its data is damaged, it does not have the checksum {there.checksum[:12]}… that it states"]
     differences = [name for name in vars(record) if getattr(record, name) != getattr(there, name)]
     problems = [f"{name} is {getattr(there, name)}, the index says {getattr(record, name)}" for name in differences]
+    if outside not in (None, metadata_checksum(path, there)):
+        problems.append("bytes outside of its datasets are not those of when the cache was completed")
     if stated[0] != number:
         problems.append(f"it was written as shard {stated[0]}")
     problems += [f"its settings differ from the index's: {text}" for text in stated[1]]
@@ -302,39 +335,3 @@ def _array_problems(arrays: Mapping[str, np.ndarray]) -> list[str]:
 
 def _partitions(offsets: np.ndarray, length: int) -> bool:
     return len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == length and bool((np.diff(offsets) >= 0).all())
-
-
-def find_duplicate_key(paths: Sequence[Path]) -> str | None:
-    """Look for a key that two rows of a cache share.
-
-    Holds 16 bytes per row at most: 64-bit hashes are sorted, and only keys whose hashes meet are compared as text.
-
-    Args:
-        paths: all its shards, readable.
-
-    Returns:
-        A text that names the key, both shards and both rows; None if all keys differ.
-    """
-    hashes = np.concatenate([_hash_keys(shard_keys(path)) for path in paths]) if paths else np.empty(0, np.uint64)
-    hashes.sort()
-    met = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-    seen: dict[str, tuple[Path, int]] = {}
-    for path in paths if met.size else ():
-        keys = shard_keys(path)
-        for row in np.flatnonzero(np.isin(_hash_keys(keys), met)).tolist():
-            if keys[row] in seen:
-                other, other_row = seen[keys[row]]
-                return f"key {keys[row]!r} is in row {other_row} of {other.name} and in row {row} of {path.name}"
-            seen[keys[row]] = path, row
-    return None
-
-
-def shard_keys(path: Path) -> list[str]:
-    """The keys of a committed shard, one per row."""
-    with open_shard(path) as file:
-        return list(unpack_strings(file["key_bytes"][()], file["key_offsets"][()]))
-
-
-def _hash_keys(keys: Sequence[str]) -> np.ndarray:
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, np.uint64)

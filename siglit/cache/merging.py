@@ -13,9 +13,9 @@ from siglit.cache.format import (
     CacheError,
     content_checksum,
     differing_fields,
-    find_duplicate_key,
     open_shard,
 )
+from siglit.cache.keys import find_duplicate_key
 from siglit.cache.lock import exclusive
 from siglit.cache.reader import EmbeddingCache
 from siglit.cache.writer import commit_arrays, committed_shards, finish, remove_unfinished
@@ -77,6 +77,7 @@ class ConcatenatedCache(EmbeddingCache):
     def __init__(self, parts: Sequence[EmbeddingCache]) -> None:
         fingerprint = _joint_fingerprint(parts)
         self.parts = list(parts)
+        self.created_by = sorted({text for part in parts for text in part.created_by})
         self.path, self._folder = parts[0].path, parts[0].path.absolute()
         self._take(
             [shard for part in parts for shard in part.located_shards()],
@@ -113,9 +114,9 @@ def _copy_shard(path: Path, folder: Path, number: int, fingerprint: dict[str, An
     with open_shard(path) as file:
         try:
             arrays = {name: file[name][()] for name in DATASETS}
-            stated = str(file.attrs["checksum"])
+            stated, created_by = str(file.attrs["checksum"]), str(file.attrs.get("created_by", ""))
         except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise CacheError(f"{path} cannot be read ({error}); {REMAKE_SHARD}") from None
     if content_checksum(arrays) != stated:
         raise CacheError(f"{path}: its data is damaged; {REMAKE_SHARD}, then merge again")
-    commit_arrays(folder, number, arrays, fingerprint)
+    commit_arrays(folder, number, arrays, fingerprint, created_by)

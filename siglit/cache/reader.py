@@ -19,7 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from siglit.cache.checking import REMAKE, REMAKE_INDEX, REMAKE_SHARD, Problem, find_problems
+from siglit.cache.checking import REMAKE, REMAKE_INDEX, REMAKE_SHARD, Problem, find_problems, no_cache
 from siglit.cache.format import (
     ALIGNMENT,
     DATASETS,
@@ -29,6 +29,7 @@ from siglit.cache.format import (
     CacheError,
     ShardRecord,
     differing_fields,
+    outside_datasets,
     shard_files,
     unpack_strings,
 )
@@ -43,6 +44,8 @@ class EmbeddingCache:
         fingerprint: what made it.
         num_captions: M.
         num_skipped: images that have no row.
+        created_by: versions of the software that made its shards; empty where the cache was completed by an earlier
+            siglit.
 
     Raises:
         CacheError: there is no cache, it is not complete, damaged, or of a newer format version.
@@ -56,10 +59,13 @@ class EmbeddingCache:
         try:
             self._take([ShardRecord(**shard) for shard in index["shards"]], index["dim"], index["fingerprint"])
             self.num_skipped = index["skipped"]
+            self.created_by = index.get("created_by", [])
+            self._metadata_checksums = index.get("metadata_checksums")
             totals = index["rows"], index["captions"]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise CacheError(f"{self.path / INDEX_NAME} is damaged ({error!r}); {REMAKE_INDEX}") from None
-        if (len(self), self.num_captions) != totals:
+        outside = self._metadata_checksums
+        if (len(self), self.num_captions) != totals or (outside is not None and len(outside) != len(self._shards)):
             raise CacheError(f"{self.path / INDEX_NAME} is damaged (its totals are not its shards'); {REMAKE_INDEX}")
         offsets = (shard.datasets[name][0] for shard in self._shards for name in DATASETS)
         if any(offset is not None and offset % ALIGNMENT for offset in offsets):
@@ -224,7 +230,7 @@ class EmbeddingCache:
 
     def find_problems(self) -> list[Problem]:
         """What `verify` finds, with the shards that are at fault."""
-        return find_problems(self.path, self._shards, self.fingerprint, self.num_skipped)
+        return find_problems(self.path, self._shards, self.fingerprint, self.num_skipped, self._metadata_checksums)
 
     def _shards_of(self, rows: np.ndarray) -> np.ndarray:
         """(k,) shard of each of k rows: looked up for a bucket of rows, then moved on by a step or two.
@@ -294,8 +300,25 @@ class EmbeddingCache:
                 f"{self.path / record.file} has {len(mapped)} bytes, {record.size} when the cache was completed; "
                 f"{REMAKE_SHARD}"
             )
+        self._check_identity(record, mapped)
         self._maps[shard] = mapped
         return mapped
+
+    def _check_identity(self, record: ShardRecord, mapped: mmap.mmap) -> None:
+        """Refuse a shard of another cache, which may be as large: the checksum that it carries is not the index's.
+
+        The writer puts the attributes before the first dataset, so that the search ends within three pages (9 kB).
+        Whether the data has that checksum, `verify` sees.
+        """
+        carried = record.checksum.encode()
+        first = min(offset for offset, *_ in record.datasets.values() if offset is not None)
+        if mapped.find(carried, 0, first) >= 0:
+            return
+        if not any(mapped.find(carried, *gap) >= 0 for gap in outside_datasets(record)):
+            raise CacheError(
+                f"{self.path / record.file} is not the shard that {INDEX_NAME} names: it does not carry the checksum "
+                f"{record.checksum[:12]}…; put the right file there, or {REMAKE_SHARD}"
+            )
 
     def _array(self, shard: int, name: str) -> np.ndarray:
         offset, *shape = self._shards[shard].datasets[name]
@@ -348,7 +371,7 @@ class Keys(Sequence[str]):
 
 def _read_index(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise CacheError(f"there is no cache at {path}; make it with `siglit precompute`, or correct the path")
+        raise CacheError(no_cache(path))
     file = path / INDEX_NAME
     if not file.is_file():
         there = len(shard_files(path))

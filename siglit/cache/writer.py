@@ -26,14 +26,15 @@ from siglit.cache.format import (
     content_checksum,
     describe_shard,
     differing_fields,
-    find_duplicate_key,
     fingerprint_json,
+    metadata_checksum,
     open_shard,
     pack_strings,
     shard_files,
     shard_fingerprint,
     shard_name,
 )
+from siglit.cache.keys import find_duplicate_key
 
 
 def write_shard(
@@ -47,6 +48,7 @@ def write_shard(
     labels: Sequence[int | None] | None = None,
     skipped: Sequence[tuple[str, str]] = (),
     fingerprint: Mapping[str, Any],
+    versions: Mapping[str, str] | None = None,
 ) -> Path:
     """Commit one shard: afterwards all of it is on the disk, or nothing.
 
@@ -63,6 +65,7 @@ def write_shard(
         labels: n class numbers ≥ 0; None where a row has none.
         skipped: (key, reason) of the images that have no row.
         fingerprint: what made the embeddings; JSON.
+        versions: of the software that made them, for people: recorded beside h5py's and never compared.
 
     Returns:
         The path of the shard.
@@ -81,11 +84,15 @@ def write_shard(
         **_text_arrays(keys, captions, langs, skipped),
         "label": _label_array(labels, len(keys)),
     }
-    commit_arrays(folder, number, arrays, fingerprint)
+    software = {"h5py": h5py.__version__, "HDF5": h5py.version.hdf5_version, **(versions or {})}
+    created_by = ", ".join(f"{name} {version}" for name, version in software.items())
+    commit_arrays(folder, number, arrays, fingerprint, created_by)
     return path
 
 
-def commit_arrays(folder: Path, number: int, arrays: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> None:
+def commit_arrays(
+    folder: Path, number: int, arrays: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any], created_by: str
+) -> None:
     """Commit a shard whose datasets are as they will be stored, such as those of another cache's shard."""
     name = shard_name(number)
     image = _hdf5_image(
@@ -96,7 +103,7 @@ def commit_arrays(folder: Path, number: int, arrays: Mapping[str, np.ndarray], f
             "number": number,
             "fingerprint": fingerprint_json(fingerprint),
             "checksum": content_checksum(arrays),
-            "created_by": f"h5py {h5py.__version__}, HDF5 {h5py.version.hdf5_version}",
+            "created_by": created_by,
         },
     )
     try:
@@ -141,8 +148,8 @@ def remove_unfinished(folder: Path) -> int:
 def finish(folder: Path, units: int, fingerprint: Mapping[str, Any]) -> None:
     """Make the cache complete: check that its shards are all there and fit each other, then write index.json.
 
-    Does nothing to a cache that is complete already. Reads the keys, labels and languages, not the embeddings: what a
-    checksum is for, `EmbeddingCache.verify` does.
+    Does nothing to a cache that is complete already. Reads the keys, labels and languages, and what is outside of the
+    datasets (60 kB of a shard or so), not the embeddings: what a checksum is for, `EmbeddingCache.verify` does.
 
     Args:
         folder: the cache.
@@ -168,10 +175,11 @@ def finish(folder: Path, units: int, fingerprint: Mapping[str, Any]) -> None:
             f"{shard_name(more[0])}); write into another folder, or delete this one"
         )
     paths = [folder / shard_name(number) for number in range(units)]
-    records = []
+    records, created_by = [], set()
     for path in paths:
         with open_shard(path) as file:
             records.append(describe_shard(file, path))
+            created_by.add(str(file.attrs.get("created_by", "")))
     dim = _common_dim(folder, records)
     duplicate = find_duplicate_key(paths)
     if duplicate:
@@ -179,7 +187,8 @@ def finish(folder: Path, units: int, fingerprint: Mapping[str, Any]) -> None:
             f"{folder}: {duplicate}, but a key names one image; make the keys of the source unique, "
             f"delete both shards and run `siglit precompute` again"
         )
-    index = _index_bytes(records, dim, fingerprint)
+    outside = [metadata_checksum(path, record) for path, record in zip(paths, records, strict=True)]
+    index = _index_bytes(records, dim, fingerprint, outside, sorted(created_by))
     path = folder / INDEX_NAME
     if not path.exists() or path.read_bytes() != index:
         commit(folder, INDEX_NAME, index)
@@ -199,7 +208,7 @@ def _float16(embeddings: np.ndarray, keys: Sequence[str]) -> np.ndarray:
         row, column = np.argwhere(~np.isfinite(stored))[0]
         raise CacheError(
             f"the embedding of {keys[row]!r} (row {row}) holds {embeddings[row, column]}, finite values up to 65504 "
-            f"(float16) were wanted; run the tower in float32, or skip this image"
+            f"(float16) were wanted; run the tower in float32, or leave the row out and list the image as skipped"
         )
     return stored
 
@@ -282,7 +291,13 @@ def _common_dim(folder: Path, records: Sequence[ShardRecord]) -> int:
     return filled[0].dim
 
 
-def _index_bytes(records: Sequence[ShardRecord], dim: int, fingerprint: Mapping[str, Any]) -> bytes:
+def _index_bytes(
+    records: Sequence[ShardRecord],
+    dim: int,
+    fingerprint: Mapping[str, Any],
+    metadata_checksums: Sequence[str],
+    created_by: Sequence[str],
+) -> bytes:
     head = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
@@ -290,8 +305,11 @@ def _index_bytes(records: Sequence[ShardRecord], dim: int, fingerprint: Mapping[
         "rows": sum(record.rows for record in records),
         "captions": sum(record.captions for record in records),
         "skipped": sum(record.skipped for record in records),
+        "created_by": created_by,
         "fingerprint": json.loads(fingerprint_json(fingerprint)),
     }
     # One shard per line: ten thousand of them stay readable, and comparable with diff.
-    lines = ",\n".join(json.dumps(asdict(record)) for record in records)
-    return f'{json.dumps(head, indent=1)[:-2]},\n "shards": [\n{lines}\n]}}\n'.encode()
+    lists = {"shards": [asdict(record) for record in records], "metadata_checksums": metadata_checksums}
+    lines = {name: ",\n".join(map(json.dumps, values)) for name, values in lists.items()}
+    tail = "".join(f',\n "{name}": [\n{text}\n]' for name, text in lines.items())
+    return f"{json.dumps(head, indent=1)[:-2]}{tail}}}\n".encode()

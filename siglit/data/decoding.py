@@ -3,6 +3,7 @@
 Knows sources and pictures, not towers or caches. Shapes: N images of a batch, S × S the tower's input.
 """
 
+import errno
 import gc
 import math
 import os
@@ -23,6 +24,8 @@ from siglit.data.images import BadImage, decode_image
 from siglit.data.sources import Sample, Source, Unit
 from siglit.errors import UserError
 
+MISSING_FILE = f"cannot be read: {os.strerror(errno.ENOENT)}"
+"""Why an image whose file is not there cannot be used."""
 _RATIOS = (3 / 4, 4 / 3)
 _TRIES = 100
 _WORKER_GRACE = 30.0

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from siglit.cache import find_duplicate, hash_keys
 from siglit.data.batches import Batch, Passes, image_ids, row_hash
 from siglit.data.corruption import Corruption, noise_pixels
 from siglit.data.decoding import Decoded, Decoder, Decoding, Job
@@ -92,8 +93,8 @@ class PictureBatches(Passes):
             corruption: what to spoil, for the noise study.
 
         Raises:
-            UserError: the source cannot be read, G cannot be divided among the ranks, or there are fewer captioned
-                samples than G. A pass raises it when too many images are unusable.
+            UserError: the source cannot be read, a key occurs twice, G cannot be divided among the ranks, or there are
+                fewer captioned samples than G. A pass raises it when too many images are unusable.
         """
         self._source, self._tokenizer, self._decoder = source, tokenizer, decoder
         self._workers, self._max_skipped, self._labels, self._pin = workers, max_skipped, labels, pin_memory
@@ -328,14 +329,16 @@ class _Rows:
     def __init__(self, source: Source, *, hold: bool, quiet: bool):
         self._source, self._units = source, source.units(UNIT_SAMPLES)
         self._held: list[list[Sample]] = []
-        counts = []
+        counts, hashes = [], []
         with Meter(f"reading {source.name}", None, "captioned samples", quiet=quiet) as meter:
             for number in range(len(self._units)):
                 samples = self._load(number)
                 counts.append(len(samples))
+                hashes.append(hash_keys([sample.key for sample in samples]))
                 if hold:
                     self._held.append([sample.carried() for sample in samples])
                 meter.advance(len(samples))
+        self._check_unique(hashes)
         self._first = np.concatenate([[0], np.cumsum(np.array(counts, np.int64))])
         self.units, self.count = len(self._units), int(self._first[-1])
 
@@ -359,6 +362,16 @@ class _Rows:
                 )
             found += [samples[row] for row in part - self._first[number]]
         return found
+
+    def _check_unique(self, hashes: list[np.ndarray]) -> None:
+        """Refuse a key in two units: in two tars, or two parquet files of one name; listings compare when opened."""
+        found = find_duplicate(hashes, lambda number: [sample.key for sample in self._load(number)])
+        if found:
+            units = [self._units[part].name for part, _ in (found.first, found.second)]
+            raise UserError(
+                f"{self._source.name}: the key {found.key!r} occurs twice: in {units[0]} and in {units[1]}. A key "
+                "names one image; remove one of the two, or set key_column"
+            )
 
     def _load(self, number: int) -> list[Sample]:
         return [sample for sample in self._source.load(self._units[number]) if sample.captions]

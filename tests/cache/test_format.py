@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from siglit.cache import CacheError, EmbeddingCache, differing_fields, finish, write_shard
-from siglit.cache.format import DATASETS, find_duplicate_key, pack_strings, shard_files, unpack_strings
+from siglit.cache.format import DATASETS, pack_strings, shard_files, unpack_strings
+from siglit.cache.keys import find_duplicate_key
 
 FINGERPRINT = {"image_tower": {"model": "vit", "args": [1, 2]}, "dtype": "float32", "source": "/déjà"}
 DIM = 24
@@ -177,7 +178,7 @@ def test_a_string_that_utf8_cannot_hold_is_named(bad):
 def test_keys_whose_hashes_meet_are_compared_as_text(tmp_path, monkeypatch):
     """With a hash of one value for all, no different keys are called equal, and equal ones are found."""
     write_two(tmp_path)
-    monkeypatch.setattr("siglit.cache.format._hash_keys", lambda keys: np.zeros(len(keys), np.uint64))
+    monkeypatch.setattr("siglit.cache.keys.hash_keys", lambda keys: np.zeros(len(keys), np.uint64))
     paths = list(shard_files(tmp_path).values())
     assert find_duplicate_key(paths) is None
     assert "'ключ/0/0.jpg'" in (find_duplicate_key([paths[0], paths[0]]) or "")

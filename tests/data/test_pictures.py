@@ -687,3 +687,15 @@ def test_corruption_spoils_about_its_share_and_nothing_else(source):
         batches = plain["ids"][start : start + 12], found["ids"][start : start + 12]
         assert sorted(batches[0].tolist()) == sorted(batches[1].tolist())
     assert torch.equal(plain["image"], found["image"])
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_a_key_in_two_tars_is_refused_at_the_start(tmp_path, shuffle):
+    """Named are the key and both tars; a sample without a caption is trained on by nobody, and may share its key."""
+    spec = write_webdataset(tmp_path, [png(number) for number in range(COUNT)])
+    last = tmp_path / "44.tar"
+    last.write_bytes(last.read_bytes().replace(b'"key": "44.png"', b'"key": "00.png"'))
+    loader(open_source(spec), shuffle=shuffle)
+    last.write_bytes(last.read_bytes().replace(b'"key": "45.png"', b'"key": "10.png"'))
+    with pytest.raises(UserError, match=r"the key '10\.png' occurs twice: in 00\.tar and in 44\.tar\. .*key_column"):
+        loader(open_source(spec), shuffle=shuffle)
