@@ -25,6 +25,7 @@ import siglit
 from siglit import checkpoints, plot, provenance, report_drawing, report_tables
 from siglit.config import Experiment
 from siglit.errors import UserError
+from siglit.files import atomic_write
 from siglit.report_gallery import data_uri, draw_gallery
 from siglit.trained import Trained, open_trained
 
@@ -91,9 +92,9 @@ def run(experiment: Experiment) -> ReportResult:
     context = collect(experiment, folder, results, trained)
     context["notes"] += [f"Towers and images are left out: {why_not}"] if why_not else []
     path = folder / "report.html"
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(render(context), encoding="utf-8")
-    os.replace(unfinished, path)
+    page = render(context)
+    with atomic_write(path) as file:
+        file.write(page.encode())
     return ReportResult(str(path), context["verdict"], [row["command"] for row in context["missing"]])
 
 

@@ -21,6 +21,7 @@ from siglit.cache import CacheError, EmbeddingCache
 from siglit.config import Experiment, ImageTowerConfig, SourceSpec, TrainConfig
 from siglit.data.sources import source_identity
 from siglit.errors import UserError
+from siglit.files import atomic_write
 from siglit.models.tokenizer import lowercases, train_sentencepiece
 
 
@@ -117,9 +118,8 @@ def result_path(experiment: Experiment, kind: str, suffix: str = ".json") -> Pat
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with atomic_write(path) as file:
+        file.write(f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
 
 
 def summary(experiment: Experiment) -> dict[str, Any]:
@@ -209,9 +209,8 @@ def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
         return str(path)
     model = train_sentencepiece(captions, config)
     write_json(note, settings)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_bytes(model)
-    os.replace(unfinished, path)
+    with atomic_write(path) as file:
+        file.write(model)
     return str(path)
 
 

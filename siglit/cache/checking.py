@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siglit.cache.files import fsync_folder
 from siglit.cache.format import (
     INDEX_NAME,
     CacheError,
@@ -20,6 +19,7 @@ from siglit.cache.format import (
     shard_fingerprint,
     shard_problems,
 )
+from siglit.files import fsync_folder
 
 REMAKE = "run `siglit precompute` again"
 REMAKE_INDEX = f"delete it and {REMAKE}"
