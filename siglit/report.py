@@ -9,7 +9,6 @@ import base64
 import hashlib
 import importlib.resources
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ import torch
 from markupsafe import Markup
 
 import siglit
-from siglit import checkpoints, plot, provenance, report_drawing, report_tables
+from siglit import checkpoints, machine, plot, provenance, report_drawing, report_tables
 from siglit.config import Experiment
 from siglit.errors import UserError
 from siglit.files import atomic_write
@@ -185,7 +184,7 @@ def made_by() -> dict[str, str]:
         "siglit": siglit.__version__ + (f", commit {commit}" if commit else ""),
         "packages": ", ".join(f"{name} {version}" for name, version in provenance.versions(_PACKAGES).items()),
         "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} cores of {provenance.processor()}{gpu}",
+        "machine": f"{machine.cores()} cores of {provenance.processor()}{gpu}",
         "date": time.strftime("%Y-%m-%d %H:%M %z"),
     }
 
