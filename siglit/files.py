@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_BYTES = 1 << 30
-"""Largest file that is read whole: an image, a text beside it in a tar, a tokenizer."""
+"""Largest file that is read whole, 1 GiB: an image, a text in a tar, a tokenizer, a list of class names."""
+MAX_LISTING_BYTES = 64 << 30
+"""Largest listing, 64 GiB: its rows are kept in memory, more than the file takes."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -102,18 +104,29 @@ def open_regular(path: Path | str) -> BinaryIO:
     """
     # Without O_NONBLOCK a pipe would be waited for before anyone could look at what it is.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    try:
+        _check_kind(os.fstat(descriptor).st_mode, path)
+        return open(descriptor, "rb")
+    except BaseException:
         os.close(descriptor)
-        what = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
-        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        raise OSError(code, f"it is {what}, not a regular file", str(path))
-    return open(descriptor, "rb")
+        raise
 
 
 def check_regular(path: Path | str) -> None:
-    """Raise what `open_regular` raises, for who opens the file by its name."""
-    open_regular(path).close()
+    """Look at a file, or at all that lie in a folder, before a library opens them by name.
+
+    Raises:
+        OSError: it is not there, or is neither a regular file nor a folder of such, folders in it left aside.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISDIR(mode):
+        _check_kind(mode, path)
+        return
+    for name in sorted(os.listdir(path)):
+        inner = os.path.join(path, name)
+        # A link that leads nowhere is no file to anybody.
+        if os.path.exists(inner) and not os.path.isdir(inner):
+            _check_kind(os.stat(inner).st_mode, inner, f"{name} in it")
 
 
 def read_regular(path: Path | str, limit: int = MAX_BYTES) -> bytes:
@@ -135,6 +148,13 @@ def check_size(size: int, limit: int, path: Path | str) -> None:
     """
     if size > limit:
         raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than {limit:,}", str(path))
+
+
+def _check_kind(mode: int, path: Path | str, subject: str = "it") -> None:
+    if not stat.S_ISREG(mode):
+        what = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, f"{subject} is {what}, not a regular file", str(path))
 
 
 def _open_temporary(path: Path) -> BinaryIO:

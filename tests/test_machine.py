@@ -1,4 +1,4 @@
-"""A part of a machine is not taken for all of it: affinity, and control groups of both versions with those around them."""
+"""A part of a machine is not taken for all of it: affinity, and control groups of both versions and around them."""
 
 import os
 
@@ -107,4 +107,4 @@ def test_a_path_from_outside_the_container_is_cut_to_what_is_there(fake):
 
 def test_this_machine():
     assert 1 <= machine.cores() <= (os.cpu_count() or 1)
-    assert 1 << 20 < machine.free_memory()
+    assert machine.free_memory() > 1 << 20

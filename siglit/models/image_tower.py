@@ -22,6 +22,7 @@ from torch import nn
 
 from siglit.config import ImageTowerConfig
 from siglit.errors import UserError
+from siglit.files import check_regular, open_regular
 from siglit.paths import expand
 
 _LOCAL = "local-dir:"
@@ -176,6 +177,8 @@ def _build(config: ImageTowerConfig) -> nn.Module:
         hint = f"names like it: {', '.join(near)}" if near else "see timm.list_models()"
         raise UserError(f"timm {timm.__version__} has no image_tower.model {config.model!r}; {hint}")
     try:
+        if folder is not None and Path(folder).is_dir():
+            check_regular(folder)
         backbone = timm.create_model(
             name,
             # timm lets missing tensors of a folder pass, as there is no head; `_load_weights` does not.
@@ -192,8 +195,10 @@ def _build(config: ImageTowerConfig) -> nn.Module:
         ) from error
     if config.weights is not None:
         path = expand(config.weights, "image_tower.weights")
-        if not Path(path).is_file():
-            raise UserError(f"image_tower.weights: there is no file {path}")
+        try:
+            open_regular(path).close()
+        except OSError as error:
+            raise UserError(f"image_tower.weights: there is no file {path} to read ({error.strerror})") from error
         _load_weights(backbone, path)
     elif folder is not None and config.pretrained:
         _load_weights(backbone, folder)

@@ -5,6 +5,7 @@ Knows nothing of heads, images or training. Shapes: N captions, L tokens, W hidd
 
 import inspect
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_
 from transformers.utils import logging
 
 from siglit.errors import UserError
+from siglit.files import check_regular
 from siglit.paths import expand
 
 
@@ -26,6 +28,8 @@ def load_text_model(name: str) -> nn.Module:
     """
     folder = expand(name, "text_tower.pretrained")
     try:
+        if os.path.exists(folder):
+            check_regular(folder)
         with _quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model_class, options = _class_of(config, name)

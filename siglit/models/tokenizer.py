@@ -8,9 +8,9 @@ keeps it.
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ import sentencepiece
 
 from siglit.config import TokenizerConfig
 from siglit.errors import UserError
+from siglit.files import check_regular, read_regular
 from siglit.paths import expand
 
 
@@ -77,6 +78,8 @@ class TransformersTokenizer:
         from transformers import AutoTokenizer
 
         try:
+            if os.path.exists(name):
+                check_regular(name)
             self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
@@ -120,7 +123,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
     if not path.endswith(".model"):
         return TransformersTokenizer(path, config.length, config.lowercase)
     try:
-        model = Path(path).read_bytes()
+        model = read_regular(path)
     except FileNotFoundError as error:
         raise UserError(f"there is no tokenizer {path}; train one with `siglit tokenizer train`") from error
     except OSError as error:
