@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 import siglit
-from siglit import provenance
+from siglit import machine, provenance
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PACKAGES = (
@@ -43,7 +43,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks share."""
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--json", type=Path, help="write the figures here")
-    made.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads of the main process")
+    made.add_argument("--threads", type=int, default=machine.cores(), help="torch threads of the main process")
     return made
 
 
@@ -59,7 +59,7 @@ def stamp() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": provenance.processor(),
-        "cores": os.cpu_count(),
+        "cores": machine.cores(),
         "load": round(os.getloadavg()[0], 1),
         "gpu": device,
         "python": platform.python_version(),
@@ -107,8 +107,7 @@ def free_memory(device: str = "cpu") -> int:
         import torch
 
         return torch.cuda.mem_get_info()[0]
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return machine.free_memory()
 
 
 def begin_peak(device: str = "cpu") -> tuple[int, str]:

@@ -4,7 +4,6 @@ clip-retrieval's layout is `img_emb/img_emb_0000.npy` beside `metadata/metadata_
 passes block by block, and nothing is unpickled. Shapes: k rows of a block, D embedding width.
 """
 
-import os
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from siglit.cache import CacheWriter, EmbeddingCache, PlainHdf5
 from siglit.cache_commands import Made
 from siglit.errors import UserError
+from siglit.files import atomic_write
 
 _BLOCK = 8192
 _ROWS_PER_PART = 1_000_000
@@ -101,12 +101,11 @@ def import_(
 
 def _write_npy(cache: EmbeddingCache, start: int, stop: int, path: Path) -> None:
     # Written plainly and not through a map: a map of a hole on a full disk kills the process.
-    with open(_unfinished(path), "wb") as file:
+    with atomic_write(path) as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": (stop - start, cache.dim)}
         np.lib.format.write_array_header_1_0(file, header)
         for first in range(start, stop, _BLOCK):
             file.write(cache.gather(np.arange(first, min(first + _BLOCK, stop))).data)
-    os.replace(_unfinished(path), path)
 
 
 def _schema(cache: EmbeddingCache) -> pa.Schema:
@@ -137,14 +136,9 @@ def _metadata_blocks(
 
 
 def _write_parquet(blocks: Iterator[dict[str, list[Any]]], path: Path, schema: pa.Schema) -> None:
-    with pq.ParquetWriter(_unfinished(path), schema) as writer:
+    with atomic_write(path) as file, pq.ParquetWriter(file, schema) as writer:
         for block in blocks:
             writer.write_table(pa.table(block, schema))
-    os.replace(_unfinished(path), path)
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
 
 
 def _files(path: Path, suffix: str) -> list[Path]:

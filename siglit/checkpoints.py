@@ -16,6 +16,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from siglit.errors import UserError
+from siglit.files import atomic_write, remove_leftovers
 from siglit.stopping import Signals
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -36,19 +37,8 @@ class AtomicFiles(TorchCheckpointIO):
         """Write `checkpoint` as `path`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        with unfinished.open("wb") as file:
+        with atomic_write(path, keep=path.with_name(PREVIOUS)) as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, path.with_name(PREVIOUS))
-        os.replace(unfinished, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def newest(folder: Path) -> Path | None:
@@ -85,8 +75,7 @@ def prepare(folder: Path) -> Path | None:
     Raises:
         UserError: all checkpoints are damaged.
     """
-    for unfinished in folder.glob("*.tmp"):
-        unfinished.unlink()
+    remove_leftovers(folder, LAST)
     path = newest(folder)
     if path is not None and path.name == PREVIOUS:
         os.replace(path, folder / LAST)

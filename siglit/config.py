@@ -60,7 +60,7 @@ class DataConfig:
     val: SourceSpec | None = None
     """Held-out samples for validation and eval-retrieval; default: none."""
     workers: int | None = None
-    """Processes that decode images, per device; default: the cores shared out among the devices, at most 16."""
+    """Processes that decode images, per device; default: the usable cores shared out among the devices, at most 16."""
     max_skipped: float = 0.01
     """Largest share of images that may be unusable (or whose embedding float16 cannot hold) before precompute fails,
     0.0–1.0."""

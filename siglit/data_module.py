@@ -4,7 +4,6 @@ Shapes: I images, T captions, L tokens, D embedding width, H × W the tower's in
 """
 
 import itertools
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -16,6 +15,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from siglit import machine
 from siglit import run as run_folder
 from siglit.config import Experiment
 from siglit.data.batches import TrainBatches
@@ -299,7 +299,7 @@ class PictureData(TrainData):
     def _workers(self) -> int:
         if self._experiment.data.workers is not None:
             return self._experiment.data.workers
-        return max(1, min(16, (os.cpu_count() or 1) // self._experiment.train.devices))
+        return max(1, min(16, machine.cores() // self._experiment.train.devices))
 
 
 def open_data(experiment: Experiment) -> CacheData | PictureData:

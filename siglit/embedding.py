@@ -1,10 +1,9 @@
 """Images of a source into a cache: the tower's forward pass over decoded batches, shard by shard.
 
-A shard is the unit of work: rank r of W takes every W-th one that is not yet committed, and ranks share only the file
-system. Knows neither commands nor summaries. Shapes: N images of a batch, D embedding width.
+A shard is the unit of work: the ones that are not yet committed are cut into W stretches, one for each of W ranks, and
+ranks share only the file system. Knows neither commands nor summaries. Shapes: N images of a batch, D embedding width.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
+from siglit import machine
 from siglit import run as run_folder
 from siglit.cache import (
     EmbeddingCache,
@@ -79,7 +79,7 @@ def embed_source(
             remove_shards(path, shards_with_skipped(path))
     fabric.barrier()
     there = committed_shards(path, fingerprint)
-    mine = [u for u in units if u.number not in there][fabric.global_rank :: fabric.world_size]
+    mine = _stretch([u for u in units if u.number not in there], fabric.global_rank, fabric.world_size)
     # All ranks must have looked before any of them commits, or they would deal out different lists.
     fabric.barrier()
     encoder = _Encoder(fabric, tower, precision)
@@ -94,6 +94,11 @@ def embed_source(
     cache = EmbeddingCache(path)
     fabric.barrier()
     return Embedded(cache, encoded, seconds, encoder.own_rate())
+
+
+def _stretch(units: list[Unit], rank: int, ranks: int) -> list[Unit]:
+    """A rank's units, next to each other: a row group that several units share is read by one rank, mostly."""
+    return units[len(units) * rank // ranks : len(units) * (rank + 1) // ranks]
 
 
 class _Encoder:
@@ -234,4 +239,4 @@ def _precision(experiment: Experiment, fabric: Fabric) -> str:
 def _workers(experiment: Experiment) -> int:
     if experiment.data.workers is not None:
         return experiment.data.workers
-    return max(1, min(16, (os.cpu_count() or 1) // experiment.cache.devices))
+    return max(1, min(16, machine.cores() // experiment.cache.devices))

@@ -3,7 +3,6 @@
 Knows the run's files; what a figure means is `siglit.evaluation.zeroshot`.
 """
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from siglit.data.prompts import Names
 from siglit.errors import UserError
 from siglit.evaluation import zeroshot
 from siglit.evaluation.encoding import encode_ids
+from siglit.files import atomic_write
 from siglit.labelled import class_folders_of, labels_of
 from siglit.trained import open_trained
 
@@ -145,10 +145,8 @@ def _mistakes(confusion: np.ndarray, called: list[str]) -> dict[str, tuple[str, 
 def _keep(experiment: Experiment, confusion: np.ndarray, called: list[str]) -> str:
     """Write the counts, and the picture where it can be drawn; say where they are."""
     path = run_folder.result_path(experiment, "zeroshot", ".npy")
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
+    with atomic_write(path) as file:
         np.save(file, confusion, allow_pickle=False)
-    os.replace(unfinished, path)
     picture = Path(run_folder.result_path(experiment, "zeroshot", ".png"))
     try:
         drawn = plot.confusion(confusion, called)

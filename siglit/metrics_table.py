@@ -6,7 +6,6 @@ writes it anew in place when a column is added: a kill then loses all rows.
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
+
+from siglit.files import atomic_write
 
 
 class MetricsTable(Logger):
@@ -74,9 +75,8 @@ class MetricsTable(Logger):
 
     def _replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text(",".join(self._columns) + "\r\n" + self._lines(rows), encoding="utf-8", newline="")
-        os.replace(unfinished, self._path)
+        with atomic_write(self._path) as file:
+            file.write(f"{','.join(self._columns)}\r\n{self._lines(rows)}".encode())
 
     def _lines(self, rows: Iterable[Mapping[str, Any]]) -> str:
         text = io.StringIO(newline="")

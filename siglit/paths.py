@@ -8,6 +8,7 @@ from pathlib import Path
 import braceexpand
 
 from siglit.errors import UserError
+from siglit.files import check_regular
 
 
 def expand(text: str, option: str) -> str:
@@ -37,12 +38,21 @@ def files_of(pattern: str, suffix: str) -> list[Path]:
             raise UserError(f"path {pattern} has braces that do not match: {error}") from error
         for name in names:
             wanted = os.path.join(glob.escape(name), f"*{suffix}") if os.path.isdir(name) else name
-            matches = [wanted] if os.path.isfile(wanted) else glob.glob(wanted, recursive=True)
-            matches = [match for match in matches if os.path.isfile(match)]
+            there = [wanted] if os.path.exists(wanted) else glob.glob(wanted, recursive=True)
+            matches = [match for match in there if os.path.isfile(match)]
             if not matches:
+                for match in there:
+                    _check_regular(match, pattern)
                 raise UserError(f"no file matches {wanted} (path {pattern}). Correct path.")
             found.update(dict.fromkeys(matches))
     return [Path(name) for name in sorted(found, key=lambda name: (_natural(name), name))]
+
+
+def _check_regular(path: str, pattern: str) -> None:
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise UserError(f"{path} (path {pattern}) cannot be read: {error.strerror}. Correct path.") from error
 
 
 def _natural(name: str) -> list[str | int]:

@@ -5,7 +5,6 @@ Draws the `shapes` set to where the experiment file says its data lie, as any us
 
 import importlib.resources
 import json
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids
 from siglit.evaluation.gallery import Answer, draw_gallery
 from siglit.evaluation.index import nearest_images
+from siglit.files import atomic_write
 from siglit.progress import Meter
 from siglit.trained import open_trained
 
@@ -66,12 +66,13 @@ def run(experiment: Experiment) -> QuickstartResult:
                 "`siglit precompute` and `siglit train` for images of yours"
             )
     weights = Path(experiment.image_tower.weights)
-    if weights.exists() and weights.read_bytes() != asset.read_bytes():
+    if weights.exists() and not (weights.is_file() and weights.read_bytes() == asset.read_bytes()):
         raise UserError(
             f"image_tower.weights {weights} holds other weights than quickstart's, which go there; name a new file"
         )
     weights.parent.mkdir(parents=True, exist_ok=True)
-    weights.write_bytes(asset.read_bytes())
+    with atomic_write(weights) as file:
+        file.write(asset.read_bytes())
     scenes = shapes.draw_scenes(_TRAIN_IMAGES + _VAL_IMAGES, experiment.seed)
     _draw(Path(experiment.data.train.path), scenes[:_TRAIN_IMAGES], (experiment.seed, 0))
     _draw(Path(experiment.data.val.path), scenes[_TRAIN_IMAGES:], (experiment.seed, 1))
@@ -98,9 +99,8 @@ def _draw(listing: Path, scenes: Iterable[shapes.Scene], seed: tuple[int, int]) 
             shapes.draw_image(scene, (*seed, number)).save(listing.parent / name)
             lines.append(json.dumps({"image": name, "caption": shapes.captions(scene)}))
             meter.advance(1)
-    unfinished = listing.with_suffix(".tmp")
-    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(unfinished, listing)
+    with atomic_write(listing) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def _gallery(experiment: Experiment, pictures: Path) -> Image.Image:

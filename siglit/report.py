@@ -9,7 +9,6 @@ import base64
 import hashlib
 import importlib.resources
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -22,9 +21,10 @@ import torch
 from markupsafe import Markup
 
 import siglit
-from siglit import checkpoints, plot, provenance, report_drawing, report_tables
+from siglit import checkpoints, machine, plot, provenance, report_drawing, report_tables
 from siglit.config import Experiment
 from siglit.errors import UserError
+from siglit.files import atomic_write
 from siglit.report_gallery import data_uri, draw_gallery
 from siglit.trained import Trained, open_trained
 
@@ -91,9 +91,9 @@ def run(experiment: Experiment) -> ReportResult:
     context = collect(experiment, folder, results, trained)
     context["notes"] += [f"Towers and images are left out: {why_not}"] if why_not else []
     path = folder / "report.html"
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(render(context), encoding="utf-8")
-    os.replace(unfinished, path)
+    page = render(context)
+    with atomic_write(path) as file:
+        file.write(page.encode())
     return ReportResult(str(path), context["verdict"], [row["command"] for row in context["missing"]])
 
 
@@ -184,7 +184,7 @@ def made_by() -> dict[str, str]:
         "siglit": siglit.__version__ + (f", commit {commit}" if commit else ""),
         "packages": ", ".join(f"{name} {version}" for name, version in provenance.versions(_PACKAGES).items()),
         "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} cores of {provenance.processor()}{gpu}",
+        "machine": f"{machine.cores()} cores of {provenance.processor()}{gpu}",
         "date": time.strftime("%Y-%m-%d %H:%M %z"),
     }
 

@@ -21,7 +21,8 @@ from siglit.cache import CacheError, EmbeddingCache
 from siglit.config import Experiment, ImageTowerConfig, SourceSpec, TrainConfig
 from siglit.data.sources import source_identity
 from siglit.errors import UserError
-from siglit.models.tokenizer import lowercases, train_sentencepiece
+from siglit.files import atomic_write, open_regular
+from siglit.models.tokenizer import SentencePieceTokenizer, lowercases, train_sentencepiece
 
 
 def is_first_process() -> bool:
@@ -117,9 +118,8 @@ def result_path(experiment: Experiment, kind: str, suffix: str = ".json") -> Pat
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with atomic_write(path) as file:
+        file.write(f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
 
 
 def summary(experiment: Experiment) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _check_source(spec: SourceSpec, cache: EmbeddingCache) -> None:
 
 def file_hash(path: str) -> str:
     """BLAKE2b of a file's bytes."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
@@ -183,6 +183,9 @@ def tokenizer_path(experiment: Experiment) -> str:
 
 def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
     """Return the path of the run's tokenizer, trained on the captions if it has none yet.
+
+    `tokenizer.json` beside it keeps what it was trained with, and as actual_vocab_size how many pieces it has; fewer
+    than tokenizer.vocab_size are said on stderr.
 
     Raises:
         UserError: the one that is there was trained with other settings.
@@ -208,10 +211,17 @@ def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
             )
         return str(path)
     model = train_sentencepiece(captions, config)
-    write_json(note, settings)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_bytes(model)
-    os.replace(unfinished, path)
+    pieces = SentencePieceTokenizer(model, config.length, lowercases(config)).vocab_size
+    write_json(note, {**settings, "actual_vocab_size": pieces})
+    with atomic_write(path) as file:
+        file.write(model)
+    if pieces < config.vocab_size:
+        print(
+            f"{path} has {pieces:,} pieces, not tokenizer.vocab_size {config.vocab_size:,}: "
+            "the captions support no more",
+            file=sys.stderr,
+            flush=True,
+        )
     return str(path)
 
 

@@ -96,3 +96,26 @@ def test_a_run_is_loaded_without_the_weights_it_started_from(tmp_path, monkeypat
     text = trained.open_trained(moved)
     ids = torch.from_numpy(text.tokenizer(["a red dog", "A Red picture of a dog"])).long()
     assert torch.equal(text.tower(ids), tower.eval()(ids))
+
+
+def test_a_vocabulary_that_came_out_smaller_is_said_and_recorded(tmp_path, capsys):
+    """Once, where it is trained; a note of an earlier version, which has no such key, is as good."""
+    experiment = experiment_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=32_000))
+    path = ensure_tokenizer(experiment, ["a red circle", "a blue square"])
+    pieces = load_tokenizer(path, experiment.tokenizer).vocab_size
+    assert capsys.readouterr().err == (
+        f"{path} has {pieces:,} pieces, not tokenizer.vocab_size 32,000: the captions support no more\n"
+    )
+    note = tmp_path / "run" / "tokenizer.json"
+    said = json.loads(note.read_text())
+    assert (said["vocab_size"], said.pop("actual_vocab_size")) == (32_000, pieces)
+    note.write_text(json.dumps(said))
+    assert ensure_tokenizer(experiment, []) == path
+    assert capsys.readouterr().err == ""
+
+
+def test_a_vocabulary_as_large_as_it_should_be_is_not_spoken_of(tmp_path, capsys):
+    experiment = experiment_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=275))
+    ensure_tokenizer(experiment, ["a red circle and a blue square"])
+    assert json.loads((tmp_path / "run" / "tokenizer.json").read_text())["actual_vocab_size"] == 275
+    assert capsys.readouterr().err == ""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siglit.cache.files import fsync_folder
 from siglit.cache.format import (
     INDEX_NAME,
     CacheError,
@@ -21,6 +20,7 @@ from siglit.cache.format import (
     unpack_strings,
 )
 from siglit.cache.keys import find_duplicate_key
+from siglit.files import fsync_folder
 
 REMAKE = "run `siglit precompute` again"
 REMAKE_INDEX = f"delete it and {REMAKE}"

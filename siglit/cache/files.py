@@ -1,46 +1,26 @@
-"""Files that are there whole or not at all, and what a disk's refusal means in words.
+"""Files of a cache, committed whole or not at all, and what a disk's refusal means in words.
 
 Knows nothing of shards.
 """
 
-import contextlib
 import errno
-import os
-import secrets
 import shutil
 from pathlib import Path
 
+from siglit.files import atomic_write
+
 
 def commit(folder: Path, name: str, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all, durably: a temporary file, fsync, rename, fsync of the folder.
+    """Write a file whole or not at all, durably.
 
     Raises:
         OSError: it could not be written; the text says why in words.
     """
-    # The process id alone is not unique where several machines share the folder.
-    temporary = folder / f"{name}.tmp.{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        with open(temporary, "xb", buffering=0) as file:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
-        fsync_folder(folder)
+        with atomic_write(folder / name) as file:
+            file.write(data)
     except OSError as error:
         raise explained(error, folder, name, len(data)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def explained(error: OSError, folder: Path, name: str, size: int) -> OSError:

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from siglit.cache.files import commit, explained, fsync_folder
+from siglit.cache.files import commit, explained
 from siglit.cache.format import (
     ALIGNMENT,
     DATASETS,
@@ -35,6 +35,7 @@ from siglit.cache.format import (
     shard_name,
 )
 from siglit.cache.keys import find_duplicate_key
+from siglit.files import fsync_folder, leftovers
 
 
 def write_shard(
@@ -135,11 +136,12 @@ def committed_shards(folder: Path, fingerprint: Mapping[str, Any]) -> set[int]:
 
 
 def remove_unfinished(folder: Path) -> int:
-    """Delete what killed writers left (*.tmp*) and return how many files that were.
+    """Delete what killed writers of shards and indexes left and return how many files that were.
 
-    Call it before anyone writes: it cannot tell a killed writer's file from a live one's.
+    Call it with the folder locked, before anyone writes. Other temporary files stay, such as those of a training that
+    is writing token ids.
     """
-    rubbish = [path for path in Path(folder).glob("*.tmp*") if path.is_file()]
+    rubbish = [path for names in ("shard-*.h5", INDEX_NAME) for path in leftovers(folder, names)]
     for path in rubbish:
         path.unlink(missing_ok=True)
     return len(rubbish)

@@ -18,9 +18,10 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from siglit.data.images import BadImage, decode_image
+from siglit.data.prefetch import Prefetched
 from siglit.data.sources import Sample, Source, Unit
 from siglit.errors import UserError
 
@@ -52,8 +53,12 @@ class PixelBatch:
         return self
 
 
-class UnitPixels(IterableDataset[PixelBatch | UserError]):
-    """Batches of the given units; worker w of V makes every V-th, so that a loader hands them out in order."""
+class UnitPixels:
+    """Batches of the given units, to be decoded by the workers of `pixel_batches`.
+
+    One process reads the source, however many decode: every row group of a table and every tar's headers are read
+    once, and one row group is in memory. Workers are dealt an image's place in a file, or its bytes if it has none.
+    """
 
     def __init__(
         self,
@@ -65,33 +70,52 @@ class UnitPixels(IterableDataset[PixelBatch | UserError]):
         draft: int | None = None,
     ):
         """Decode with `transform`, an RGB picture to (3, S, S) uint8; `max_pixels` and `draft` as `decode_image`."""
-        self._source, self._units, self._transform = source, units, transform
-        self._batch_size, self._max_pixels, self._draft = batch_size, max_pixels, draft
+        self._source, self._units, self._batch_size = source, units, batch_size
+        self.decoder = _StretchDecoder(transform, max_pixels, draft)
 
-    def __iter__(self) -> Iterator[PixelBatch | UserError]:
-        """Yield this worker's batches; a unit without samples gives one empty batch, so that its shard is written too.
+    def stretches(self) -> "Iterator[_Stretch | UserError]":
+        """Yield what a batch each is made of; a unit without samples gives an empty one, so its shard is written too.
 
-        A UserError of the source is handed out instead of raised: a loader would wrap it in the worker's traceback.
+        A UserError of the source is handed out instead of raised, and last, so that all batches before it are too.
         """
-        worker = get_worker_info()
-        me, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        number = 0
-        for unit in self._units:
-            try:
+        try:
+            for unit in self._units:
                 samples = self._source.load(unit)
-            except UserError as error:
-                yield error
-                return
-            starts = range(0, max(1, len(samples)), self._batch_size)
-            for start in starts:
-                if number % workers == me:
-                    yield self._batch(unit.number, start == starts[-1], samples[start : start + self._batch_size])
-                number += 1
+                starts = range(0, max(1, len(samples)), self._batch_size)
+                for start in starts:
+                    part = [_dealt(sample) for sample in samples[start : start + self._batch_size]]
+                    yield _Stretch(unit.number, start == starts[-1], part)
+                    del part
+        except UserError as error:
+            yield error
 
-    def _batch(self, unit: int, last: bool, samples: Sequence[Sample]) -> PixelBatch:
-        batch, pixels = PixelBatch(unit, last, torch.empty(0)), []
-        for sample in samples:
-            if not sample.captions and sample.label is None:
+
+class _Stretch(NamedTuple):
+    unit: int
+    last: bool
+    samples: list[Sample]
+
+
+def _says_nothing(sample: Sample) -> bool:
+    return not sample.captions and sample.label is None
+
+
+def _dealt(sample: Sample) -> Sample:
+    """The sample as a worker gets it; an image that nobody will look at is not read."""
+    return replace(sample, image=b"") if _says_nothing(sample) else sample.carried()
+
+
+class _StretchDecoder(Dataset[PixelBatch | UserError]):
+    def __init__(self, transform: Callable[[Image.Image], torch.Tensor], max_pixels: int, draft: int | None):
+        self._transform, self._max_pixels, self._draft = transform, max_pixels, draft
+
+    def __getitem__(self, stretch: _Stretch | UserError) -> PixelBatch | UserError:
+        # Handed on instead of raised: a loader would wrap it in the worker's traceback.
+        if isinstance(stretch, UserError):
+            return stretch
+        batch, pixels = PixelBatch(stretch.unit, stretch.last, torch.empty(0)), []
+        for sample in stretch.samples:
+            if _says_nothing(sample):
                 batch.skipped.append((sample.key, "no caption"))
                 continue
             try:
@@ -104,24 +128,32 @@ class UnitPixels(IterableDataset[PixelBatch | UserError]):
         return batch
 
 
-def pixel_batches(dataset: UnitPixels, workers: int, pin_memory: bool) -> Iterator[PixelBatch]:
-    """Run a dataset in `workers` processes (0: in this one) and yield its batches in order.
+def pixel_batches(units: UnitPixels, workers: int, pin_memory: bool) -> Iterator[PixelBatch]:
+    """Decode units in `workers` processes (0: in this one) and yield their batches in order.
+
+    Four batches per worker are under way, each as image files or as pixels.
 
     Raises:
         UserError: the source found something wrong while reading.
     """
-    loader = DataLoader(
-        dataset,
+    # A thread reads ahead, so that a large row group keeps nobody waiting who takes batches.
+    stretches = Prefetched(units.stretches(), ahead=1)
+    loader: DataLoader = DataLoader(
+        units.decoder,
         batch_size=None,
+        sampler=_Jobs(stretches),
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_prepare_worker,
     )
-    for item in _ended_with_program(loader):
-        if isinstance(item, UserError):
-            raise item
-        yield item
+    try:
+        for item in _ended_with_program(loader):
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        stretches.close()
 
 
 @dataclass(frozen=True)
@@ -181,7 +213,7 @@ class Decoding:
 
     def __init__(self, decoder: Decoder, workers: int):
         """Take the number of processes; 0: decode in this one. They start with the first run."""
-        self._jobs = _Jobs()
+        self._jobs = _Jobs(iter(()))
         self._loader: DataLoader = DataLoader(
             _DecodedJobs(decoder),
             batch_size=None,
@@ -215,9 +247,10 @@ class Decoding:
 class _Jobs:
     """What a loader takes for its sampler."""
 
-    jobs: Iterator[Job | UserError] = iter(())
+    def __init__(self, jobs: Iterator):
+        self.jobs = jobs
 
-    def __iter__(self) -> Iterator[Job | UserError]:
+    def __iter__(self) -> Iterator:
         return self.jobs
 
 

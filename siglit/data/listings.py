@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from siglit.errors import UserError
+from siglit.files import MAX_LISTING_BYTES, open_regular, read_regular
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
 # Image and caption columns where none are named; the first that exists is taken. csv is open_clip's choice.
@@ -284,7 +285,7 @@ def index_tar(path: Path) -> dict[str, dict[str, Member]]:
 
 def read_part(path: Path | str, offset: int, size: int) -> bytes:
     """Up to `size` bytes of a file from `offset` on."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(offset)
         return file.read(size)
 
@@ -362,7 +363,7 @@ def _lines(path: Path) -> Iterator[str]:
     offset = 0
     try:
         # Read at once, as the rows are kept anyway: whoever stops at a bad line leaves no file open.
-        data = path.read_bytes()
+        data = read_regular(path, MAX_LISTING_BYTES)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Correct path.") from error
     for number, line in enumerate(io.BytesIO(data), start=1):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from siglit.errors import UserError
+from siglit.files import read_regular
 from siglit.paths import expand
 
 Names = tuple[str, ...]
@@ -120,7 +121,7 @@ def _entries(where: str, option: str) -> list[Any]:
         return _of_ours(where, option)
     path = Path(expand(where, option))
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(
             f"{option} is {where or 'empty'}, but that is no file to read ({error.strerror}); name a JSON list, a text "

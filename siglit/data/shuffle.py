@@ -4,7 +4,6 @@ Knows rows and counts, not what is read for them: reading is a function that it 
 C of them with captions, G pairs of a global batch over all ranks, B = G / ranks of them on this one.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from siglit.cache import EmbeddingCache
 from siglit.data.sources import Source
+from siglit.machine import free_memory as _free_memory
 
 Arrays = dict[str, np.ndarray]
 Fetch = Callable[[np.ndarray], Arrays]
@@ -216,12 +216,3 @@ def _splitmix64(state: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
-
-def _free_memory() -> int:
-    """Bytes that the machine can still give out, its file cache included."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except OSError:  # not Linux: what is installed
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -18,6 +18,7 @@ from siglit.data import class_folders, listings
 from siglit.data.listings import IMAGE_EXTENSIONS, Columns, Row
 from siglit.data.tables import HubTable, ParquetTable, Table
 from siglit.errors import UserError
+from siglit.files import MAX_BYTES, check_size, open_regular, read_regular
 from siglit.paths import expand, files_of
 
 _SAMPLE_BYTES = 400
@@ -50,12 +51,14 @@ class FilePart:
         """The bytes.
 
         Raises:
-            OSError: the file is missing, unreadable, or ends before the part does.
+            OSError: the file is missing, unreadable, not a regular one, or ends before the part does; or there are more
+                than 1 GiB.
         """
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            data = file.read(-1 if self.size is None else self.size)
-        if self.size is not None and len(data) < self.size:
+        if self.size is None:
+            return read_regular(self.path)
+        check_size(self.size, MAX_BYTES, self.path)
+        data = listings.read_part(self.path, self.offset, self.size)
+        if len(data) < self.size:
             raise OSError(f"{self.path} ends after {len(data)} of the {self.size} bytes from byte {self.offset}")
         return data
 
@@ -175,8 +178,11 @@ def _listing_file(spec: SourceSpec) -> Path:
 def _listing_identity(spec: SourceSpec, path: Path) -> dict[str, Any]:
     if spec.format == "class_folders":
         return _identity(spec, []) | class_folders.identity(path)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open_regular(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Correct path.") from error
     return _identity(spec, [path]) | {"sha256": digest}
 
 
@@ -281,6 +287,7 @@ class _TarSource:
     def _sample(self, path: Path, key: str, group: dict[str, listings.Member]) -> Sample:
         def text(extension: str) -> str:
             member = group[extension]
+            check_size(member.size, MAX_BYTES, path)
             return listings.decode_text(
                 listings.read_part(path, member.offset, member.size), f"{path}, {member.name}", member.offset
             )

@@ -141,6 +141,9 @@ class ParquetTable:
         index = self._index(row)
         held = self._cache.get(names)
         if held is None or held[0] != index:
+            # Let go before the next is read: one is in memory, not two.
+            held = None
+            self._cache.pop(names, None)
             file, group, _ = self._spans[index]
             try:
                 with pq.ParquetFile(self._paths[file]) as parquet:

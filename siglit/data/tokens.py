@@ -8,10 +8,12 @@ import itertools
 import os
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from siglit.cache import EmbeddingCache
+from siglit.files import atomic_write, remove_leftovers
 from siglit.models.tokenizer import Tokenizer
 from siglit.progress import Meter
 
@@ -31,31 +33,27 @@ def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
             path.unlink()  # cut short by a full disk or a crash: made anew
     dtype: type = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     shape = (cache.num_captions, tokenizer.length)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    if not shape[0]:
+        return np.empty(shape, dtype)
+    remove_leftovers(path.parent, "tokens-*.npy")  # of every tokenizer: nobody may ever want that one's file again
     try:
-        ids = _new_file(unfinished, dtype, shape) if shape[0] else np.empty(shape, dtype)
+        with atomic_write(path) as file:
+            ids = _map_of(file, dtype, shape)
+            _fill(ids, cache, tokenizer)
+            ids.flush()
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         warnings.warn(
             f"cannot keep token ids in {cache.path} ({error.strerror}); they are made anew each time", stacklevel=2
         )
         return _fill(np.empty(shape, dtype), cache, tokenizer)
-    try:
-        _fill(ids, cache, tokenizer)
-        if isinstance(ids, np.memmap):
-            ids.flush()
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r") if path.exists() else ids
+    return np.load(path, mmap_mode="r")
 
 
-def _new_file(path: Path, dtype: type, shape: tuple[int, int]) -> np.memmap:
-    ids = np.lib.format.open_memmap(path, "w+", dtype=dtype, shape=shape)
+def _map_of(file: BinaryIO, dtype: type, shape: tuple[int, int]) -> np.memmap:
+    ids = np.lib.format.open_memmap(file.name, "w+", dtype=dtype, shape=shape)
     # The file is sparse so far, and writing one through a map kills the process (SIGBUS) when the disk is full.
     if hasattr(os, "posix_fallocate"):  # not on macOS
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     return ids
 
 

@@ -6,7 +6,6 @@ Shapes: N images, T texts, D embedding width, K answers.
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+from siglit.files import atomic_write
 from siglit.progress import Meter
 
 _QUERIES_AT_ONCE = 16_384
@@ -177,7 +177,8 @@ def build(zimg: np.ndarray, factory: str, path: Path) -> Built:
     _note(path).unlink(missing_ok=True)
     _write(kept, path)
     note = {"factory": factory, "seconds": seconds, "blake2b": _hash(path)}
-    _note(path).write_text(json.dumps(note), encoding="utf-8")
+    with atomic_write(_note(path)) as file:
+        file.write(json.dumps(note).encode())
     return Built(factory, index, kept, seconds, path)
 
 
@@ -276,9 +277,8 @@ def _note(path: Path) -> Path:
 
 
 def _write(index: Any, path: Path) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    faiss.write_index(index, str(unfinished))
-    unfinished.replace(path)
+    with atomic_write(path) as file:
+        faiss.write_index(index, file.name)
 
 
 def _read(path: Path) -> Any:

@@ -23,6 +23,7 @@ from torch import nn
 
 from siglit.config import ImageTowerConfig
 from siglit.errors import UserError
+from siglit.files import check_regular, open_regular
 from siglit.models.hub import hub_or_cache
 from siglit.models.unread import freeze_unread, graph_only
 from siglit.paths import expand
@@ -189,6 +190,8 @@ def _build(config: ImageTowerConfig) -> nn.Module:
     pretrained = config.pretrained and config.weights is None and folder is None
     by_hub = pretrained or name.startswith(_HUB)
     try:
+        if folder is not None and Path(folder).is_dir():
+            check_regular(folder)
         with hub_or_cache() if by_hub else nullcontext():
             backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **config.model_args)
     except TypeError as error:
@@ -200,8 +203,10 @@ def _build(config: ImageTowerConfig) -> nn.Module:
         ) from error
     if config.weights is not None:
         path = expand(config.weights, "image_tower.weights")
-        if not Path(path).is_file():
-            raise UserError(f"image_tower.weights: there is no file {path}")
+        try:
+            open_regular(path).close()
+        except OSError as error:
+            raise UserError(f"image_tower.weights: there is no file {path} to read ({error.strerror})") from error
         _load_weights(backbone, path)
     elif folder is not None and config.pretrained:
         _load_weights(backbone, folder)

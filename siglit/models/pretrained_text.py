@@ -5,9 +5,9 @@ Knows nothing of heads, images or training. Shapes: N captions, L tokens, W hidd
 
 import inspect
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_
 from transformers.utils import logging
 
 from siglit.errors import UserError
+from siglit.files import check_regular
 from siglit.models.hub import hub_or_cache
 from siglit.paths import expand
 
@@ -28,7 +29,10 @@ def load_text_model(name: str) -> nn.Module:
     """
     folder = expand(name, "text_tower.pretrained")
     try:
-        with _quiet(), nullcontext() if Path(folder).is_dir() else hub_or_cache():
+        is_here = os.path.exists(folder)
+        if is_here:
+            check_regular(folder)
+        with _quiet(), nullcontext() if is_here else hub_or_cache():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model_class, options = _class_of(config, name)
             model, found = model_class.from_pretrained(

@@ -8,10 +8,10 @@ keeps it.
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ import sentencepiece
 
 from siglit.config import TokenizerConfig
 from siglit.errors import UserError
+from siglit.files import check_regular, read_regular
 from siglit.models.hub import hub_or_cache
 from siglit.paths import expand
 
@@ -79,7 +80,10 @@ class TransformersTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            with nullcontext() if Path(name).is_dir() else hub_or_cache():
+            is_here = os.path.exists(name)
+            if is_here:
+                check_regular(name)
+            with nullcontext() if is_here else hub_or_cache():
                 self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
@@ -123,7 +127,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
     if not path.endswith(".model"):
         return TransformersTokenizer(path, config.length, config.lowercase)
     try:
-        model = Path(path).read_bytes()
+        model = read_regular(path)
     except FileNotFoundError as error:
         raise UserError(f"there is no tokenizer {path}; train one with `siglit tokenizer train`") from error
     except OSError as error:
