@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from siglit import eval_zeroshot, precompute
 from siglit.cache import EmbeddingCache
 from siglit.errors import UserError
+from siglit.evaluation.encoding import encode_ids
 from siglit.trained import open_trained
 from tests.conftest import COLOURS, parse
 
@@ -142,3 +143,28 @@ def test_a_set_of_class_folders_is_laid_over_a_run(classed, tmp_path):
     assert written["classes"] == ["a green", "grey", "plain red", "the blue"]
     assert written["top1"] > 0.5
     assert written["of"]["cache"] == str(tmp_path / "cache/val")
+
+
+def test_canonical_prompts_are_what_is_encoded(worded, monkeypatch):
+    """Names stand in the result as they were given, and the result says what was done to them."""
+    (worded / "loud.json").write_text(json.dumps(["RED, crimson", "Green.", "b_l_u_e", "grey"]))
+    (worded / "loud.txt").write_text("A {}-square!\n")
+    seen = []
+
+    def encode(tower, ids, **options):
+        seen.append(ids)
+        return encode_ids(tower, ids, **options)
+
+    monkeypatch.setattr(eval_zeroshot, "encode_ids", encode)
+    words = ["--eval.classes", "loud.json", "--eval.templates", "loud.txt", "--eval.name", "loud"]
+    experiment = parse("eval-zeroshot", *words, "--eval.canonicalize", "true")
+    eval_zeroshot.run(experiment)
+    texts = ["a redsquare", "a greensquare", "a b l u esquare", "a greysquare"]
+    np.testing.assert_array_equal(seen[0], open_trained(experiment).tokenizer(texts))
+    written = result(worded, "zeroshot-loud.json")
+    assert written["canonicalize"] is True
+    assert written["classes"] == ["RED, crimson", "Green.", "b_l_u_e", "grey"]
+    assert written["templates"] == ["A {}-square!"]
+    eval_zeroshot.run(parse("eval-zeroshot", *words))
+    assert result(worded, "zeroshot-loud.json")["canonicalize"] is False
+    assert not np.array_equal(seen[1], seen[0])

@@ -6,6 +6,7 @@ Knows nothing of towers or tokens. Shapes: C classes, P prompts.
 import importlib
 import importlib.resources
 import json
+import string
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -20,6 +21,7 @@ Names = tuple[str, ...]
 """All names of one class; the first is the one it is called by."""
 _OURS = "siglit:"
 _OPEN_CLIP = "open_clip:"
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LISTS = {
     "eval.classes": {"imagenet": "IMAGENET_CLASSNAMES"},
     "eval.templates": {
@@ -27,6 +29,8 @@ _LISTS = {
         "simple_imagenet": "SIMPLE_IMAGENET_TEMPLATES",
     },
 }
+_CLIP_PAPER = "big_vision:clip_paper"
+"""What the paper's zero-shot figures are taken with: openai_imagenet, and the name alone."""
 
 
 def class_names(where: str) -> list[Names]:
@@ -56,7 +60,8 @@ def templates(where: str | None) -> list[str]:
 
     Args:
         where: a JSON list, a text file with a prompt a line, `siglit:` and one of our lists (siglit/assets/templates),
-            or `open_clip:openai_imagenet`, `open_clip:simple_imagenet`.
+            `open_clip:openai_imagenet`, `open_clip:simple_imagenet`, or `big_vision:clip_paper`, which takes open_clip
+            too.
 
     Raises:
         UserError: there is no such list, or a prompt has no place for the name.
@@ -64,6 +69,8 @@ def templates(where: str | None) -> list[str]:
     option = "eval.templates"
     if where is None:
         return ["{}"]
+    if where == _CLIP_PAPER:
+        return [*templates(_OPEN_CLIP + "openai_imagenet"), "{}"]
     if where.startswith(_OPEN_CLIP):
         return [prompt("{}") for prompt in _of_open_clip(where, option)]
     found = _entries(where, option)
@@ -85,6 +92,43 @@ def prompts(names: Sequence[Names], wording: Sequence[str]) -> tuple[list[str], 
     """
     texts = [(label, text.replace("{}", name)) for label, of in enumerate(names) for name in of for text in wording]
     return [text for _, text in texts], np.array([label for label, _ in texts], np.int64)
+
+
+def canonical(
+    names: Sequence[Names], wording: Sequence[str], where: str = "eval.classes"
+) -> tuple[list[Names], list[str]]:
+    """Names and templates as big_vision's zero-shot evaluator canonicalises them before it puts the one into the other.
+
+    Lower case, no ASCII punctuation (but the {} of a template), _ to a space, runs of white space to one. A name ends
+    at its first comma: there, further names of the class come after it.
+
+    Args:
+        names: C classes.
+        wording: templates.
+        where: what a message calls the names.
+
+    Raises:
+        UserError: nothing is left of a name.
+
+    Source: big_vision `prompt_engineering.canonicalize_text` and `discriminative_classifier` (`canonicalize`,
+    `first_class_name_only`), commit 0127fb6.
+    """
+    plain = [tuple(_canonicalize(name.partition(",")[0]) for name in of) for of in names]
+    for label, (before, after) in enumerate(zip(names, plain, strict=True)):
+        if not all(after):
+            raise UserError(
+                f"{where}: class {label} is {before[after.index('')]!r:.80}, of which eval.canonicalize leaves nothing; "
+                "give it a name of letters, or set eval.canonicalize to false"
+            )
+    return plain, [_canonicalize(text, "{}") for text in wording]
+
+
+def _canonicalize(text: str, kept: str | None = None) -> str:
+    """`kept` stays in the text as a whole, and its characters go where they stand alone."""
+    text = text.replace("_", " ")
+    parts = text.split(kept) if kept else [text]
+    text = (kept or "").join(part.translate(_NO_PUNCTUATION) for part in parts)
+    return " ".join(text.lower().split())
 
 
 def _of_open_clip(where: str, option: str) -> Sequence[Any]:
