@@ -25,6 +25,8 @@ _DPI = 100
 _WIDTH_INCHES, _ROW_INCHES = 16.0, 2.7
 _COLUMNS = 3
 _DASHES = ("-", "--", ":", "-.")
+_MOST_STEPS = 2**53
+"""Beyond, not every whole number has a place on an axis."""
 _MOST_NUMBERS, _MOST_NAMES = 15, 40
 """Classes up to which a confusion matrix has its shares written in, and its rows and columns named."""
 
@@ -74,7 +76,11 @@ def run(runs: Sequence[str], out: str) -> PlotResult:
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise UserError(f"--out is {out}, but a picture in PNG is drawn; name it like curves.png")
-    curves = {name: read(Path(folder)) for name, folder in zip(_names(runs), runs, strict=True)}
+    curves = {}
+    for name, folder in zip(_names(runs), runs, strict=True):
+        curves[name] = read(Path(folder))
+        if not curves[name]:
+            raise UserError(f"{Path(folder) / 'metrics.csv'} has no rows yet; wait for the run's first logged step")
     drawn = figure(curves)
     save(drawn, path)
     return PlotResult(str(path))
@@ -89,8 +95,10 @@ def save(drawn: "Figure", path: Path) -> None:
 def read(folder: Path) -> dict[str, Curve]:
     """{column: curve} of a run's metrics.csv; steps are counted from 1, what is not a finite number is left out.
 
+    It is empty before the run's first logged step.
+
     Raises:
-        UserError: there is none, or it is not one of a run.
+        UserError: there is no such file, or it is not one of a run.
     """
     path = folder / "metrics.csv"
     if not path.is_file():
@@ -102,13 +110,13 @@ def read(folder: Path) -> dict[str, Curve]:
                 if None in row.values():  # still being written
                     continue
                 step = int(row.pop("step")) + 1
+                if not 1 <= step <= _MOST_STEPS:
+                    raise ValueError(f"step {str(step - 1)[:20]}")
                 for name, value in row.items():
                     if value and math.isfinite(float(value)):
                         curves.setdefault(name, []).append((step, float(value)))
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is not the metrics.csv of a run ({type(error).__name__}: {error})") from error
-    if not curves:
-        raise UserError(f"{path} has no rows yet; wait for the run's first logged step")
     return {name: sorted(curve) for name, curve in curves.items()}
 
 

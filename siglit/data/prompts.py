@@ -116,8 +116,9 @@ def canonical(
     plain = [tuple(_canonicalize(name.partition(",")[0]) for name in of) for of in names]
     for label, (before, after) in enumerate(zip(names, plain, strict=True)):
         if not all(after):
+            empty = before[after.index("")]
             raise UserError(
-                f"{where}: class {label} is {before[after.index('')]!r:.80}, of which eval.canonicalize leaves nothing; "
+                f"{where}: class {label} is {empty!r:.80}, of which eval.canonicalize leaves nothing; "
                 "give it a name of letters, or set eval.canonicalize to false"
             )
     return plain, [_canonicalize(text, "{}") for text in wording]

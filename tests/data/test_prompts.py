@@ -148,9 +148,9 @@ def test_the_papers_templates_are_those_of_open_clip_and_the_name_alone(monkeypa
     assert templates("big_vision:clip_paper") == ["a bad photo of a {}.", "a tattoo of the {}.", "{}"]
 
 
-# Order and spelling of CIFAR-10 and -100: mmpretrain 1.2.0 (datasets/categories.py) and the prompts.md of openai/CLIP (d05afc4)
-# agree. Pets: these two and tensorflow-datasets 4.9.10 (its label classes) agree but for capitals, which are those of
-# clip_benchmark 1.6.2 (en_classnames.json); torchvision 0.29.2 makes the same of the names of the images.
+# Order and spelling of CIFAR-10 and -100: mmpretrain 1.2.0 (datasets/categories.py) and the prompts.md of openai/CLIP
+# (d05afc4) agree. Pets: these two and tensorflow-datasets 4.9.10 (its label classes) agree but for capitals, which are
+# those of clip_benchmark 1.6.2 (en_classnames.json); torchvision 0.29.2 makes the same of the names of the images.
 LABELLED = {"cifar10": "bb3914949cecedee", "cifar100": "60ae3a3ac1355fcf", "pets": "50be1443390f8a02"}
 
 
