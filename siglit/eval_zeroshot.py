@@ -133,9 +133,10 @@ def _names(experiment: Experiment, given: list[Names] | None, cache: EmbeddingCa
 
 
 def _called(names: list[Names]) -> list[str]:
-    """What each class is called, with its label where several have the same name."""
-    often = Counter(of[0] for of in names)
-    return [of[0] if often[of[0]] == 1 else f"{of[0]} ({label})" for label, of in enumerate(names)]
+    """What each class is called, in one line, with its label where several have the same name."""
+    first = [" ".join(of[0].split()) for of in names]
+    often = Counter(first)
+    return [name if often[name] == 1 else f"{name} ({label})" for label, name in enumerate(first)]
 
 
 def _mistakes(confusion: np.ndarray, called: list[str]) -> dict[str, tuple[str, float]]:
@@ -161,4 +162,4 @@ def _keep(experiment: Experiment, confusion: np.ndarray, called: list[str]) -> s
     except UserError as error:
         return f"confusions: {path}; not drawn: {error}"
     plot.save(drawn, picture)
-    return f"confusions: {path}, drawn in {picture}"
+    return "; ".join(filter(None, (f"confusions: {path}, drawn in {picture}", plot.class_letters(called).note)))

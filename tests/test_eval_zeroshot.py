@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from siglit import eval_zeroshot, precompute
+from siglit import eval_zeroshot, plot, precompute
 from siglit.cache import EmbeddingCache
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids
@@ -168,3 +168,17 @@ def test_canonical_prompts_are_what_is_encoded(worded, monkeypatch):
     eval_zeroshot.run(parse("eval-zeroshot", *words))
     assert result(worded, "zeroshot-loud.json")["canonicalize"] is False
     assert not np.array_equal(seen[1], seen[0])
+
+
+def test_names_that_cannot_be_drawn_are_told_and_stand_in_the_result(worded, recwarn, monkeypatch):
+    """Letters that no font has, formulas and line breaks; warnings are no way to say so."""
+    monkeypatch.setattr(plot, "_lacking", lambda font, letters: letters & set("柴犬"))
+    names = ["柴犬", "$a_$b", "blue\n sky", "grey"]
+    (worded / "odd.json").write_text(json.dumps(names))
+    found = eval_zeroshot.run(parse("eval-zeroshot", "--eval.classes", "odd.json", "--eval.name", "odd"))
+    written = result(worded, "zeroshot-odd.json")
+    assert written["classes"] == names
+    assert list(written["per_class"]) == ["柴犬", "$a_$b", "blue sky", "grey"]
+    *_, last = str(found).splitlines()
+    assert last.endswith("zeroshot-odd.png; no installed font has 柴犬: names with them are drawn as numbers")
+    assert not recwarn.list

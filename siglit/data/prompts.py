@@ -49,7 +49,7 @@ def class_names(where: str) -> list[Names]:
     found = []
     for label, entry in enumerate(_entries(where, option)):
         names = entry if isinstance(entry, list) else [entry]
-        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        if not names or not all(_is_text(name) and name.strip() for name in names):
             raise UserError(f"{where}: class {label} is {entry!r:.80}, but a name or a list of names is wanted")
         found.append(tuple(names))
     return found
@@ -75,7 +75,7 @@ def templates(where: str | None) -> list[str]:
         return [prompt("{}") for prompt in _of_open_clip(where, option)]
     found = _entries(where, option)
     for number, entry in enumerate(found, start=1):
-        if not isinstance(entry, str) or "{}" not in entry:
+        if not _is_text(entry) or "{}" not in entry:
             raise UserError(f"{where}: prompt {number} is {entry!r:.80}, but a text with {{}} for the name is wanted")
     return found
 
@@ -130,6 +130,11 @@ def _canonicalize(text: str, kept: str | None = None) -> str:
     parts = text.split(kept) if kept else [text]
     text = (kept or "").join(part.translate(_NO_PUNCTUATION) for part in parts)
     return " ".join(text.lower().split())
+
+
+def _is_text(entry: Any) -> bool:
+    """A text that can be written down: JSON may hold half of a surrogate pair, which no encoding has a place for."""
+    return isinstance(entry, str) and not any("\ud800" <= letter <= "\udfff" for letter in entry)
 
 
 def _of_open_clip(where: str, option: str) -> Sequence[Any]:

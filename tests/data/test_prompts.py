@@ -159,3 +159,11 @@ def test_names_are_those_that_packages_carry(name):
     """By the hash of the list that was compared with theirs."""
     names = "\n".join(first for (first,) in class_names(f"siglit:{name}"))
     assert hashlib.sha256(names.encode()).hexdigest()[:16] == LABELLED[name]
+
+
+def test_half_a_letter_is_refused(tmp_path):
+    """It could be neither encoded nor written into the result."""
+    with pytest.raises(UserError, match=r"class 1 is '\\ud83d', but a name"):
+        class_names(write(tmp_path / "n.json", ["cat", "\ud83d"]))
+    with pytest.raises(UserError, match="prompt 1 is"):
+        templates(write(tmp_path / "t.json", ["{} \ud83d"]))
