@@ -122,7 +122,7 @@ def read(folder: Path) -> dict[str, Curve]:
         raise UserError(f"{path} does not exist; give the output folders of runs of siglit train")
     curves: dict[str, Curve] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file, strict=True):
                 if None in row.values():  # still being written
                     continue
@@ -327,11 +327,11 @@ def _draw(axes: Any, panel: _Panel, runs: Mapping[str, Mapping[str, Curve]], col
 
 
 def _columns(panel: _Panel, curves: Mapping[str, Curve]) -> list[str]:
-    return [column for column in curves if re.fullmatch(panel.columns, column)]
+    return [column for column in curves if re.fullmatch(panel.columns, column, re.ASCII)]
 
 
 def _told(panel: _Panel, column: str) -> str:
-    match = re.fullmatch(panel.columns, column)
+    match = re.fullmatch(panel.columns, column, re.ASCII)
     return ((match and match[1]) or "all").replace("_", " ")
 
 

@@ -127,7 +127,7 @@ def collect(
         "languages": report_tables.languages(results),
         "classes": report_tables.classes(results),
         "confusions": [
-            {"title": report_tables.title(path.stem), "picture": data_uri(path.read_bytes(), "image/png")}
+            {"title": report_tables.title(path.stem), "picture": _png(path)}
             for path in sorted(folder.glob("zeroshot*.png"))
         ],
         "gallery": gallery,
@@ -220,6 +220,13 @@ def _logits(stem: str, value: Mapping[str, Any]) -> dict[str, Any]:
         "reliability": Markup(diagram),
         "value": value,
     }
+
+
+def _png(path: Path) -> str:
+    data = path.read_bytes()
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise UserError(f"{path} is not a picture in PNG; run `siglit eval-zeroshot` again")
+    return data_uri(data, "image/png")
 
 
 def _indented(value: Any) -> str:

@@ -248,3 +248,13 @@ def test_values_beyond_any_axis_are_left_out(tmp_path, recwarn):
     assert curves["train/loss"] == [(2, 1e99)]
     plot.save(plot.figure({"a": curves}), tmp_path / "curves.png")
     assert not recwarn.list
+
+
+def test_a_table_saved_by_a_spreadsheet_is_read_and_columns_of_other_letters_are_not_drawn(tmp_path, recwarn):
+    (tmp_path / "metrics.csv").write_text("\ufeffstep,train/柴犬/grad_norm,train/grad_norm\n0,1,2\n", encoding="utf-8")
+    curves = plot.read(tmp_path)
+    assert set(curves) == {"train/柴犬/grad_norm", "train/grad_norm"}
+    drawn = plot.figure({"a": curves})
+    plot.save(drawn, tmp_path / "curves.png")
+    assert len(drawn.axes[0].lines) == 1
+    assert not recwarn.list

@@ -134,6 +134,13 @@ def test_a_table_of_other_metrics_is_named(experiment, text):
         report.run(experiment)
 
 
+def test_a_picture_of_another_kind_is_named(experiment):
+    (FOLDER / "metrics.csv").write_text("step,train/loss\n0,1\n")
+    (FOLDER / "zeroshot-x.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"zeroshot-x.png is not a picture in PNG; run `siglit eval-zeroshot` again"):
+        report.run(experiment)
+
+
 def said(capsys):
     """What the command says of the run, in one line."""
     Path("e.yaml").write_text("data: {train: {format: csv, path: t.csv}}\n")

@@ -171,13 +171,14 @@ def _entries(where: str, option: str) -> list[Any]:
     path = Path(expand(where, option))
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(
-            f"{option} is {where or 'empty'}, but that is no file to read ({error.strerror}); name a JSON list, a text "
-            f"file with an entry a line, or one of {', '.join(_own(option))}"
-        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}). Convert the file (iconv -t utf-8).") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{option} is {where or 'empty'}, but that is no file to read ({reason}); name a JSON list, a text "
+            f"file with an entry a line, or one of {', '.join(_own(option))}"
+        ) from error
     if path.suffix.lower() == ".json":
         try:
             found = json.loads(text)

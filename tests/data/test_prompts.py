@@ -167,3 +167,8 @@ def test_half_a_letter_is_refused(tmp_path):
         class_names(write(tmp_path / "n.json", ["cat", "\ud83d"]))
     with pytest.raises(UserError, match="prompt 1 is"):
         templates(write(tmp_path / "t.json", ["{} \ud83d"]))
+
+
+def test_a_path_with_a_null_byte_is_named():
+    with pytest.raises(UserError, match=r"eval.classes is a\x00b, but that is no file to read"):
+        class_names("a\x00b")
