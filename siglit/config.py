@@ -306,7 +306,11 @@ class EvalConfig:
     a list in JSON. Default: the names in the source."""
     templates: str | None = None
     """eval-zeroshot: prompts with {} for the name: a JSON list, a text file with a prompt a line, `siglit:photo`,
-    `siglit:photos`, `siglit:pets`, `open_clip:openai_imagenet` or `open_clip:simple_imagenet`. Default: "{}" alone."""
+    `siglit:photos`, `siglit:pets`, `open_clip:openai_imagenet`, `open_clip:simple_imagenet` or `big_vision:clip_paper`
+    (openai_imagenet and "{}"). Default: "{}" alone."""
+    canonicalize: bool = False
+    """eval-zeroshot: names and templates in lower case, without punctuation and with spaces for _, as big_vision has
+    them for the paper's figures; a name ends at its first comma."""
     shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
     """eval-fewshot: labelled training images per class."""
     seeds: int = 3

@@ -38,6 +38,8 @@ class ZeroshotResult:
     classes: list[str | list[str]]
     """Names, label 0 first."""
     templates: list[str]
+    canonicalize: bool
+    """Names and templates were made lower case and free of punctuation first; above they stand as they were given."""
     per_class: dict[str, float | None]
     """Share of a class's images that are right; None for a class without images."""
     mistakes: dict[str, tuple[str, float]]
@@ -83,7 +85,10 @@ def run(experiment: Experiment) -> ZeroshotResult:
     trained = open_trained(experiment)
     labels = labels_of(trained.cache, experiment.eval.split)
     names = _names(experiment, given, trained.cache, labels)
-    texts, class_of_prompt = prompts.prompts(names, templates)
+    worded = names, templates
+    if experiment.eval.canonicalize:
+        worded = prompts.canonical(names, templates, experiment.eval.classes or str(trained.cache.path))
+    texts, class_of_prompt = prompts.prompts(*worded)
     ids = trained.tokenizer(texts)
     ztxt = encode_ids(trained.tower.to(device), ids, batch_size=experiment.eval.batch_size, device=device)
     found = zeroshot.classify(trained.zimg, zeroshot.class_embeddings(ztxt, class_of_prompt, len(names)), labels)
@@ -95,6 +100,7 @@ def run(experiment: Experiment) -> ZeroshotResult:
         images=found.images,
         classes=[of[0] if len(of) == 1 else list(of) for of in names],
         templates=templates,
+        canonicalize=experiment.eval.canonicalize,
         per_class={n: None if np.isnan(s) else float(s) for n, s in zip(called, found.per_class, strict=True)},
         mistakes=_mistakes(found.confusion, called),
         of=trained.origin(),
@@ -127,9 +133,10 @@ def _names(experiment: Experiment, given: list[Names] | None, cache: EmbeddingCa
 
 
 def _called(names: list[Names]) -> list[str]:
-    """What each class is called, with its label where several have the same name."""
-    often = Counter(of[0] for of in names)
-    return [of[0] if often[of[0]] == 1 else f"{of[0]} ({label})" for label, of in enumerate(names)]
+    """What each class is called, in one line, with its label where several have the same name."""
+    first = [" ".join(of[0].split()) for of in names]
+    often = Counter(first)
+    return [name if often[name] == 1 else f"{name} ({label})" for label, name in enumerate(first)]
 
 
 def _mistakes(confusion: np.ndarray, called: list[str]) -> dict[str, tuple[str, float]]:
@@ -153,4 +160,4 @@ def _keep(experiment: Experiment, confusion: np.ndarray, called: list[str]) -> s
     except UserError as error:
         return f"confusions: {path}; not drawn: {error}"
     plot.save(drawn, picture)
-    return f"confusions: {path}, drawn in {picture}"
+    return "; ".join(filter(None, (f"confusions: {path}, drawn in {picture}", plot.class_letters(called).note)))

@@ -4,8 +4,8 @@ Reads metrics.csv and knows the names of its columns; the only home of matplotli
 """
 
 import csv
-import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,13 @@ _DPI = 100
 _WIDTH_INCHES, _ROW_INCHES = 16.0, 2.7
 _COLUMNS = 3
 _DASHES = ("-", "--", ":", "-.")
+_MOST_STEPS = 2**53
+"""Beyond, not every whole number has a place on an axis."""
+_LARGEST = 1e100
+"""No logged float32 comes near, and the axes overflow a long way beyond."""
 _MOST_NUMBERS, _MOST_NAMES = 15, 40
 """Classes up to which a confusion matrix has its shares written in, and its rows and columns named."""
+_MOST_LETTERS = 40
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,24 @@ class PlotResult:
     """Where the picture is."""
 
     path: str
+    note: str = ""
+    """Why a run is not called by its name, or nothing."""
 
     def __str__(self) -> str:
-        """The path."""
-        return self.path
+        """The path, and the note."""
+        return f"{self.path}\n{self.note}" if self.note else self.path
+
+
+@dataclass(frozen=True)
+class Lettering:
+    """Names as a picture can show them."""
+
+    texts: list[str]
+    """In one line each, shortened where they are very long; a stand-in where no font has the letters."""
+    families: list[str]
+    """Fonts that draw the texts between them."""
+    note: str
+    """Which letters no font has, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +93,14 @@ def run(runs: Sequence[str], out: str) -> PlotResult:
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise UserError(f"--out is {out}, but a picture in PNG is drawn; name it like curves.png")
-    curves = {name: read(Path(folder)) for name, folder in zip(_names(runs), runs, strict=True)}
+    curves = {}
+    for name, folder in zip(_names(runs), runs, strict=True):
+        curves[name] = read(Path(folder))
+        if not curves[name]:
+            raise UserError(f"{Path(folder) / 'metrics.csv'} has no rows yet; wait for the run's first logged step")
     drawn = figure(curves)
     save(drawn, path)
-    return PlotResult(str(path))
+    return PlotResult(str(path), _run_letters(curves).note)
 
 
 def save(drawn: "Figure", path: Path) -> None:
@@ -89,26 +112,28 @@ def save(drawn: "Figure", path: Path) -> None:
 def read(folder: Path) -> dict[str, Curve]:
     """{column: curve} of a run's metrics.csv; steps are counted from 1, what is not a finite number is left out.
 
+    It is empty before the run's first logged step.
+
     Raises:
-        UserError: there is none, or it is not one of a run.
+        UserError: there is no such file, or it is not one of a run.
     """
     path = folder / "metrics.csv"
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the output folders of runs of siglit train")
     curves: dict[str, Curve] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file, strict=True):
                 if None in row.values():  # still being written
                     continue
                 step = int(row.pop("step")) + 1
+                if not 1 <= step <= _MOST_STEPS:
+                    raise ValueError(f"step {str(step - 1)[:20]}")
                 for name, value in row.items():
-                    if value and math.isfinite(float(value)):
+                    if value and abs(float(value)) < _LARGEST:
                         curves.setdefault(name, []).append((step, float(value)))
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is not the metrics.csv of a run ({type(error).__name__}: {error})") from error
-    if not curves:
-        raise UserError(f"{path} has no rows yet; wait for the run's first logged step")
     return {name: sorted(curve) for name, curve in curves.items()}
 
 
@@ -139,8 +164,15 @@ def figure(runs: Mapping[str, Mapping[str, Curve]]) -> "Figure":
     FigureCanvasAgg(drawn)
     for number, panel in enumerate(panels):
         _draw(drawn.add_subplot(rows, _COLUMNS, number + 1), panel, runs, colours)
-    handles = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
-    drawn.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 5), frameon=False, fontsize=12)
+    letters = _run_letters(runs)
+    named = zip(letters.texts, colours.values(), strict=True)
+    handles = [Line2D([], [], color=colour, linewidth=3, label=text) for text, colour in named]
+    font = {"family": letters.families, "size": 12}
+    legend = drawn.legend(
+        handles=handles, loc="outside upper center", ncols=min(len(runs), 5), frameon=False, prop=font
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a name is a dollar
     return drawn
 
 
@@ -172,8 +204,10 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> "Figure":
     axes.set_xlabel("put into class")
     axes.set_ylabel("class")
     if classes <= _MOST_NAMES:
-        axes.set_xticks(range(classes), names, rotation=90)
-        axes.set_yticks(range(classes), names)
+        letters = class_letters(names)
+        written: dict[str, Any] = {"fontfamily": letters.families, "parse_math": False}
+        axes.set_xticks(range(classes), letters.texts, rotation=90, **written)
+        axes.set_yticks(range(classes), letters.texts, **written)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -183,6 +217,75 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> "Figure":
                 colour = "white" if share > 0.5 else "0.2"
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=9)
     return drawn
+
+
+def class_letters(names: Sequence[str]) -> Lettering:
+    """How `confusion` writes the names of classes: as labels where no font has the letters, or the classes are many."""
+    if len(names) > _MOST_NAMES:
+        return Lettering([str(label) for label in range(len(names))], [], "")
+    return _lettering(names, [str(label) for label in range(len(names))])
+
+
+def _run_letters(names: Sequence[str] | Mapping[str, Any]) -> Lettering:
+    return _lettering(list(names), [f"run {number}" for number in range(1, len(names) + 1)])
+
+
+def _lettering(names: Sequence[str], stand_ins: Sequence[str]) -> Lettering:
+    texts = [_in_one_line(name) for name in names]
+    families, lacking = _families(sorted({letter for text in texts for letter in text}))
+    drawable = [bool(text) and not lacking.intersection(text) for text in texts]
+    shown = [text if can else other for text, can, other in zip(texts, drawable, stand_ins, strict=True)]
+    letters = "".join(sorted(lacking))
+    note = f"no installed font has {letters[:20]}{'…' if letters[20:] else ''}: names with them are drawn as numbers"
+    return Lettering(shown, families, note if lacking else "")
+
+
+def _in_one_line(name: str) -> str:
+    """Without line breaks and controls, nor the marks that only tell how their neighbours are drawn."""
+    kept = (c for c in name if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
+    text = " ".join("".join(c if c.isprintable() else " " for c in kept).split())
+    half = _MOST_LETTERS // 2
+    return text if len(text) <= _MOST_LETTERS else f"{text[: half - 1]}…{text[-half:]}"
+
+
+def _families(letters: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Families that have the letters between them, matplotlib's own first, and the letters that none has."""
+    from matplotlib import font_manager
+
+    usual = font_manager.FontProperties()
+    families, lacking = list(usual.get_family()), _lacking(usual, set(letters))
+    for name in sorted(
+        _upright(font_manager.fontManager.ttflist),
+        key=lambda name: (not re.search("sans|gothic", name, re.IGNORECASE), name),
+    ):
+        if not lacking:
+            break
+        left = _lacking(font_manager.FontProperties(family=name), lacking)
+        if left < lacking:
+            families.append(name)
+            lacking = left
+    return families, lacking
+
+
+def _upright(fonts: Sequence[Any]) -> set[str]:
+    """Families of the usual weight; of others matplotlib complains, and that of last resort has boxes for all."""
+    from matplotlib.font_manager import weight_dict
+
+    regular = (font for font in fonts if weight_dict.get(font.weight, font.weight) == 400 and font.style == "normal")
+    return {font.name for font in regular if not font.name.startswith("Last Resort")}
+
+
+def _lacking(font: Any, letters: set[str]) -> set[str]:
+    """Those of the letters that a font cannot draw; one of bitmaps alone can draw nothing."""
+    from matplotlib import font_manager
+
+    try:
+        path = font_manager.findfont(font, fallback_to_default=False, rebuild_if_missing=False)
+        face = font_manager.get_font(path)
+        face.set_size(10, 72)
+    except (OSError, RuntimeError, ValueError):
+        return letters
+    return {letter for letter in letters if not face.get_char_index(ord(letter))}
 
 
 def _draw(axes: Any, panel: _Panel, runs: Mapping[str, Mapping[str, Curve]], colours: Mapping[str, Any]) -> None:
@@ -224,11 +327,11 @@ def _draw(axes: Any, panel: _Panel, runs: Mapping[str, Mapping[str, Curve]], col
 
 
 def _columns(panel: _Panel, curves: Mapping[str, Curve]) -> list[str]:
-    return [column for column in curves if re.fullmatch(panel.columns, column)]
+    return [column for column in curves if re.fullmatch(panel.columns, column, re.ASCII)]
 
 
 def _told(panel: _Panel, column: str) -> str:
-    match = re.fullmatch(panel.columns, column)
+    match = re.fullmatch(panel.columns, column, re.ASCII)
     return ((match and match[1]) or "all").replace("_", " ")
 
 

@@ -26,6 +26,7 @@ from siglit.config import Experiment
 from siglit.errors import UserError
 from siglit.files import atomic_write
 from siglit.report_gallery import data_uri, draw_gallery
+from siglit.report_results import read_results, read_summary
 from siglit.trained import Trained, open_trained
 
 _PACKAGES = ("torch", "lightning", "timm", "transformers", "faiss-cpu", "h5py", "numpy", "pillow")
@@ -77,7 +78,7 @@ def run(experiment: Experiment) -> ReportResult:
     """Write the page.
 
     Raises:
-        UserError: the output folder holds no run, or one of its results is damaged.
+        UserError: the output folder holds no run, or a result, the summary or metrics.csv is not what it must be.
     """
     assert experiment.output_dir is not None
     folder = Path(experiment.output_dir)
@@ -97,27 +98,12 @@ def run(experiment: Experiment) -> ReportResult:
     return ReportResult(str(path), context["verdict"], [row["command"] for row in context["missing"]])
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """{name without the suffix: JSON} of the evaluations' files, in the order of the page.
-
-    Raises:
-        UserError: one is not an object in JSON.
-    """
-    found = {}
-    for kind, (_, command) in report_tables.KINDS.items():
-        for path in sorted(folder.glob(f"{kind}.json")) + sorted(folder.glob(f"{kind}-*.json")):
-            value = _json(path, f"run `siglit {command}` again")
-            found[path.stem] = value
-    return found
-
-
 def collect(
     experiment: Experiment, folder: Path, results: Mapping[str, dict[str, Any]], trained: Trained | None
 ) -> dict[str, Any]:
     """What the page shows, as plain values for its template."""
-    summary_path = folder / "summary.json"
-    summary = _json(summary_path, "remove it") if summary_path.exists() else {}
-    training = summary.get("train", {})
+    training = read_summary(folder).get("train") or {}
+    columns = plot.read(folder) if (folder / "metrics.csv").is_file() else None
     step = trained.step if trained else training.get("steps")
     gallery = draw_gallery(experiment, trained) if trained else None
     notes = [
@@ -129,23 +115,19 @@ def collect(
     kinds = {stem.partition("-")[0] for stem in results}
     labelled = trained is None or trained.cache.labels is not None
     as_run = folder / "experiment.yaml"
-    curves = []
-    if (folder / "metrics.csv").is_file():
-        try:
-            curves = _curves(plot.read(folder))
-        except UserError as error:  # a run that has just begun has no rows
-            notes.append(f"There are no curves: {error}")
+    if columns == {}:
+        notes.append(f"There are no curves: {folder / 'metrics.csv'} has no rows yet.")
     return {
         "name": experiment.name,
-        "verdict": report_tables.verdict(results, training.get("metrics", {}), experiment.eval.paper),
+        "verdict": report_tables.verdict(results, training.get("metrics") or {}, experiment.eval.paper),
         "facts": _facts(experiment, training, trained, step),
         "notes": notes,
         "tables": report_tables.tables(results, experiment.eval.paper),
-        "curves": curves,
+        "curves": _curves(columns or {}),
         "languages": report_tables.languages(results),
         "classes": report_tables.classes(results),
         "confusions": [
-            {"title": report_tables.title(path.stem), "picture": data_uri(path.read_bytes(), "image/png")}
+            {"title": report_tables.title(path.stem), "picture": _png(path)}
             for path in sorted(folder.glob("zeroshot*.png"))
         ],
         "gallery": gallery,
@@ -173,7 +155,8 @@ def render(context: Mapping[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.from_string(template)
-    return page.render(**context, style=Markup(style), script=Markup(script), script_digest=digest)
+    filled = page.render(**context, style=Markup(style), script=Markup(script), script_digest=digest)
+    return filled.encode(errors="replace").decode()  # JSON may hold half a surrogate pair, which UTF-8 has no place for
 
 
 def made_by() -> dict[str, str]:
@@ -187,16 +170,6 @@ def made_by() -> dict[str, str]:
         "machine": f"{machine.cores()} cores of {provenance.processor()}{gpu}",
         "date": time.strftime("%Y-%m-%d %H:%M %z"),
     }
-
-
-def _json(path: Path, advice: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); {advice}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, an object was wanted; {advice}")
-    return value
 
 
 def _facts(
@@ -247,6 +220,13 @@ def _logits(stem: str, value: Mapping[str, Any]) -> dict[str, Any]:
         "reliability": Markup(diagram),
         "value": value,
     }
+
+
+def _png(path: Path) -> str:
+    data = path.read_bytes()
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise UserError(f"{path} is not a picture in PNG; run `siglit eval-zeroshot` again")
+    return data_uri(data, "image/png")
 
 
 def _indented(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from siglit.config import Experiment
@@ -50,5 +49,5 @@ def run(experiment: Experiment, query: str) -> SearchResult:
         query=query,
         keys=[trained.cache.keys[int(row)] for row in rows[0]],
         scores=[float(s) for s in scores[0]],
-        probabilities=(1 / (1 + np.exp(-logits))).tolist(),
+        probabilities=torch.from_numpy(logits).sigmoid().tolist(),  # exp overflows where t is large
     )

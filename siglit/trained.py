@@ -29,6 +29,9 @@ from siglit.models.image_tower import ImageSide, ImageTower
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
 
+_LARGEST_LOG_SCALE = 80.0
+"""e⁸⁰ times a cosine is still a float32."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -91,15 +94,15 @@ def open_trained(experiment: Experiment, split: Literal["train", "val"] | None =
             f"{path} was trained with another tokenizer than {run_folder.tokenizer_path(experiment)} of length "
             f"{experiment.tokenizer.length}; set tokenizer.path, .length and .lowercase as they were in training"
         )
+    _check_finite(path, weights)
     side = _image_side(experiment, path, about, _part(weights, "image_tower."), cache)
     cache = cache or _embed(experiment, side)
     zimg, index_file = _behind_head(experiment, cache, side)
-    tower = TextTower(TextTowerConfig(**about["text_tower"]), **about["built_for"])
-    tower.load_state_dict(_part(weights, "text_tower."))
+    tower = _text_tower(path, about, _part(weights, "text_tower."))
     return Trained(
         cache=cache,
         zimg=zimg,
-        tower=tower.eval(),
+        tower=tower,
         tokenizer=tokenizer,
         logit_scale=math.exp(weights["log_scale"].item()),
         logit_bias=weights["logit_bias"].item(),
@@ -126,6 +129,35 @@ def _read(experiment: Experiment) -> tuple[str, dict[str, Any]]:
 
 def _part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _check_finite(path: str, weights: dict[str, torch.Tensor]) -> None:
+    """Refuse a model that has diverged: its figures would be numbers all the same, and some of them good ones."""
+    for name in ("log_scale", "logit_bias"):
+        if name not in weights:
+            raise UserError(f"{path} has no {name}; train again, or set eval.checkpoint")
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if weights["log_scale"].abs() > _LARGEST_LOG_SCALE:
+        broken.append("log_scale")
+    if broken:
+        raise UserError(
+            f"{path} holds weights that are no finite numbers ({broken[0]}); see metrics.csv for where training went "
+            "wrong, or set eval.checkpoint"
+        )
+
+
+def _text_tower(path: str, about: dict[str, Any], weights: dict[str, torch.Tensor]) -> TextTower:
+    """The text tower as it was trained."""
+    try:
+        tower = TextTower(TextTowerConfig(**about["text_tower"]), **about["built_for"])
+        tower.load_state_dict(weights)
+    except (TypeError, RuntimeError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} does not fit the text towers of this version of siglit: {told}; train again, or set "
+            "eval.checkpoint"
+        ) from error
+    return tower.eval()
 
 
 def _image_side(

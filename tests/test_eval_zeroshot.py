@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from siglit import eval_zeroshot, precompute
+from siglit import eval_zeroshot, plot, precompute
 from siglit.cache import EmbeddingCache
 from siglit.errors import UserError
+from siglit.evaluation.encoding import encode_ids
 from siglit.trained import open_trained
 from tests.conftest import COLOURS, parse
 
@@ -142,3 +143,42 @@ def test_a_set_of_class_folders_is_laid_over_a_run(classed, tmp_path):
     assert written["classes"] == ["a green", "grey", "plain red", "the blue"]
     assert written["top1"] > 0.5
     assert written["of"]["cache"] == str(tmp_path / "cache/val")
+
+
+def test_canonical_prompts_are_what_is_encoded(worded, monkeypatch):
+    """Names stand in the result as they were given, and the result says what was done to them."""
+    (worded / "loud.json").write_text(json.dumps(["RED, crimson", "Green.", "b_l_u_e", "grey"]))
+    (worded / "loud.txt").write_text("A {}-square!\n")
+    seen = []
+
+    def encode(tower, ids, **options):
+        seen.append(ids)
+        return encode_ids(tower, ids, **options)
+
+    monkeypatch.setattr(eval_zeroshot, "encode_ids", encode)
+    words = ["--eval.classes", "loud.json", "--eval.templates", "loud.txt", "--eval.name", "loud"]
+    experiment = parse("eval-zeroshot", *words, "--eval.canonicalize", "true")
+    eval_zeroshot.run(experiment)
+    texts = ["a redsquare", "a greensquare", "a b l u esquare", "a greysquare"]
+    np.testing.assert_array_equal(seen[0], open_trained(experiment).tokenizer(texts))
+    written = result(worded, "zeroshot-loud.json")
+    assert written["canonicalize"] is True
+    assert written["classes"] == ["RED, crimson", "Green.", "b_l_u_e", "grey"]
+    assert written["templates"] == ["A {}-square!"]
+    eval_zeroshot.run(parse("eval-zeroshot", *words))
+    assert result(worded, "zeroshot-loud.json")["canonicalize"] is False
+    assert not np.array_equal(seen[1], seen[0])
+
+
+def test_names_that_cannot_be_drawn_are_told_and_stand_in_the_result(worded, recwarn, monkeypatch):
+    """Letters that no font has, formulas and line breaks; warnings are no way to say so."""
+    monkeypatch.setattr(plot, "_lacking", lambda font, letters: letters & set("柴犬"))
+    names = ["柴犬", "$a_$b", "blue\n sky", "grey"]
+    (worded / "odd.json").write_text(json.dumps(names))
+    found = eval_zeroshot.run(parse("eval-zeroshot", "--eval.classes", "odd.json", "--eval.name", "odd"))
+    written = result(worded, "zeroshot-odd.json")
+    assert written["classes"] == names
+    assert list(written["per_class"]) == ["柴犬", "$a_$b", "blue sky", "grey"]
+    *_, last = str(found).splitlines()
+    assert last.endswith("zeroshot-odd.png; no installed font has 柴犬: names with them are drawn as numbers")
+    assert not recwarn.list

@@ -49,3 +49,11 @@ def test_classes_stand_in_the_order_of_their_labels():
     for path in (ROOT / "siglit/assets/classes").glob("*.json"):
         names = [name.lower().replace(" ", "_") for name in json.loads(path.read_text())]
         assert names == sorted(names), path.name
+
+
+def test_prompts_are_canonical_where_classes_are_named_and_nowhere_else(project, monkeypatch):
+    monkeypatch.chdir(project)
+    found = {path.stem: parse("eval-zeroshot", "-c", str(path)).eval.canonicalize for path in FILES}
+    assert found == {name: name in CLASSES for name in found}
+    assert set(CLASSES) < set(found)
+    assert parse("eval-zeroshot").eval.canonicalize is False

@@ -154,3 +154,107 @@ def test_without_matplotlib_the_extra_is_named(a, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'siglit\[plots\]'"):
         plot.run([a], str(tmp_path / "curves.png"))
     assert not (tmp_path / "curves.png").exists()
+
+
+ODD_NAMES = {
+    "dollars": ("$a_$b", "$a_$b"),
+    "two lines": ("a\nb\tc", "a b c"),
+    "a control": ("a\x00b", "a b"),
+    "half a pair": ("\ud800", None),
+    "empty": ("", None),
+    "private": ("\ue000", None),
+    "very long": ("x" * 500, "x" * 19 + "…" + "x" * 20),
+    "joined": ("e\u200dmu", "emu"),
+    "underscore": ("_emu", "_emu"),
+    "no font": ("柴犬", None),
+}
+
+
+@pytest.fixture
+def plain_fonts(monkeypatch):
+    """The fonts of matplotlib alone, whatever this machine has."""
+    from matplotlib import font_manager
+
+    own = [font for font in font_manager.fontManager.ttflist if "matplotlib" in font.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    font_manager.fontManager._findfont_cached.cache_clear()
+    return font_manager.fontManager
+
+
+@pytest.mark.parametrize(("name", "shown"), ODD_NAMES.values(), ids=ODD_NAMES)
+def test_any_name_is_drawn_or_has_a_number(plain_fonts, tmp_path, recwarn, caplog, name, shown):
+    """Without a warning, a log line, or a box in place of a letter."""
+    drawn = plot.confusion(np.eye(2, dtype=int), ["cat", name])
+    plot.save(drawn, tmp_path / "confusion.png")
+    for axis in (drawn.axes[0].xaxis, drawn.axes[0].yaxis):
+        assert [label.get_text() for label in axis.get_ticklabels()] == ["cat", shown or "1"]
+    curves = plot.figure({"cat": {"train/loss": [(1, 2.0)]}, name: {"train/loss": [(1, 1.0)]}})
+    plot.save(curves, tmp_path / "curves.png")
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["cat", shown or "run 2"]
+    assert not recwarn.list
+    assert not caplog.records
+
+
+def test_what_no_font_has_is_said(plain_fonts, tmp_path):
+    """In the command's answer; of so many classes that they are numbered anyway nothing is said."""
+    run = make_run(tmp_path / "柴犬", "0,0,9,0.1,5,4,")
+    told = str(plot.run([run], str(tmp_path / "curves.png")))
+    assert told.splitlines()[1:] == ["no installed font has 柴犬: names with them are drawn as numbers"]
+    assert plot.class_letters(["柴犬"] * 2).note.startswith("no installed font has 柴犬")
+    assert plot.class_letters(["柴犬"] * 41).note == ""
+    assert plot.class_letters([chr(0x4E00 + n) * 2 for n in range(40)]).note.count("…") == 1
+
+
+def test_a_font_that_has_the_letters_is_chosen(plain_fonts, tmp_path, recwarn, caplog):
+    """Several where none has all; only for names that need it; none that is gone or of another weight."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    for number, point in enumerate([(0, 0), (500, 700), (900, 0)]):
+        (pen.lineTo if number else pen.moveTo)(point)
+    pen.closePath()
+    made = (
+        ("A Sans Gone", "柴犬", 400),
+        ("A Sans Light", "柴犬", 300),
+        ("Small Gothic", "柴", 400),
+        ("Tiny", "犬柴", 400),
+    )
+    for family, letters, weight in made:
+        font = FontBuilder(1000)
+        names = [".notdef", *(f"uni{ord(letter):04X}" for letter in letters)]
+        font.setupGlyphOrder(names)
+        font.setupCharacterMap({ord(letter): name for letter, name in zip(letters, names[1:], strict=True)})
+        font.setupGlyf(dict.fromkeys(names, pen.glyph()))
+        font.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+        font.setupHorizontalHeader(ascent=800, descent=-200)
+        font.setupNameTable({"familyName": family, "styleName": "Regular"})
+        font.setupOS2(usWeightClass=weight)
+        font.setupPost()
+        font.save(tmp_path / f"{family}.ttf")
+        plain_fonts.addfont(str(tmp_path / f"{family}.ttf"))
+    (tmp_path / "A Sans Gone.ttf").unlink()
+    letters = plot.class_letters(["柴犬", "cat"])
+    assert letters == plot.Lettering(["柴犬", "cat"], ["sans-serif", "Small Gothic", "Tiny"], "")
+    assert plot.class_letters(["Käse", "cat"]).families == ["sans-serif"]
+    plot.save(plot.confusion(np.eye(2, dtype=int), ["柴犬", "cat"]), tmp_path / "confusion.png")
+    assert not recwarn.list
+    assert not caplog.records
+
+
+def test_values_beyond_any_axis_are_left_out(tmp_path, recwarn):
+    make_run(tmp_path / "a", "0,0,1e308,0.1,1e308,-1e308,", "0,1,1e99,-1e99,1e-320,4,")
+    curves = plot.read(tmp_path / "a")
+    assert curves["train/loss"] == [(2, 1e99)]
+    plot.save(plot.figure({"a": curves}), tmp_path / "curves.png")
+    assert not recwarn.list
+
+
+def test_a_table_saved_by_a_spreadsheet_is_read_and_columns_of_other_letters_are_not_drawn(tmp_path, recwarn):
+    (tmp_path / "metrics.csv").write_text("\ufeffstep,train/柴犬/grad_norm,train/grad_norm\n0,1,2\n", encoding="utf-8")
+    curves = plot.read(tmp_path)
+    assert set(curves) == {"train/柴犬/grad_norm", "train/grad_norm"}
+    drawn = plot.figure({"a": curves})
+    plot.save(drawn, tmp_path / "curves.png")
+    assert len(drawn.axes[0].lines) == 1
+    assert not recwarn.list

@@ -6,6 +6,7 @@ Knows nothing of towers or tokens. Shapes: C classes, P prompts.
 import importlib
 import importlib.resources
 import json
+import string
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -21,6 +22,7 @@ Names = tuple[str, ...]
 """All names of one class; the first is the one it is called by."""
 _OURS = "siglit:"
 _OPEN_CLIP = "open_clip:"
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LISTS = {
     "eval.classes": {"imagenet": "IMAGENET_CLASSNAMES"},
     "eval.templates": {
@@ -28,6 +30,8 @@ _LISTS = {
         "simple_imagenet": "SIMPLE_IMAGENET_TEMPLATES",
     },
 }
+_CLIP_PAPER = "big_vision:clip_paper"
+"""What the paper's zero-shot figures are taken with: openai_imagenet, and the name alone."""
 
 
 def class_names(where: str) -> list[Names]:
@@ -46,7 +50,7 @@ def class_names(where: str) -> list[Names]:
     found = []
     for label, entry in enumerate(_entries(where, option)):
         names = entry if isinstance(entry, list) else [entry]
-        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        if not names or not all(_is_text(name) and name.strip() for name in names):
             raise UserError(f"{where}: class {label} is {entry!r:.80}, but a name or a list of names is wanted")
         found.append(tuple(names))
     return found
@@ -57,7 +61,8 @@ def templates(where: str | None) -> list[str]:
 
     Args:
         where: a JSON list, a text file with a prompt a line, `siglit:` and one of our lists (siglit/assets/templates),
-            or `open_clip:openai_imagenet`, `open_clip:simple_imagenet`.
+            `open_clip:openai_imagenet`, `open_clip:simple_imagenet`, or `big_vision:clip_paper`, which takes open_clip
+            too.
 
     Raises:
         UserError: there is no such list, or a prompt has no place for the name.
@@ -65,11 +70,13 @@ def templates(where: str | None) -> list[str]:
     option = "eval.templates"
     if where is None:
         return ["{}"]
+    if where == _CLIP_PAPER:
+        return [*templates(_OPEN_CLIP + "openai_imagenet"), "{}"]
     if where.startswith(_OPEN_CLIP):
         return [prompt("{}") for prompt in _of_open_clip(where, option)]
     found = _entries(where, option)
     for number, entry in enumerate(found, start=1):
-        if not isinstance(entry, str) or "{}" not in entry:
+        if not _is_text(entry) or "{}" not in entry:
             raise UserError(f"{where}: prompt {number} is {entry!r:.80}, but a text with {{}} for the name is wanted")
     return found
 
@@ -86,6 +93,49 @@ def prompts(names: Sequence[Names], wording: Sequence[str]) -> tuple[list[str], 
     """
     texts = [(label, text.replace("{}", name)) for label, of in enumerate(names) for name in of for text in wording]
     return [text for _, text in texts], np.array([label for label, _ in texts], np.int64)
+
+
+def canonical(
+    names: Sequence[Names], wording: Sequence[str], where: str = "eval.classes"
+) -> tuple[list[Names], list[str]]:
+    """Names and templates as big_vision's zero-shot evaluator canonicalises them before it puts the one into the other.
+
+    Lower case, no ASCII punctuation (but the {} of a template), _ to a space, runs of white space to one. A name ends
+    at its first comma: there, further names of the class come after it.
+
+    Args:
+        names: C classes.
+        wording: templates.
+        where: what a message calls the names.
+
+    Raises:
+        UserError: nothing is left of a name.
+
+    Source: big_vision `prompt_engineering.canonicalize_text` and `discriminative_classifier` (`canonicalize`,
+    `first_class_name_only`), commit 0127fb6.
+    """
+    plain = [tuple(_canonicalize(name.partition(",")[0]) for name in of) for of in names]
+    for label, (before, after) in enumerate(zip(names, plain, strict=True)):
+        if not all(after):
+            empty = before[after.index("")]
+            raise UserError(
+                f"{where}: class {label} is {empty!r:.80}, of which eval.canonicalize leaves nothing; "
+                "give it a name of letters, or set eval.canonicalize to false"
+            )
+    return plain, [_canonicalize(text, "{}") for text in wording]
+
+
+def _canonicalize(text: str, kept: str | None = None) -> str:
+    """`kept` stays in the text as a whole, and its characters go where they stand alone."""
+    text = text.replace("_", " ")
+    parts = text.split(kept) if kept else [text]
+    text = (kept or "").join(part.translate(_NO_PUNCTUATION) for part in parts)
+    return " ".join(text.lower().split())
+
+
+def _is_text(entry: Any) -> bool:
+    """A text that can be written down: JSON may hold half of a surrogate pair, which no encoding has a place for."""
+    return isinstance(entry, str) and not any("\ud800" <= letter <= "\udfff" for letter in entry)
 
 
 def _of_open_clip(where: str, option: str) -> Sequence[Any]:
@@ -122,13 +172,14 @@ def _entries(where: str, option: str) -> list[Any]:
     path = Path(expand(where, option))
     try:
         text = read_regular(path).decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(
-            f"{option} is {where or 'empty'}, but that is no file to read ({error.strerror}); name a JSON list, a text "
-            f"file with an entry a line, or one of {', '.join(_own(option))}"
-        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}). Convert the file (iconv -t utf-8).") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{option} is {where or 'empty'}, but that is no file to read ({reason}); name a JSON list, a text "
+            f"file with an entry a line, or one of {', '.join(_own(option))}"
+        ) from error
     if path.suffix.lower() == ".json":
         try:
             found = json.loads(text)

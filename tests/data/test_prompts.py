@@ -1,12 +1,14 @@
 """Names and templates are read as people write them; what is no list of them is told."""
 
+import hashlib
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from siglit.data.prompts import class_names, prompts, templates
+from siglit.data.prompts import canonical, class_names, prompts, templates
 from siglit.errors import UserError
 
 
@@ -89,3 +91,84 @@ def test_lists_that_open_clip_does_not_have(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(UserError, match="pip install open_clip_torch"):
         templates("open_clip:simple_imagenet")
+
+
+# What big_vision's canonicalize_text (commit 0127fb6) makes of them: of a name with "," kept, up to the first one (its
+# first_class_name_only); of a template with "{}" kept. Seen by running it.
+CANONICAL_NAMES = {
+    "T-shirt": "tshirt",
+    "Maine_Coon": "maine coon",
+    "maine__coon": "maine coon",
+    " guinea\tpig\n": "guinea pig",
+    "black-and-gold garden spider": "blackandgold garden spider",
+    "American lobster (crustacean)": "american lobster crustacean",
+    "Dr. Who's `dog`": "dr whos dog",
+    "St. Bernard, Saint Bernard dog": "st bernard",
+    "{x} hound": "x hound",
+    "a_{}_b": "a b",
+    "100%": "100",
+    "ÀÉ Straße": "àé straße",
+    "柴犬。\N{IDEOGRAPHIC SPACE}しば": "柴犬。 しば",
+    "naïve—dash": "naïve—dash",
+    "İstanbul": "i̇stanbul",
+}
+CANONICAL_TEMPLATES = {
+    "a photo of a {}.": "a photo of a {}",
+    "a close-up photo of the {}.": "a closeup photo of the {}",
+    "{}": "{}",
+    " test  {}...": "test {}",
+    "a_photo_of_{} & {}": "a photo of {} {}",
+    "{x} of {}!": "x of {}",
+    "A {}, a type of pet.": "a {} a type of pet",
+    "{{}}": "{}",
+    "{ } {}": "{}",
+    "{}'s toy": "{}s toy",
+    "“{}” ¿": "“{}” ¿",
+}
+
+
+def test_canonical_prompts_are_those_of_big_vision():
+    names, wording = canonical([tuple(CANONICAL_NAMES), ("cat",)], list(CANONICAL_TEMPLATES))
+    assert dict(zip(CANONICAL_NAMES, names[0], strict=True)) == CANONICAL_NAMES
+    assert names[1] == ("cat",)
+    assert dict(zip(CANONICAL_TEMPLATES, wording, strict=True)) == CANONICAL_TEMPLATES
+    assert prompts(names[1:], wording[:1])[0] == ["a photo of a cat"]
+
+
+@pytest.mark.parametrize("names", [("?!",), ("cat", "_, cat")])
+def test_a_name_of_which_nothing_is_left_is_named(names):
+    with pytest.raises(UserError, match=r"my.txt: class 1 is .* leaves nothing; .* set eval.canonicalize to false"):
+        canonical([("dog",), names], ["{}"], "my.txt")
+
+
+def test_the_papers_templates_are_those_of_open_clip_and_the_name_alone(monkeypatch):
+    """Compared with big_vision's CLIP_PAPER_PROMPT_TEMPLATES (commit 0127fb6): open_clip 3.3.0 has all but "{}"."""
+    lists = {"OPENAI_IMAGENET_TEMPLATES": [lambda c: f"a bad photo of a {c}.", lambda c: f"a tattoo of the {c}."]}
+    monkeypatch.setitem(sys.modules, "open_clip", SimpleNamespace(**lists))
+    assert templates("big_vision:clip_paper") == ["a bad photo of a {}.", "a tattoo of the {}.", "{}"]
+
+
+# Order and spelling of CIFAR-10 and -100: mmpretrain 1.2.0 (datasets/categories.py) and the prompts.md of openai/CLIP
+# (d05afc4) agree. Pets: these two and tensorflow-datasets 4.9.10 (its label classes) agree but for capitals, which are
+# those of clip_benchmark 1.6.2 (en_classnames.json); torchvision 0.29.2 makes the same of the names of the images.
+LABELLED = {"cifar10": "bb3914949cecedee", "cifar100": "60ae3a3ac1355fcf", "pets": "50be1443390f8a02"}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_names_are_those_that_packages_carry(name):
+    """By the hash of the list that was compared with theirs."""
+    names = "\n".join(first for (first,) in class_names(f"siglit:{name}"))
+    assert hashlib.sha256(names.encode()).hexdigest()[:16] == LABELLED[name]
+
+
+def test_half_a_letter_is_refused(tmp_path):
+    """It could be neither encoded nor written into the result."""
+    with pytest.raises(UserError, match=r"class 1 is '\\ud83d', but a name"):
+        class_names(write(tmp_path / "n.json", ["cat", "\ud83d"]))
+    with pytest.raises(UserError, match="prompt 1 is"):
+        templates(write(tmp_path / "t.json", ["{} \ud83d"]))
+
+
+def test_a_path_with_a_null_byte_is_named():
+    with pytest.raises(UserError, match=r"eval.classes is a\x00b, but that is no file to read"):
+        class_names("a\x00b")
