@@ -137,13 +137,15 @@ def _run(words: list[str], debug: bool) -> int:
         rest, arguments = words[len(name.split()) :], COMMANDS[name].arguments
         if arguments is not None:
             given = _parse_folders(name, rest, arguments)
-            result = _stage(COMMANDS[name].stage)(**given)
+            with _no_empty_folders([given["out"]] if "out" in given else []):
+                result = _stage(COMMANDS[name].stage)(**given)
             _print(str(result))
             return getattr(result, "exit_code", 0)
         dry = name == "train" and _DRY_RUN in rest
         experiment, extra, as_yaml = _parse(name, [word for word in rest if not (dry and word == _DRY_RUN)])
         stage = _stage("siglit.dry_run:run" if dry else COMMANDS[name].stage)
-        with _kept(as_yaml, experiment) if name in ("train", "quickstart") and not dry else contextlib.nullcontext():
+        kept = _kept(as_yaml, experiment) if name in ("train", "quickstart") and not dry else contextlib.nullcontext()
+        with _no_empty_folders([experiment.output_dir, experiment.cache.path]), kept:
             result = stage(experiment, **extra)
         _print(str(result))
     except (UserError, CacheError) as error:
@@ -216,6 +218,39 @@ def _parse_folders(name: str, words: list[str], arguments: dict[str, dict[str, A
     for argument, options in arguments.items():
         parser.add_argument(argument, **options)
     return vars(parser.parse_args(words))
+
+
+@contextlib.contextmanager
+def _no_empty_folders(places: Sequence[str | None]) -> Iterator[None]:
+    """Where the command fails, remove what it made in or above these folders and left empty."""
+    folders = [os.path.abspath(place) for place in places if place]
+    there = {folder: _subfolders(folder) for folder in folders}
+    missing = [folder for place in folders for folder in _with_parents(place) if not os.path.isdir(folder)]
+    try:
+        yield
+    except BaseException:
+        # One process cleans up: others may still be about to write.
+        if _is_first_here():
+            new = [sub for folder in folders for sub in _subfolders(folder) - there[folder]]
+            inner = [path for sub in new for path, *_ in os.walk(sub, topdown=False)]
+            for folder in [*inner, *sorted(missing, key=len, reverse=True)]:
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    os.rmdir(folder)
+        raise
+
+
+def _subfolders(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.path for entry in entries if entry.is_dir(follow_symlinks=False)}
+    except OSError:
+        return set()
+
+
+def _with_parents(folder: str) -> Iterator[str]:
+    while folder != (above := os.path.dirname(folder)):
+        yield folder
+        folder = above
 
 
 @contextlib.contextmanager
