@@ -96,7 +96,7 @@ def _parser(command: str, about: str, positional: str | None, options: Mapping[s
 
 def names_config(words: Sequence[str]) -> bool:
     """Whether the words give an experiment file, or ask for help, which needs none."""
-    return any(w in ("-c", "--config", "-h", "--help") or w.startswith("--config=") for w in words)
+    return any(w in ("--config", "-h", "--help") or w.startswith(("-c", "--config=")) for w in words)
 
 
 class _ExperimentFile(ActionConfigFile):

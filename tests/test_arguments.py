@@ -298,3 +298,12 @@ def test_null_is_for_fields_that_may_be_left_out(name, parse):
         content = others
     with pytest.raises(UserError, match=re.escape(name)):
         parse(content=content)
+
+
+@pytest.mark.parametrize("spelling", ["-cgiven.yaml", "--config=given.yaml", "-c given.yaml", "--config given.yaml"])
+def test_a_file_is_checked_however_it_is_given(spelling, parse, tmp_path, attacker):
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump({"image_tower": {"model_args": {"x": ATTACK}}, "seeed": 1}))
+    with pytest.raises(UserError, match="given.yaml, line 7: seeed is not a field; did you mean seed"):
+        parse(*spelling.split())
+    assert arguments.names_config(spelling.split())
+    assert attacker() == []
