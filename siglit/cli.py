@@ -5,9 +5,7 @@ Knows the names of the stages and how to report errors; imports a stage, and wit
 
 import contextlib
 import importlib
-import itertools
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -134,7 +132,7 @@ def _run(words: list[str], debug: bool) -> int:
         return 0
     name = next((c for c in COMMANDS if words[: len(c.split())] == c.split()), None)
     if name is None:
-        return _fail(f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)}", 2)
+        return _fail(_no_command(words), 2)
     from siglit.cache import CacheError
     from siglit.errors import UserError
 
@@ -142,13 +140,15 @@ def _run(words: list[str], debug: bool) -> int:
         rest, arguments = words[len(name.split()) :], COMMANDS[name].arguments
         if arguments is not None:
             given = _parse_folders(name, rest, arguments)
-            result = _stage(COMMANDS[name].stage)(**given)
+            with _no_empty_folders([given["out"]] if "out" in given else []):
+                result = _stage(COMMANDS[name].stage)(**given)
             _print(str(result))
             return getattr(result, "exit_code", 0)
         dry = name == "train" and _DRY_RUN in rest
         experiment, extra, as_yaml = _parse(name, [word for word in rest if not (dry and word == _DRY_RUN)])
         stage = _stage("siglit.dry_run:run" if dry else COMMANDS[name].stage)
-        with _kept(as_yaml, experiment) if name in ("train", "quickstart") and not dry else contextlib.nullcontext():
+        kept = _kept(as_yaml, experiment) if name in ("train", "quickstart") and not dry else contextlib.nullcontext()
+        with _no_empty_folders([experiment.output_dir, experiment.cache.path]), kept:
             result = stage(experiment, **extra)
         _print(str(result))
     except (UserError, CacheError) as error:
@@ -169,6 +169,15 @@ def _run(words: list[str], debug: bool) -> int:
     return 0
 
 
+def _no_command(words: list[str]) -> str:
+    from siglit.fields import did_you_mean
+
+    rooms = {command.split()[0] for command in COMMANDS if " " in command}
+    given = " ".join(words[:2]) if words[0] in rooms else words[0]
+    hint = did_you_mean(given, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+    return f"there is no command {given!r}{hint}"
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     table = "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
@@ -185,80 +194,27 @@ def _usage() -> str:
 
 
 def _parse(name: str, words: list[str]) -> tuple["Experiment", dict[str, Any], str]:
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from siglit.arguments import names_config, parse_experiment
 
-    from siglit.config import Experiment
-    from siglit.errors import UserError
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"siglit {name}", description=COMMANDS[name].help, exit_on_error=False)
-    positional = COMMANDS[name].words
-    if positional:
-        parser.add_argument(positional, type=str, nargs="+", help="what to look for")
-    options = COMMANDS[name].options or {}
-    for option, about in options.items():
-        parser.add_argument(option, **about)
-    parser.add_argument("-c", "--config", action=_overlay(), help="the experiment file; several add up")
-    parser.add_class_arguments(Experiment)
     if name == "train":
         words = [word for given in words for word in (_RESUME if given == "--resume" else (given,))]
-    if name == "quickstart" and not _names_config(words):
+    if name == "quickstart" and not names_config(words):
         words = ["-c", str(packaged_config("quickstart.yaml")), *words]
-    try:
-        _check_files(words)
-        parsed = parser.parse_args(words)
-        _check_sections(parsed)
-        ready = parser.instantiate(parsed)
-    except Exception as error:
-        if isinstance(error, SystemExit):
-            raise
-        raise UserError(_told(error, words)) from error
-    extra = {name: getattr(ready, name) for name in (o.lstrip("-").replace("-", "_") for o in options)}
-    fields = {k: v for k, v in vars(ready).items() if k not in ("config", positional, *extra)}
-    if positional:
-        extra[positional] = " ".join(getattr(ready, positional))
-    as_yaml = parser.dump(parsed, skip_unset=True)
-    return Experiment(**fields).with_default_folders(), extra, as_yaml
-
-
-def _overlay() -> Any:
-    """The parser's action for files, but a data set that a file names takes the whole place of an earlier file's.
-
-    The parser puts files together field by field: the fold of the one would stay and cut the other down in silence.
-    """
-    from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-
-    class Overlay(ActionConfigFile):
-        def __call__(self, parser: Any, given: Any, path: Any, option: Any = None) -> None:
-            sets = _sets_in(path)
-            if "val" in sets:
-                given["data.val"] = None
-            if "train" in sets:
-                given["data.train"] = type(given)(**dict.fromkeys(vars(given["data.train"])))
-            super().__call__(parser, given, path, option)
-
-    return Overlay
-
-
-def _sets_in(path: str) -> list[str]:
-    """Names of the data sets that a file gives a format; whatever is wrong with the file is for the parser to say."""
-    import yaml
-
-    try:
-        with open(path, "rb") as file:
-            sets = yaml.safe_load(file)["data"].items()
-    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
-        return []
-    return [name for name, spec in sets if isinstance(spec, dict) and "format" in spec]
+    command = COMMANDS[name]
+    return parse_experiment(f"siglit {name}", command.help, words, command.words, command.options)
 
 
 def _parse_folders(name: str, words: list[str], arguments: dict[str, dict[str, Any]]) -> dict[str, Any]:
     import argparse
 
     from siglit.errors import UserError
+    from siglit.fields import did_you_mean
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
+            unknown = message.partition("unrecognized arguments: ")[2].split()
+            if unknown and unknown[0].startswith("--"):
+                message = f"{unknown[0]} is not an option of siglit {name}{did_you_mean(unknown[0], arguments)}"
             raise UserError(f"{message}; see siglit {name} --help")
 
     parser = Parser(prog=f"siglit {name}", description=COMMANDS[name].help, allow_abbrev=False)
@@ -267,56 +223,37 @@ def _parse_folders(name: str, words: list[str], arguments: dict[str, dict[str, A
     return vars(parser.parse_args(words))
 
 
-def _check_files(words: list[str]) -> None:
-    """Refuse a key that an experiment file gives twice: YAML would take the last one in silence."""
-    import yaml
-
-    from siglit.errors import UserError
-
-    def look(node: yaml.Node, path: str) -> None:
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                if key.value in seen:
-                    raise UserError(
-                        f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice; keep one of them"
-                    )
-                seen.add(key.value)
-                look(value, path)
-
-    for option, path in itertools.pairwise(words):
-        if option in ("-c", "--config") and os.path.isfile(path):
-            with open(path, "rb") as file:
-                text = file.read()
-                try:
-                    node = yaml.compose(text, Loader=yaml.SafeLoader)
-                except yaml.YAMLError as error:
-                    hint = "; put quotes around a text with ${...} inside braces" if b"${" in text else ""
-                    raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}{hint}") from error
-            if node is None:
-                raise UserError(f"{path} is empty; it needs at least data.train")
-            look(node, path)
+@contextlib.contextmanager
+def _no_empty_folders(places: Sequence[str | None]) -> Iterator[None]:
+    """Where the command fails, remove what it made in or above these folders and left empty."""
+    folders = [os.path.abspath(place) for place in places if place]
+    there = {folder: _subfolders(folder) for folder in folders}
+    missing = [folder for place in folders for folder in _with_parents(place) if not os.path.isdir(folder)]
+    try:
+        yield
+    except BaseException:
+        # One process cleans up: others may still be about to write.
+        if _is_first_here():
+            new = [sub for folder in folders for sub in _subfolders(folder) - there[folder]]
+            inner = [path for sub in new for path, *_ in os.walk(sub, topdown=False)]
+            for folder in [*inner, *sorted(missing, key=len, reverse=True)]:
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    os.rmdir(folder)
+        raise
 
 
-def _check_sections(parsed: Any) -> None:
-    from siglit.errors import UserError
+def _subfolders(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.path for entry in entries if entry.is_dir(follow_symlinks=False)}
+    except OSError:
+        return set()
 
-    for section in ("image_tower", "cache", "tokenizer", "text_tower", "loss", "optim", "train", "eval"):
-        if parsed.get(section) is None:
-            raise UserError(f"the section {section} is empty; fill it, or remove its line to take the defaults")
 
-
-def _told(error: Exception, words: list[str]) -> str:
-    """The parser's message in one line, with what to do where it does not say."""
-    text = " ".join(str(error).split())
-    # An optional section is a union to the parser, which then tells of every member; the first one's complaint counts.
-    complaint = r"Errors: - (?:Problem with given class_path \S+ )?(.*?)(?: - Expected| Given|$)"
-    union = re.match(rf"(Parser key .*?:).*?{complaint}", text)
-    if union:
-        text = f"{union[1]} {union[2]}"
-    if "are required" in text and not _names_config(words):
-        text += "; give the experiment file with -c FILE"
-    return text
+def _with_parents(folder: str) -> Iterator[str]:
+    while folder != (above := os.path.dirname(folder)):
+        yield folder
+        folder = above
 
 
 @contextlib.contextmanager
@@ -348,10 +285,6 @@ def _kept(as_yaml: str, experiment: "Experiment") -> Iterator[None]:
 def _write(path: str, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
-
-
-def _names_config(words: list[str]) -> bool:
-    return any(w in ("-c", "--config", "-h", "--help") or w.startswith("--config=") for w in words)
 
 
 def packaged_config(name: str) -> str:

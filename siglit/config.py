@@ -88,7 +88,7 @@ class ImageTowerConfig:
     weights: str | None = None
     """Local weights instead: .safetensors, .pth/.pt (tensors only) or .npz (AugReg)."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of timm.create_model, such as img_size."""
+    """Further arguments of timm.create_model for the architecture, such as img_size; none that say what to load."""
     pooling: Literal["tower", "cls", "avg", "map", "cls+avg"] = "tower"
     """Tokens to one embedding: the tower's own way, class token, patch average, its MAP head, or two side by side."""
     image_size: int | None = None

@@ -139,10 +139,10 @@ class Plan:
     def _time(self) -> str:
         if self.days is None or self.device_hours is None:
             return "not known"
-        return (
-            f"{_digits(self.days)} days, {_digits(self.device_hours)} device-hours on {self.devices} such devices, "
-            "if they scale linearly"
-        )
+        told = _duration(self.days * 86_400)
+        if self.devices > 1:
+            told += f" on {self.devices} such devices, if they scale linearly"
+        return told + (f"; {_digits(self.device_hours)} device-hours" if self.device_hours >= 1 else "")
 
     def _cache(self) -> str:
         if self.mode != "locked":
@@ -170,7 +170,7 @@ def run(
         rows: images to train on; default: those of the cache or the source, where they can be counted.
 
     Raises:
-        UserError: a number is out of range, or the experiment cannot be built.
+        UserError: a number is out of range, the batch is larger than the data, or the experiment cannot be built.
     """
     run_folder.quiet_lightning()
     given = {"--devices": devices, "--gpu-memory": gpu_memory, "--examples-per-second": examples_per_second}
@@ -180,7 +180,10 @@ def run(
     devices = devices or experiment.train.devices * experiment.train.nodes
     experiment = replace(experiment, train=replace(experiment.train, devices=devices, nodes=1))
     run_folder.check_batch_size(experiment.train)
-    plan = _planned(experiment, gpu_memory, examples_per_second, rows or _rows(experiment))
+    rows = rows or _rows(experiment)
+    if rows is not None:
+        run_folder.check_batch_fits(experiment.train, rows)
+    plan = _planned(experiment, gpu_memory, examples_per_second, rows)
     run_folder.write_json(run_folder.output_dir(experiment) / "plan.json", asdict(plan))
     return plan
 
@@ -239,6 +242,14 @@ def _planned(experiment: Experiment, gpu_memory: float | None, rate: float | Non
 def _digits(number: float) -> str:
     """Three digits or all before the point; never a power of ten."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, minutes, hours or days, so that the number is at least 2 where there is a smaller unit."""
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{_digits(seconds / size)} {unit}"
+    return f"{seconds:,.0f} seconds" if seconds >= 2 else "less than 2 seconds"
 
 
 def _bytes(number: int) -> str:

@@ -23,6 +23,7 @@ from siglit.evaluation.encoding import encode_ids
 from siglit.evaluation.gallery import Answer, draw_gallery
 from siglit.evaluation.index import nearest_images
 from siglit.files import atomic_write
+from siglit.optim import rate, total_steps
 from siglit.progress import Meter
 from siglit.trained import open_trained
 
@@ -51,7 +52,7 @@ def run(experiment: Experiment) -> QuickstartResult:
     """Draw, embed, train, evaluate, and leave a picture of queries with their top five images.
 
     Raises:
-        UserError: the experiment file is not one of the generated set.
+        UserError: the experiment file is not one of the generated set, or says what its training would refuse.
     """
     begun = time.monotonic()
     if experiment.data.val is None or experiment.image_tower.weights is None:
@@ -65,6 +66,7 @@ def run(experiment: Experiment) -> QuickstartResult:
                 f"data.{split} is {spec.format}, but quickstart draws its own images and lists them as jsonl; run "
                 "`siglit precompute` and `siglit train` for images of yours"
             )
+    _check_training(experiment)
     weights = Path(experiment.image_tower.weights)
     if weights.exists() and not (weights.is_file() and weights.read_bytes() == asset.read_bytes()):
         raise UserError(
@@ -83,6 +85,24 @@ def run(experiment: Experiment) -> QuickstartResult:
     picture = folder / "retrieval.png"
     _gallery(experiment, Path(experiment.data.val.path).parent).save(picture)
     return QuickstartResult(result, str(folder), str(picture), time.monotonic() - begun)
+
+
+def _check_training(experiment: Experiment) -> None:
+    """Refuse before anything is drawn what the stages would refuse after minutes."""
+    for field, nodes in (("train.nodes", experiment.train.nodes), ("cache.nodes", experiment.cache.nodes)):
+        if nodes > 1:
+            raise UserError(
+                f"{field} is {nodes}, but quickstart runs on one machine; leave it out, or run `siglit precompute` and "
+                "`siglit train` on each"
+            )
+    if experiment.mode != "locked":
+        raise UserError(f"mode is {experiment.mode}, but quickstart shows locked training; leave mode out")
+    for section in ("cache", "train", "eval"):
+        run_folder.check_accelerator(f"{section}.accelerator", getattr(experiment, section).accelerator)
+    run_folder.check_batch_size(experiment.train)
+    run_folder.check_batch_fits(experiment.train, _TRAIN_IMAGES)
+    steps = total_steps(experiment.train, _TRAIN_IMAGES)
+    rate(0, experiment.optim, steps, experiment.train.batch_size)  # raises where the schedule does not fit
 
 
 def _draw(listing: Path, scenes: Iterable[shapes.Scene], seed: tuple[int, int]) -> None:

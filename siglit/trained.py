@@ -112,6 +112,10 @@ def open_trained(experiment: Experiment, split: Literal["train", "val"] | None =
     )
 
 
+_KEYS = {"mode", "tokenizer", "image_head", "text_tower", "built_for"}
+"""What every checkpoint says of itself under "siglit"."""
+
+
 def _read(experiment: Experiment) -> tuple[str, dict[str, Any]]:
     kept = run_folder.output_dir(experiment) / "checkpoints"
     path = experiment.eval.checkpoint or str(newest(kept) or kept / LAST)
@@ -121,9 +125,16 @@ def _read(experiment: Experiment) -> tuple[str, dict[str, Any]]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["siglit"]["mode"], state["state_dict"], state["global_step"]
-    except Exception as error:
-        raise UserError(f"{path} is not a checkpoint of siglit ({str(error).splitlines()[0][:120]})") from error
+        missing = _KEYS - state["siglit"].keys()
+        state["state_dict"].items(), state["global_step"]
+    except OSError:
+        raise
+    except Exception:  # whatever torch makes of bytes that are no checkpoint
+        missing = _KEYS
+    if missing:
+        raise UserError(
+            f"{path} is not a checkpoint of siglit, or is damaged; set eval.checkpoint to one, such as {kept / LAST}"
+        )
     return path, state
 
 

@@ -30,6 +30,8 @@ from siglit.paths import expand
 
 _LOCAL = "local-dir:"
 _HUB = ("hf-hub:", "hf_hub:")
+_LOADING = ("pretrained", "checkpoint_path", "cache_dir")
+"""How arguments of timm.create_model begin that say where weights come from."""
 _TOKEN_POOLINGS = ("cls", "avg", "map", "cls+avg")
 
 
@@ -179,6 +181,7 @@ class ImageSide(nn.Module):
 
 
 def _build(config: ImageTowerConfig) -> nn.Module:
+    _check_arguments(config.model_args)
     folder = config.model.removeprefix(_LOCAL) if config.model.startswith(_LOCAL) else None
     name = config.model if folder is None else _LOCAL + (folder := expand(folder, "image_tower.model"))
     known = config.model.startswith((_LOCAL, *_HUB)) or timm.is_model(config.model.split(".")[0])
@@ -211,6 +214,16 @@ def _build(config: ImageTowerConfig) -> nn.Module:
     elif folder is not None and config.pretrained:
         _load_weights(backbone, folder)
     return backbone
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse weights by the back door: another file, address or loader than the fields of the experiment name."""
+    for name in arguments:
+        if name.startswith(_LOADING):
+            raise UserError(
+                f"image_tower.model_args.{name} says where weights come from, and model_args are for the architecture; "
+                "use image_tower.weights, image_tower.model or image_tower.pretrained"
+            )
 
 
 def _load_weights(backbone: Any, path: str) -> None:

@@ -426,3 +426,24 @@ def augreg(model):
             arrays[dense + "kernel"] = state[f"{here}mlp.fc{layer + 1}.weight"].T
             arrays[dense + "bias"] = state[f"{here}mlp.fc{layer + 1}.bias"]
     return arrays
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"checkpoint_path": "x.pth"},
+        {"pretrained_cfg": {"file": "x.pth"}},
+        {"pretrained_cfg_overlay": {"file": "x.pth", "custom_load": True}},
+        {"pretrained_cfg_overlay": {"url": "http://127.0.0.1/x.pth"}},
+        {"pretrained_custom_load": True},
+        {"cache_dir": "elsewhere"},
+        {"pretrained": True},
+    ],
+)
+def test_model_args_name_no_weights(arguments, monkeypatch, tmp_path):
+    """Nothing is looked at, let alone unpickled: what the weights are is said by fields that caches know of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("built"))
+    name = next(iter(arguments))
+    with pytest.raises(UserError, match=rf"^image_tower.model_args.{name} says where .*; use image_tower.weights"):
+        ImageTower(replace(VIT, pretrained=True, model_args={**SMALL, **arguments}))
