@@ -79,6 +79,24 @@ def check_batch_size(train: TrainConfig) -> None:
         raise UserError(f"train.batch_size {train.batch_size} cannot be shared evenly by {devices} devices")
 
 
+def check_batch_fits(train: TrainConfig, images: int) -> None:
+    """Refuse a global batch of more pairs than there are images: an image gives one pair per pass.
+
+    Args:
+        train: the batch and the devices that share it.
+        images: in one pass over data.train.
+
+    Raises:
+        UserError: train.batch_size is larger than the data.
+    """
+    if train.batch_size <= images:
+        return
+    devices = train.devices * train.nodes
+    largest = images - images % devices
+    advice = f"lower it to {largest} or less" if largest else f"{devices} devices need at least {devices} images"
+    raise UserError(f"train.batch_size {train.batch_size} is larger than the {images} images of data.train; {advice}")
+
+
 def check_launched(field: str, nodes: int) -> None:
     """Refuse several machines where nobody says which one this is: it would wait for the others, in silence.
 
