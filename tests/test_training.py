@@ -374,3 +374,31 @@ def test_languages_are_told_apart(tmp_path, monkeypatch, tower_weights, project)
         mean = (result.by_language["de"][name] + result.by_language["en"][name]) / 2
         assert result.by_language["average"][name] == pytest.approx(mean)
     assert "average" in str(result)
+
+
+def test_a_locked_run_is_not_gone_on_with_on_another_cache(cached, project):
+    """Of the same tower and as many images: only the digest tells them apart. A cache that was moved is the same."""
+    training.run(parse("train", "--train.steps", "2"))
+    images = project / "images"
+    for path in images.iterdir():
+        path.write_bytes((images / f"{(int(path.stem) + 1) % 40:04d}.png").read_bytes())
+    precompute.run(parse("precompute", "--cache.path", "cache/other"))
+    words = ["--train.steps", "4", "--train.resume", "true"]
+    with pytest.raises(UserError, match=r"cache/small/train \(digest .*, but cache/other/train \(digest") as error:
+        training.run(parse("train", *words, "--cache.path", "cache/other"))
+    assert "\n" not in str(error.value)
+    (project / "cache/small").rename(project / "cache/moved")
+    assert training.run(parse("train", *words, "--cache.path", "cache/moved")).steps == 4
+
+
+def test_a_checkpoint_that_does_not_record_its_cache_is_gone_on_with(cached, project, capsys):
+    training.run(parse("train", "--train.steps", "2"))
+    path = project / "runs/small/checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (loader,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert loader.pop("cache.path") == "cache/small/train"
+    assert len(loader.pop("cache.digest")) == 32
+    torch.save(checkpoint, path)
+    assert training.run(parse("train", "--train.steps", "4", "--train.resume", "true")).steps == 4
+    told = "the checkpoint does not record the cache it was trained on: cache/small/train is taken for it\n"
+    assert told in capsys.readouterr().err
