@@ -33,14 +33,25 @@ class AtomicFiles(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write `checkpoint` as `path`."""
+        """Write `checkpoint` as `path`.
+
+        Raises:
+            OSError: the disk is full, or refuses for another reason; the files that were there are as before.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
-        with unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except Exception as error:
+            unfinished.unlink(missing_ok=True)
+            refused = _refusal(error)
+            if refused is None:
+                raise
+            raise OSError(refused.errno, refused.strerror, str(path)) from error
         if path.exists():
             os.replace(path, path.with_name(PREVIOUS))
         os.replace(unfinished, path)
@@ -49,6 +60,13 @@ class AtomicFiles(TorchCheckpointIO):
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """The disk's own error: torch puts one of its archive in its place, which says nothing of a disk."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def newest(folder: Path) -> Path | None:

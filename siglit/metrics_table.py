@@ -57,7 +57,18 @@ class MetricsTable(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what has come since the last time."""
+        """Write what has come since the last time.
+
+        Raises:
+            OSError: the disk is full, or refuses for another reason; names the file.
+        """
+        try:
+            self._save()
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+
+    def _save(self) -> None:
         rows, self._pending = self._pending, []
         new = [name for row in rows for name in row if name not in self._columns]
         if new or (rows and not self._path.exists()):
@@ -75,8 +86,11 @@ class MetricsTable(Logger):
     def _replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text(",".join(self._columns) + "\r\n" + self._lines(rows), encoding="utf-8", newline="")
-        os.replace(unfinished, self._path)
+        try:
+            unfinished.write_text(",".join(self._columns) + "\r\n" + self._lines(rows), encoding="utf-8", newline="")
+            os.replace(unfinished, self._path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def _lines(self, rows: Iterable[Mapping[str, Any]]) -> str:
         text = io.StringIO(newline="")
