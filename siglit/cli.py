@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
@@ -145,8 +145,9 @@ def _run(words: list[str], debug: bool) -> int:
         dry = name == "train" and _DRY_RUN in rest
         experiment, extra, as_yaml = _parse(name, [word for word in rest if not (dry and word == _DRY_RUN)])
         stage = _stage("siglit.dry_run:run" if dry else COMMANDS[name].stage)
-        with _kept(as_yaml, experiment) if name in ("train", "quickstart") and not dry else contextlib.nullcontext():
-            result = stage(experiment, **extra)
+        if name in ("train", "quickstart") and not dry:
+            extra["as_yaml"] = as_yaml
+        result = stage(experiment, **extra)
         _print(str(result))
     except (UserError, CacheError) as error:
         return _report(error, str(error), 2, debug)
@@ -314,37 +315,6 @@ def _told(error: Exception, words: list[str]) -> str:
     if "are required" in text and not _names_config(words):
         text += "; give the experiment file with -c FILE"
     return text
-
-
-@contextlib.contextmanager
-def _kept(as_yaml: str, experiment: "Experiment") -> Iterator[None]:
-    """Leave the experiment as it runs in the run's folder; a run that is refused leaves the earlier one's as it was."""
-    from siglit.errors import UserError
-
-    assert experiment.output_dir is not None
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        yield
-        return
-    os.makedirs(experiment.output_dir, exist_ok=True)
-    path = os.path.join(experiment.output_dir, "experiment.yaml")
-    earlier = None
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            earlier = file.read()
-    _write(path, as_yaml)
-    try:
-        yield
-    except UserError:
-        if earlier is None:
-            os.unlink(path)
-        else:
-            _write(path, earlier)
-        raise
-
-
-def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 def _names_config(words: list[str]) -> bool:
