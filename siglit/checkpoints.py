@@ -4,9 +4,12 @@ A run's folder `checkpoints` holds `last.ckpt` and `previous.ckpt`, the one befo
 in a checkpoint is the module's and the loader's affair.
 """
 
+import contextlib
+import errno
 import os
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,28 @@ def prepare(folder: Path) -> Path | None:
 def exist(folder: Path) -> bool:
     """Tell whether there is a checkpoint, whole or not; right also while another process runs `prepare`."""
     return (folder / PREVIOUS).exists() or (folder / LAST).exists()
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(folder: Path) -> Iterator[None]:
+    """Say of a full disk that the work has failed, not the input, and how to go on; which file comes first is chance.
+
+    Args:
+        folder: of the run, which holds `checkpoints`.
+
+    Raises:
+        RuntimeError: the disk or a quota is full, or a file is larger than it may become.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        kept = exist(folder / "checkpoints")
+        raise RuntimeError(
+            f"{error.filename or folder}: {error.strerror}; make room, then "
+            + ("go on with --resume from the last checkpoint, which is whole" if kept else "train again")
+        ) from error
 
 
 def steps_taken(path: Path) -> int:

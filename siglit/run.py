@@ -131,8 +131,8 @@ def check_slurm_tasks(section: str, devices: int, nodes: int) -> None:
     asked = {"--ntasks": tasks, "--ntasks-per-node": per_node, "--nodes": machines}
     raise UserError(
         f"SLURM has started {' '.join(f'{option} {value}' for option, value in asked.items() if value)}, but "
-        f"{section}.devices is {devices} and {section}.nodes {nodes}, and each device needs one task: start the job with "
-        f"--nodes {nodes} --ntasks-per-node {devices} (not with --ntasks alone), or set {section}.devices and "
+        f"{section}.devices is {devices} and {section}.nodes {nodes}, and each device needs one task: start the job "
+        f"with --nodes {nodes} --ntasks-per-node {devices} (not with --ntasks alone), or set {section}.devices and "
         f"{section}.nodes to what SLURM gives"
     )
 

@@ -4,11 +4,9 @@ Sets up Lightning and the run's folder; what is trained is `siglit.lightning_mod
 """
 
 import contextlib
-import errno
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +76,7 @@ def run(experiment: Experiment, as_yaml: str | None = None) -> TrainResult:
     with stopping_at_signals() as signals, ending_with_first_process(first):
         data, steps = _open(experiment)
         folder = run_folder.output_dir(experiment)
-        with _naming_a_full_disk(folder), contextlib.ExitStack() as stack:
+        with checkpoints.naming_a_full_disk(folder), contextlib.ExitStack() as stack:
             if first:
                 try:
                     stack.enter_context(exclusive(folder))
@@ -132,25 +130,6 @@ def _run(
     if trainer.is_global_zero:
         run_folder.add_to_summary(experiment, "train", asdict(result))
     return result
-
-
-@contextlib.contextmanager
-def _naming_a_full_disk(folder: Path) -> Iterator[None]:
-    """Say of a full disk that the work has failed, not the input, and how to go on; which file comes first is chance.
-
-    Raises:
-        RuntimeError: the disk or a quota is full, or a file is larger than it may become.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        kept = checkpoints.exist(folder / "checkpoints")
-        raise RuntimeError(
-            f"{error.filename or folder}: {error.strerror}; make room, then "
-            + ("go on with --resume from the last checkpoint, which is whole" if kept else "train again")
-        ) from error
 
 
 def _going_on(experiment: Experiment, folder: Path, as_yaml: str | None) -> tuple[bool, int]:

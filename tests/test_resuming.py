@@ -119,7 +119,8 @@ def test_what_an_older_run_does_not_record_is_not_compared(run, capsys, record):
         path.write_text(yaml.safe_dump(earlier))
     assert command("--train.steps", "3", "--resume") == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "resuming" in line or "no runs" in line]
-    assert told == (["there is no runs/small/experiment.yaml: what has changed since is not known"] * (record == "missing"))
+    unknown = "there is no runs/small/experiment.yaml: what has changed since is not known"
+    assert told == [unknown] * (record == "missing")
     assert yaml.safe_load(path.read_text())["optim"]["lr"] == 0.003
 
 
@@ -222,7 +223,7 @@ def test_the_folder_is_held_from_before_the_first_file_to_after_the_last(run, mo
 def test_only_the_first_process_holds_the_folder(run, monkeypatch):
     """The others would wait for it for ever, or be refused."""
     held = []
-    monkeypatch.setattr(training, "exclusive", lambda folder: held.append(folder))
+    monkeypatch.setattr(training, "exclusive", held.append)
     monkeypatch.setattr(training.run_folder, "is_first_process", lambda: False)
     monkeypatch.setattr(training, "ending_with_first_process", lambda first: training.contextlib.nullcontext())
     monkeypatch.setattr(training, "_run", lambda *_: "ran")
