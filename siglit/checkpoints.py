@@ -4,9 +4,12 @@ A run's folder `checkpoints` holds `last.ckpt` and `previous.ckpt`, the one befo
 in a checkpoint is the module's and the loader's affair.
 """
 
+import contextlib
+import errno
 import os
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,28 @@ class AtomicFiles(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write `checkpoint` as `path`."""
+        """Write `checkpoint` as `path`.
+
+        Raises:
+            OSError: the disk is full, or refuses for another reason; the files that were there are as before.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, keep=path.with_name(PREVIOUS)) as file:
-            torch.save(checkpoint, file)
+        try:
+            with atomic_write(path, keep=path.with_name(PREVIOUS)) as file:
+                torch.save(checkpoint, file)
+        except Exception as error:
+            refused = _refusal(error)
+            if refused is None:
+                raise
+            raise OSError(refused.errno, refused.strerror, str(path)) from error
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """The disk's own error: torch puts one of its archive in its place, which says nothing of a disk."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def newest(folder: Path) -> Path | None:
@@ -85,6 +105,28 @@ def prepare(folder: Path) -> Path | None:
 def exist(folder: Path) -> bool:
     """Tell whether there is a checkpoint, whole or not; right also while another process runs `prepare`."""
     return (folder / PREVIOUS).exists() or (folder / LAST).exists()
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(folder: Path) -> Iterator[None]:
+    """Say of a full disk that the work has failed, not the input, and how to go on; which file comes first is chance.
+
+    Args:
+        folder: of the run, which holds `checkpoints`.
+
+    Raises:
+        RuntimeError: the disk or a quota is full, or a file is larger than it may become.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        kept = exist(folder / "checkpoints")
+        raise RuntimeError(
+            f"{error.filename or folder}: {error.strerror}; make room, then "
+            + ("go on with --resume from the last checkpoint, which is whole" if kept else "train again")
+        ) from error
 
 
 def steps_taken(path: Path) -> int:

@@ -147,8 +147,9 @@ def _run(words: list[str], debug: bool) -> int:
         dry = name == "train" and _DRY_RUN in rest
         experiment, extra, as_yaml = _parse(name, [word for word in rest if not (dry and word == _DRY_RUN)])
         stage = _stage("siglit.dry_run:run" if dry else COMMANDS[name].stage)
-        kept = _kept(as_yaml, experiment) if name in ("train", "quickstart") and not dry else contextlib.nullcontext()
-        with _no_empty_folders([experiment.output_dir, experiment.cache.path]), kept:
+        if name in ("train", "quickstart") and not dry:
+            extra["as_yaml"] = as_yaml
+        with _no_empty_folders([experiment.output_dir, experiment.cache.path]):
             result = stage(experiment, **extra)
         _print(str(result))
     except (UserError, CacheError) as error:
@@ -254,37 +255,6 @@ def _with_parents(folder: str) -> Iterator[str]:
     while folder != (above := os.path.dirname(folder)):
         yield folder
         folder = above
-
-
-@contextlib.contextmanager
-def _kept(as_yaml: str, experiment: "Experiment") -> Iterator[None]:
-    """Leave the experiment as it runs in the run's folder; a run that is refused leaves the earlier one's as it was."""
-    from siglit.errors import UserError
-
-    assert experiment.output_dir is not None
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        yield
-        return
-    os.makedirs(experiment.output_dir, exist_ok=True)
-    path = os.path.join(experiment.output_dir, "experiment.yaml")
-    earlier = None
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            earlier = file.read()
-    _write(path, as_yaml)
-    try:
-        yield
-    except UserError:
-        if earlier is None:
-            os.unlink(path)
-        else:
-            _write(path, earlier)
-        raise
-
-
-def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 def packaged_config(name: str) -> str:

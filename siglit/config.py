@@ -275,6 +275,9 @@ class TrainConfig:
     resume: bool = False
     """Continue from the last checkpoint in the output folder (`siglit train --resume`); a run that SLURM has started
     again does so by itself."""
+    resume_changed: bool = False
+    """Continue also where the experiment differs from the run's in a field that changes the training curve, such as
+    optim.lr or train.steps."""
 
 
 @dataclass(frozen=True)

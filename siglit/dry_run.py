@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from siglit import run as run_folder
 from siglit.config import Experiment
 from siglit.data_module import open_data
-from siglit.errors import UserError
 from siglit.footprint import tokenizer_or_numbers
 from siglit.lightning_module import SigLiT
 from siglit.models.tokenizer import load_tokenizer
 from siglit.optim import group_table, parameter_groups, rate, total_steps
-from siglit.run import check_batch_size
+from siglit.run import check_batch_fits, check_batch_size
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,11 @@ def run(experiment: Experiment) -> DryRun:
         UserError: what `siglit train` would raise before its first step.
     """
     run_folder.quiet_lightning()
-    data = open_data(experiment)
     optim, train = experiment.optim, experiment.train
-    steps = total_steps(train, data.count)
     check_batch_size(train)
-    if data.count < train.batch_size:
-        raise UserError(
-            f"there are {data.count} images with captions, fewer than one batch; lower train.batch_size from "
-            f"{train.batch_size} to {data.count} or less"
-        )
+    data = open_data(experiment)
+    check_batch_fits(train, data.count)
+    steps = total_steps(train, data.count)
     named = experiment.tokenizer.path or experiment.text_tower.pretrained
     found = load_tokenizer(named, experiment.tokenizer) if named else tokenizer_or_numbers(experiment)
     data.tokenizer = found  # type: ignore[assignment]

@@ -58,7 +58,18 @@ class MetricsTable(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what has come since the last time."""
+        """Write what has come since the last time.
+
+        Raises:
+            OSError: the disk is full, or refuses for another reason; names the file.
+        """
+        try:
+            self._save()
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+
+    def _save(self) -> None:
         rows, self._pending = self._pending, []
         new = [name for row in rows for name in row if name not in self._columns]
         if new or (rows and not self._path.exists()):

@@ -75,6 +75,7 @@ def run(experiment: Experiment) -> PrecomputeResult:
         )
     run_folder.check_accelerator("cache.accelerator", experiment.cache.accelerator)
     run_folder.check_launched("cache.nodes", experiment.cache.nodes)
+    run_folder.check_slurm_tasks("cache", experiment.cache.devices, experiment.cache.nodes)
     run_folder.output_dir(experiment)
     first = run_folder.is_first_process()
     specs = {split: getattr(experiment.data, split) for split in experiment.cache.splits}

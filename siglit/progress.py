@@ -30,7 +30,7 @@ class Meter:
         self._title, self._total, self._unit, self._quiet = title, total, unit, quiet
         self._begun, self._start, self.done = time.monotonic(), start, start
         self._note, self._last_line = "", time.monotonic()
-        self._said: int | None = None
+        self._said: tuple[int, str] | None = None
         console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -69,7 +69,7 @@ class Meter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop showing; say the end, unless the work failed. The total may have been too large: what is done is all."""
-        told = self._said == self.done == self._total
+        told = self._said == (self.done, self._note) and self.done == self._total
         if kind is None and self._total is not None:
             self._total = self.done
         if self._bar is not None and self._task is not None:
@@ -86,7 +86,7 @@ class Meter:
         return ", ".join(parts) + (f"  {self._note}" if self._note else "")
 
     def _line(self) -> None:
-        self._last_line, self._said = time.monotonic(), self.done
+        self._last_line, self._said = time.monotonic(), (self.done, self._note)
         if not self._quiet:
             print(f"{self._title}: {self._told()}", file=sys.stderr, flush=True)
 

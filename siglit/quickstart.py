@@ -48,8 +48,12 @@ class QuickstartResult:
         )
 
 
-def run(experiment: Experiment) -> QuickstartResult:
+def run(experiment: Experiment, as_yaml: str | None = None) -> QuickstartResult:
     """Draw, embed, train, evaluate, and leave a picture of queries with their top five images.
+
+    Args:
+        experiment: of the generated set.
+        as_yaml: the same in the words of an experiment file, see `siglit.training.run`.
 
     Raises:
         UserError: the experiment file is not one of the generated set, or says what its training would refuse.
@@ -79,7 +83,7 @@ def run(experiment: Experiment) -> QuickstartResult:
     _draw(Path(experiment.data.train.path), scenes[:_TRAIN_IMAGES], (experiment.seed, 0))
     _draw(Path(experiment.data.val.path), scenes[_TRAIN_IMAGES:], (experiment.seed, 1))
     print(precompute.run(experiment), flush=True)
-    print(training.run(experiment), flush=True)
+    print(training.run(experiment, as_yaml), flush=True)
     result = eval_retrieval.run(experiment)
     folder = run_folder.output_dir(experiment)
     picture = folder / "retrieval.png"

@@ -112,6 +112,32 @@ def check_launched(field: str, nodes: int) -> None:
         )
 
 
+def check_slurm_tasks(section: str, devices: int, nodes: int) -> None:
+    """Refuse a job of SLURM that has not one task for each device: those that are too few wait for ever.
+
+    Args:
+        section: "train" or "cache", whose devices these are, for the message.
+        devices: per machine.
+        nodes: machines.
+
+    Raises:
+        UserError: SLURM has started this process as one of more, fewer or otherwise placed tasks.
+    """
+    if not SLURMEnvironment.detect():
+        return
+    tasks, per_node, machines = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "NTASKS_PER_NODE", "NNODES"))
+    placed = per_node == str(devices) or (per_node is None and tasks == "1")
+    if placed and tasks == str(devices * nodes) and machines in (None, str(nodes)):
+        return
+    asked = {"--ntasks": tasks, "--ntasks-per-node": per_node, "--nodes": machines}
+    raise UserError(
+        f"SLURM has started {' '.join(f'{option} {value}' for option, value in asked.items() if value)}, but "
+        f"{section}.devices is {devices} and {section}.nodes {nodes}, and each device needs one task: start the job "
+        f"with --nodes {nodes} --ntasks-per-node {devices} (not with --ntasks alone), or set {section}.devices and "
+        f"{section}.nodes to what SLURM gives"
+    )
+
+
 def output_dir(experiment: Experiment) -> Path:
     """Return the run's folder, made if it is missing."""
     assert experiment.output_dir is not None

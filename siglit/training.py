@@ -3,6 +3,7 @@
 Sets up Lightning and the run's folder; what is trained is `siglit.lightning_module`.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -17,8 +18,9 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from siglit import checkpoints
+from siglit import checkpoints, resuming
 from siglit import run as run_folder
+from siglit.cache import CacheError, exclusive
 from siglit.config import Experiment, TrainConfig
 from siglit.data_module import TrainData, open_data
 from siglit.errors import UserError
@@ -53,40 +55,74 @@ class TrainResult:
         )
 
 
-def run(experiment: Experiment) -> TrainResult:
+def run(experiment: Experiment, as_yaml: str | None = None) -> TrainResult:
     """Train as the experiment says and write checkpoints, metrics.csv and summary.json into the run's folder.
 
     SIGTERM and Ctrl-C end the run once the step is done and saved, before the first step at once; a second one at once.
 
+    Args:
+        experiment: what to train.
+        as_yaml: the same in the words of an experiment file, to be kept as the folder's experiment.yaml and, where the
+            run is resumed, to be compared with that; None: neither.
+
     Raises:
-        UserError: caches, tokenizer, settings or the checkpoints to go on from are not fit to train on.
+        UserError: caches, tokenizer, settings or the checkpoints to go on from are not fit to train on; another process
+            trains in the run's folder; resumed, the training curve would change.
+        RuntimeError: the loss or the weights are not finite any more, or the disk is full.
         KeyboardInterrupt: a signal came; `siglit.stopping.Terminated` for SIGTERM.
     """
     run_folder.quiet_lightning()
-    with stopping_at_signals() as signals, ending_with_first_process(run_folder.is_first_process()):
-        return _run(experiment, signals)
+    first = run_folder.is_first_process()
+    with stopping_at_signals() as signals, ending_with_first_process(first):
+        data, steps = _open(experiment)
+        folder = run_folder.output_dir(experiment)
+        with checkpoints.naming_a_full_disk(folder), contextlib.ExitStack() as stack:
+            if first:
+                stack.callback(_remove_empty, folder)
+                try:
+                    stack.enter_context(exclusive(folder))
+                except CacheError as error:
+                    raise UserError(str(error)) from None
+            return _run(experiment, as_yaml, data, steps, folder, signals)
 
 
-def _run(experiment: Experiment, signals: Signals) -> TrainResult:
-    run_folder.check_batch_size(experiment.train)
-    run_folder.check_accelerator("train.accelerator", experiment.train.accelerator)
-    run_folder.check_launched("train.nodes", experiment.train.nodes)
+def _remove_empty(folder: Path) -> None:
+    """A run that was refused before anything was written leaves no folder."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _open(experiment: Experiment) -> tuple[TrainData, int]:
+    """The data and the number of steps; nothing is written yet."""
+    train = experiment.train
+    run_folder.check_batch_size(train)
+    run_folder.check_accelerator("train.accelerator", train.accelerator)
+    run_folder.check_launched("train.nodes", train.nodes)
+    run_folder.check_slurm_tasks("train", train.devices, train.nodes)
     data = open_data(experiment)
-    folder = run_folder.output_dir(experiment)
-    steps = total_steps(experiment.train, data.count)
-    rate(0, experiment.optim, steps, experiment.train.batch_size)  # raises before anything is made
+    run_folder.check_batch_fits(train, data.count)
+    steps = total_steps(train, data.count)
+    rate(0, experiment.optim, steps, train.batch_size)  # raises before anything is made
+    return data, steps
+
+
+def _run(
+    experiment: Experiment, as_yaml: str | None, data: TrainData, steps: int, folder: Path, signals: Signals
+) -> TrainResult:
     last = folder / "checkpoints" / checkpoints.LAST
-    resuming, taken_before = _going_on(experiment, folder)
+    resumed, taken_before = _going_on(experiment, folder, as_yaml)
+    record = Record(folder, as_yaml, resumed)
     pl.seed_everything(experiment.seed, verbose=False)
     module = SigLiT(experiment, steps)
-    trainer = _trainer(experiment, folder, steps, taken_before, signals)
+    trainer = _trainer(experiment, folder, steps, taken_before, signals, record)
     begun = time.monotonic()
-    _fit(trainer, module, data, last if resuming else None, signals)
+    _fit(trainer, module, data, last if resumed else None, signals)
     seconds = time.monotonic() - begun
     taken = trainer.global_step
     progress = next(c for c in trainer.callbacks if isinstance(c, TrainProgress))  # type: ignore[attr-defined]
     if taken > steps:
         raise UserError(f"{last} has taken {taken} steps, more than the {steps} asked for; choose another --output_dir")
+    record.keep(trainer)  # also of a run that had come to its end before
     earlier = run_folder.summary(experiment).get("train")
     if progress.first_step in (None, taken) and earlier:
         return TrainResult(**earlier)
@@ -103,11 +139,12 @@ def _run(experiment: Experiment, signals: Signals) -> TrainResult:
     return result
 
 
-def _going_on(experiment: Experiment, folder: Path) -> tuple[bool, int]:
+def _going_on(experiment: Experiment, folder: Path, as_yaml: str | None) -> tuple[bool, int]:
     """Whether there is a checkpoint to go on from, and its step as far as the first process needs to know it.
 
     Raises:
-        UserError: the run is not to be resumed but has checkpoints, or all of them are damaged.
+        UserError: the run is not to be resumed but has checkpoints, all of them are damaged, or the training curve
+            would change.
     """
     kept = folder / "checkpoints"
     wanted = experiment.train.resume or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
@@ -118,6 +155,8 @@ def _going_on(experiment: Experiment, folder: Path) -> tuple[bool, int]:
             f"{folder} holds the checkpoints of an earlier run; continue it with --resume (or --train.resume true), "
             "or choose another --output_dir"
         )
+    if wanted and as_yaml is not None and checkpoints.exist(kept):
+        resuming.check_resumed(folder, as_yaml, experiment.train.resume_changed)
     path = checkpoints.prepare(kept)
     if path is None:
         if wanted:
@@ -156,6 +195,24 @@ class StepSeed(pl.Callback):
         torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]))
 
 
+class Record(pl.Callback):
+    """Leaves the experiment in the run's folder once training begins: a run that is refused leaves the earlier one."""
+
+    def __init__(self, folder: Path, as_yaml: str | None, resumed: bool):
+        """Take the experiment as YAML; None: leave nothing."""
+        self._folder, self._as_yaml, self._resumed = folder, as_yaml, resumed
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything that may be refused has been read by now, the checkpoint included."""
+        self.keep(trainer)
+
+    def keep(self, trainer: pl.Trainer) -> None:
+        """Write it, once."""
+        if self._as_yaml is not None and trainer.is_global_zero:
+            resuming.keep(self._folder, self._as_yaml, self._resumed)
+            self._as_yaml = None
+
+
 class TrainProgress(pl.Callback):
     """Shows examples, examples/s and the time left."""
 
@@ -185,11 +242,22 @@ class TrainProgress(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch; the loss is read only on a step that is logged, for reading it waits for the device."""
-        assert self._meter is not None
         if is_logged(trainer):
-            shown = {k: v for k, v in trainer.logged_metrics.items() if k in ("train/loss", "val/text_to_image/R@1")}
-            self._note = "  ".join(f"{k} {float(v):.3g}" for k, v in shown.items())
-        self._meter.advance(self._batch_size, f"step {trainer.global_step}  {self._note}")
+            self._read(trainer)
+        self._show(trainer, self._batch_size)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the validation beside the step that it belongs to; it comes after the end of that step's batch."""
+        self._read(trainer)
+        self._show(trainer, 0)
+
+    def _read(self, trainer: pl.Trainer) -> None:
+        shown = {k: v for k, v in trainer.logged_metrics.items() if k in ("train/loss", "val/text_to_image/R@1")}
+        self._note = "  ".join(f"{k} {float(v):.3g}" for k, v in shown.items())
+
+    def _show(self, trainer: pl.Trainer, examples: int) -> None:
+        assert self._meter is not None
+        self._meter.advance(examples, f"step {trainer.global_step}  {self._note}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the rate; a run that a signal ends has not come to its end."""
@@ -206,7 +274,9 @@ class TrainProgress(pl.Callback):
             self._meter = None
 
 
-def _trainer(experiment: Experiment, folder: Path, steps: int, taken: int, signals: Signals) -> pl.Trainer:
+def _trainer(
+    experiment: Experiment, folder: Path, steps: int, taken: int, signals: Signals, record: Record
+) -> pl.Trainer:
     train = experiment.train
     precision = train.precision
     if precision == "auto":
@@ -233,6 +303,7 @@ def _trainer(experiment: Experiment, folder: Path, steps: int, taken: int, signa
         gradient_clip_val=experiment.optim.clip or None,
         use_distributed_sampler=False,
         callbacks=[
+            record,
             StepSeed(experiment.seed),
             Watch(train.batch_size, folder / "checkpoints"),
             TrainProgress(train.batch_size, steps),

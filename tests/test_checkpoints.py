@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 
 import pytest
 import torch
@@ -114,3 +115,19 @@ def test_where_all_are_damaged_nothing_is_changed(tmp_path):
 def test_no_checkpoint_is_no_error(tmp_path):
     assert prepare(tmp_path / "missing") is None
     assert not checkpoints.exist(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(("weights", "limit"), [(10, 500), (10_000, 5000)])
+def test_a_full_disk_is_named_and_leaves_the_files_as_they_were(tmp_path, weights, limit):
+    """Also where torch has an error of its archive instead, as it has beyond the file's buffer."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*last\.ckpt"):
+            AtomicFiles().save_checkpoint({"weights": torch.zeros(weights)}, tmp_path / "last.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -131,7 +131,7 @@ def test_yaml_cannot_run_code(project, capsys, monkeypatch):
 
 def test_a_failure_of_the_work_exits_1_and_debug_shows_where(project, capsys, monkeypatch):
     monkeypatch.chdir(project)
-    monkeypatch.setattr("siglit.cli._stage", lambda where: lambda experiment: 1 / 0)
+    monkeypatch.setattr("siglit.cli._stage", lambda where: lambda experiment, **_: 1 / 0)
     with pytest.raises(SystemExit) as stop:
         main(["train", "-c", "experiment.yaml"])
     told = capsys.readouterr().err

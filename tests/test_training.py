@@ -2,13 +2,14 @@
 
 import csv
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from siglit import eval_retrieval, lightning_module, precompute, search, training
+from siglit import dry_run, eval_retrieval, lightning_module, precompute, search, training
 from siglit.cache import EmbeddingCache
 from siglit.data import shuffle
 from siglit.data.batches import row_hash
@@ -284,7 +285,7 @@ def test_training_on_other_weights_is_noticed(cached, project, tower_weights):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--train.batch_size", "64"], "lower train.batch_size"),
+        (["--train.batch_size", "64"], "train.batch_size 64 is larger than the 40 images of data.train"),
         (["--train.epochs", "2"], "one of train.steps, train.examples and train.epochs"),
         (["--text_tower.heads", "5"], "heads"),
         (["--tokenizer.path", "missing.model"], "missing.model"),
@@ -363,3 +364,80 @@ def test_languages_are_told_apart(tmp_path, monkeypatch, tower_weights, project)
         mean = (result.by_language["de"][name] + result.by_language["en"][name]) / 2
         assert result.by_language["average"][name] == pytest.approx(mean)
     assert "average" in str(result)
+
+
+def test_a_locked_run_is_not_gone_on_with_on_another_cache(cached, project):
+    """Of the same tower and as many images: only the digest tells them apart. A cache that was moved is the same."""
+    training.run(parse("train", "--train.steps", "2"))
+    images = project / "images"
+    for path in images.iterdir():
+        path.write_bytes((images / f"{(int(path.stem) + 1) % 40:04d}.png").read_bytes())
+    precompute.run(parse("precompute", "--cache.path", "cache/other"))
+    words = ["--train.steps", "4", "--train.resume", "true"]
+    with pytest.raises(UserError, match=r"cache/small/train \(digest .*, but cache/other/train \(digest") as error:
+        training.run(parse("train", *words, "--cache.path", "cache/other"))
+    assert "\n" not in str(error.value)
+    (project / "cache/small").rename(project / "cache/moved")
+    assert training.run(parse("train", *words, "--cache.path", "cache/moved")).steps == 4
+
+
+def test_a_checkpoint_that_does_not_record_its_cache_is_gone_on_with(cached, project, capsys):
+    training.run(parse("train", "--train.steps", "2"))
+    path = project / "runs/small/checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (loader,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert loader.pop("cache.path") == "cache/small/train"
+    assert len(loader.pop("cache.digest")) == 32
+    torch.save(checkpoint, path)
+    assert training.run(parse("train", "--train.steps", "4", "--train.resume", "true")).steps == 4
+    told = "the checkpoint does not record the cache it was trained on: cache/small/train is taken for it\n"
+    assert told in capsys.readouterr().err
+
+
+def test_the_last_line_of_progress_shows_the_last_validation(cached, project, capsys, monkeypatch):
+    """Also where the last step has had a line before its validation."""
+    monkeypatch.setattr("siglit.progress._SECONDS_BETWEEN_LINES", 0.0)
+    result = training.run(cached)
+    shown = f"val/text_to_image/R@1 {result.metrics['val/text_to_image/R@1']:.3g}"
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
+    steps = {int(line.split("step ")[1].split()[0]): line for line in lines}
+    assert "val/" not in steps[2]
+    assert "val/text_to_image/R@1" in steps[3], "the line of a step comes again with its validation"
+    assert shown in lines[-1]
+    assert shown in steps[6]
+
+
+SLURM = {"SLURM_JOB_NAME": "job", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words", "told"),
+    [
+        ({"NTASKS": "2"}, ["--train.devices", "2"], "SLURM has started --ntasks 2, but train.devices is 2 and"),
+        ({"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1"}, [], "--ntasks-per-node 2 --nodes 1, but train.devi"),
+        ({"NTASKS": "1", "NNODES": "1"}, ["--train.devices", "2"], "--ntasks 1 --nodes 1, but train.devices is 2"),
+        ({"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2"}, [], "--nodes 2, but train.devices is 1 and train.no"),
+    ],
+)
+def test_tasks_of_slurm_that_do_not_fit_the_devices_are_refused(experiment, monkeypatch, tasks, words, told):
+    """Before anything is read: there is no cache yet."""
+    for name, value in {**SLURM, **{f"SLURM_{k}": v for k, v in tasks.items()}}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=told) as error:
+        training.run(parse("train", *words))
+    assert re.search(r"start the job with --nodes \d --ntasks-per-node \d", str(error.value))
+    assert "\n" not in str(error.value)
+
+
+def test_one_task_of_slurm_for_one_device_trains(cached, monkeypatch):
+    for name, value in {**SLURM, "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert training.run(cached).steps == 6
+
+
+def test_a_batch_larger_than_the_data_is_said_before_the_schedule(cached):
+    """It comes to no step of an epoch, into which no warm-up fits."""
+    words = ["--train.steps", "null", "--train.epochs", "3", "--train.batch_size", "64"]
+    for stage in (training, dry_run):
+        with pytest.raises(UserError, match="train.batch_size 64 is larger than the 40 images"):
+            stage.run(parse("train", *words))

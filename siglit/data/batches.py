@@ -4,6 +4,7 @@ Knows caches and token ids, not towers; the order is drawn in `shuffle.py`. `pic
 Shapes: B pairs per rank, G = B · W pairs over W ranks, D embedding width, S × S pixels, L tokens, M captions.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -207,6 +208,31 @@ class TrainBatches(Passes):
     def keys(self, rows: Sequence[int]) -> list[str]:
         """The keys of rows."""
         return [self._cache.key(int(row)) for row in rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the cache that the position counts rows of: its digest, and its path for the message."""
+        return {**super().state_dict(), "cache.path": str(self._cache.path), "cache.digest": self._cache.digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position in the same cache, wherever that lies now.
+
+        Raises:
+            UserError: the position is one in another cache, or counts other batches than these.
+        """
+        saved, here = state.get("cache.digest"), self._cache.digest
+        if saved is None and self._share.rank == 0:
+            print(
+                f"the checkpoint does not record the cache it was trained on: {self._cache.path} is taken for it",
+                file=sys.stderr,
+                flush=True,
+            )
+        if saved not in (None, here):
+            raise UserError(
+                f"the checkpoint was trained on the cache {state.get('cache.path')} (digest {saved[:8]}), but "
+                f"{self._cache.path} (digest {here[:8]}) holds other embeddings or captions. Set cache.path back, or "
+                "start anew with another --output_dir"
+            )
+        super().load_state_dict(state)
 
     def _reshuffle(self, shuffle: str) -> None:
         self.shuffle = shuffle
