@@ -14,6 +14,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -96,7 +97,7 @@ def remove_leftovers(folder: Path, names: str) -> None:
             path.unlink()
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> BufferedReader:
     """Open a file for reading unless it is something that could be read forever, or waited for.
 
     Raises:
