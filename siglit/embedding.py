@@ -168,22 +168,25 @@ def _encode_units(
                 if not batch.samples:
                     continue
                 embedded = encoder(batch.pixels)
-                reasons = [_reason_against(row) for row in embedded]
-                keep = [reason is None for reason in reasons]
-                encoder.images += sum(keep)
-                rows.append(embedded[keep])
-                samples += compress(batch.samples, keep)
-                skipped += [(s.key, reason) for s, reason in zip(batch.samples, reasons, strict=True) if reason]
+                kept = _fits_float16(embedded)
+                encoder.images += int(kept.sum())
+                rows.append(embedded[kept])
+                samples += compress(batch.samples, kept)
+                for row in np.flatnonzero(~kept):
+                    skipped.append((batch.samples[row].key, _reason_against(embedded[row])))
             known_keys.add(number, [s.key for s in samples])
             _write(path, number, rows, samples, skipped, fingerprint)
 
 
-def _reason_against(row: np.ndarray) -> str | None:
-    """Why a (D,) row cannot be stored as float16; None if it can."""
-    if not np.isfinite(row).all():
-        return _NOT_FINITE
+def _fits_float16(rows: np.ndarray) -> np.ndarray:
+    """(N,) bool: which of the (N, D) rows are finite as float16."""
     with np.errstate(over="ignore"):
-        return None if np.isfinite(row.astype(np.float16)).all() else _TOO_LARGE
+        fits: np.ndarray = np.isfinite(rows.astype(np.float16)).all(axis=1)
+    return fits
+
+
+def _reason_against(row: np.ndarray) -> str:
+    return _TOO_LARGE if np.isfinite(row).all() else _NOT_FINITE
 
 
 def _write(path: Path, number: int, rows: list, samples: list, skipped: list, fingerprint: dict[str, Any]) -> None:

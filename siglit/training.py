@@ -78,18 +78,11 @@ def run(experiment: Experiment, as_yaml: str | None = None) -> TrainResult:
         folder = run_folder.output_dir(experiment)
         with checkpoints.naming_a_full_disk(folder), contextlib.ExitStack() as stack:
             if first:
-                stack.callback(_remove_empty, folder)
                 try:
                     stack.enter_context(exclusive(folder))
                 except CacheError as error:
                     raise UserError(str(error)) from None
             return _run(experiment, as_yaml, data, steps, folder, signals)
-
-
-def _remove_empty(folder: Path) -> None:
-    """A run that was refused before anything was written leaves no folder."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def _open(experiment: Experiment) -> tuple[TrainData, int]:

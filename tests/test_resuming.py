@@ -273,10 +273,3 @@ def test_a_disk_that_is_full_when_the_summary_is_written(run, capsys, monkeypatc
     monkeypatch.setattr(training.run_folder, "write_json", full)
     assert command("--train.steps", "4", "--resume", "--train.resume_changed", "true") == 1
     assert "siglit: RuntimeError: runs/small: No space left on device; make room" in capsys.readouterr().err
-
-
-def test_a_run_that_is_refused_leaves_no_folder(run):
-    shutil.copy(run / "tokenizer.model", "t.model")
-    with pytest.raises(UserError, match="heads"):
-        training.run(parse("train", "--output_dir", "new", "--tokenizer.path", "t.model", "--text_tower.heads", "5"))
-    assert not os.path.exists("new")
