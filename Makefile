@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # torch and torchvision must come from one index; a stray wheel folder would break the pair.
 PIP := PIP_FIND_LINKS= $(BIN)/pip install --quiet --disable-pip-version-check
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
+# One thread each, as several run side by side.
+TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+PYTEST := $(TEST) $(BIN)/python -m pytest -n auto
 # Among versions that nobody has tried together, what one package deprecates in another is listed and does not fail.
 LISTED := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
@@ -25,13 +27,13 @@ test-all: .venv/test
 test-latest:
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	PIP_FIND_LINKS= .venv-latest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]'
-	HF_HUB_OFFLINE=1 .venv-latest/bin/python -m pytest -n auto $(LISTED)
+	$(TEST) .venv-latest/bin/python -m pytest -n auto $(LISTED)
 
 # The lowest versions that pyproject.toml admits, which have wheels for Python 3.11.
 test-oldest: .venv/uv
 	test -x .venv-oldest/bin/python || $(BIN)/uv venv --quiet --python 3.11 .venv-oldest
 	$(BIN)/uv pip install --quiet --python .venv-oldest --resolution lowest-direct -e '.[test]'
-	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n auto $(LISTED)
+	$(TEST) .venv-oldest/bin/python -m pytest -n auto $(LISTED)
 
 check: lint types imports test-all
 

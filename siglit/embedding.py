@@ -181,8 +181,7 @@ def _encode_units(
 def _fits_float16(rows: np.ndarray) -> np.ndarray:
     """(N,) bool: which of the (N, D) rows are finite as float16."""
     with np.errstate(over="ignore"):
-        fits: np.ndarray = np.isfinite(rows.astype(np.float16)).all(axis=1)
-    return fits
+        return np.asarray(np.isfinite(rows.astype(np.float16)).all(axis=1))
 
 
 def _reason_against(row: np.ndarray) -> str:

@@ -148,13 +148,13 @@ def _going_on(experiment: Experiment, folder: Path, as_yaml: str | None) -> tupl
             f"{folder} holds the checkpoints of an earlier run; continue it with --resume (or --train.resume true), "
             "or choose another --output_dir"
         )
-    if wanted and as_yaml is not None and checkpoints.exist(kept):
-        resuming.check_resumed(folder, as_yaml, experiment.train.resume_changed)
     path = checkpoints.prepare(kept)
     if path is None:
         if wanted:
             print(f"{kept} holds no checkpoint: training begins at the first step", file=sys.stderr, flush=True)
         return False, 0
+    if as_yaml is not None:
+        resuming.check_resumed(folder, as_yaml, experiment.train.resume_changed)
     return True, checkpoints.steps_taken(path)
 
 

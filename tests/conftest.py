@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests import forks
+from tests.ranks import Ranks
 
 ROOT = forks.ROOT
 
@@ -54,6 +55,14 @@ def make_pictures(folder, count, seed=0, start=0):
         Image.fromarray(pixels).save(folder / "images" / f"{number:04d}.png")
         lines += [f"images/{number:04d}.png,a {name} square", f"images/{number:04d}.png,picture {number} is {name}"]
     return lines
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes to be the ranks of gloo groups, started once for all tests."""
+    processes = Ranks()
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +153,7 @@ def classed_run(tmp_path_factory, tower_weights):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         precompute.run(parse("precompute"))
-        training.run(parse("train", "--train.steps", "60"))
+        training.run(parse("train", "--train.steps", "60", "--train.val_every", "0"))
     return folder
 
 

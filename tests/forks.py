@@ -15,18 +15,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-_PRELOAD = ["siglit.precompute", "siglit.training", "siglit.eval_retrieval", "siglit.report", "siglit.plan"]
+PRELOAD = ["siglit.precompute", "siglit.training", "siglit.eval_retrieval", "siglit.report", "siglit.plan"]
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(_PRELOAD)
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(PRELOAD)
 
 
 def run(words, cwd, env, timeout=300):
     """Run one command; as subprocess.run with captured text does, TimeoutExpired included."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = _context.Process(target=_command, args=(words, str(cwd), {**os.environ, **ENV, **env}, out, err))
-        with _environment():
+        process = context.Process(target=_command, args=(words, str(cwd), {**os.environ, **ENV, **env}, out, err))
+        with environment():
             process.start()
         process.join(timeout)
         late = process.is_alive()
@@ -40,7 +40,7 @@ def run(words, cwd, env, timeout=300):
 
 
 @contextlib.contextmanager
-def _environment():
+def environment():
     """What the process to fork from needs before it imports torch; it is started by the first command."""
     before = {name: os.environ.get(name) for name in ENV}
     os.environ.update(ENV)

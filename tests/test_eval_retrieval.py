@@ -1,30 +1,26 @@
 """eval-retrieval: its figures are those of the trained rows, its index is made once, what cannot be is told early."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from siglit import eval_retrieval, precompute, search, training
+from siglit import eval_retrieval, search, training
 from siglit.data.tokens import token_ids
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids
 from siglit.trained import open_trained
-from tests.conftest import make_project, parse
+from tests.conftest import parse
 from tests.evaluation.reference import full_ranking
 
 KS = (1, 5, 10)
 
 
 @pytest.fixture(scope="module")
-def trained_folder(tmp_path_factory, tower_weights):
-    folder = make_project(tmp_path_factory.mktemp("retrieval"), tower_weights)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        precompute.run(parse("precompute"))
-        training.run(parse("train"))
-    return folder
+def trained_folder(tmp_path_factory, prepared):
+    return shutil.copytree(prepared, tmp_path_factory.mktemp("retrieval") / "copy")
 
 
 @pytest.fixture

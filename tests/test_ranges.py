@@ -159,8 +159,7 @@ def test_figures_of_a_finished_run_are_kept(experiment, project):
         training.run(parse("train", "--train.resume", "true", "--train.steps", "3"))
 
 
-def test_a_refused_train_leaves_the_record_of_the_real_one(project):
-    siglit("precompute", "-c", "experiment.yaml", cwd=project, check=0)
+def test_a_refused_train_leaves_the_record_of_the_real_one(cached, project):
     siglit("train", "-c", "experiment.yaml", cwd=project, check=0)
     record = (project / "runs/small/experiment.yaml").read_text()
     siglit("train", "-c", "experiment.yaml", "--optim.lr", "9", cwd=project, check=2)
@@ -180,6 +179,7 @@ def test_evaluation_of_the_training_cache_has_a_file_of_its_own(trained, project
     assert json.loads((project / "runs/small/retrieval-train.json").read_text())["images"] == 40
 
 
+@pytest.mark.slow
 def test_more_devices_than_shards(project):
     words = ["--cache.devices", "2", "--cache.shard_size", "4000"]
     done = siglit("precompute", "-c", "experiment.yaml", *words, cwd=project, check=0)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from siglit import checkpoints, eval_retrieval, precompute, training
+from siglit import checkpoints, eval_retrieval, training
 from siglit.data_module import CacheData
 from siglit.errors import UserError
 from siglit.lightning_module import SigLiT
 from siglit.models.text_tower import TextTower
 from siglit.stopping import Terminated
-from tests.conftest import ROOT, make_project, parse, siglit
+from tests.conftest import ROOT, parse, siglit
 from tests.test_stopping import ROUNDS, gone
 
 MODES = {"locked": [], "unlocked": ["--mode", "unlocked", "--data.random_crop", "0.5", "--data.random_flip", "true"]}
@@ -55,14 +55,10 @@ main()
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tower_weights):
+def place(tmp_path_factory, prepared):
     """The project with caches and a tokenizer; all runs of this file are made in it."""
-    folder = make_project(tmp_path_factory.mktemp("resume"), tower_weights)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        precompute.run(parse("precompute"))
-        training.run(parse("train", "--train.steps", "2", "--output_dir", "runs/first"))
-    shutil.copy(folder / "runs/first/tokenizer.model", folder / "tokenizer.model")
+    folder = shutil.copytree(prepared, tmp_path_factory.mktemp("resume") / "copy")
+    shutil.copy(folder / "runs/small/tokenizer.model", folder / "tokenizer.model")
     (folder / "driver.py").write_text(DRIVER)
     return folder
 

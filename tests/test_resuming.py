@@ -15,21 +15,21 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from siglit import precompute, resuming, training
+from siglit import resuming, training
 from siglit.cli import main
 from siglit.config import Experiment
 from siglit.errors import UserError
 from siglit.lightning_module import SigLiT
-from tests.conftest import make_project, parse
+from tests.conftest import parse
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tower_weights):
+def trained(tmp_path_factory, prepared):
     """A project with caches and a run of three steps that the command made; each test works in a copy."""
-    folder = make_project(tmp_path_factory.mktemp("resuming"), tower_weights)
+    folder = shutil.copytree(prepared, tmp_path_factory.mktemp("resuming") / "copy")
+    shutil.rmtree(folder / "runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        precompute.run(parse("precompute"))
         assert command("--train.steps", "3") == 0
     return folder
 

@@ -33,7 +33,7 @@ def losses(folder):
 
 
 def test_training_learns_and_leaves_what_it_promises(cached, project):
-    result = training.run(parse("train", "--train.steps", "60"))
+    result = training.run(parse("train", "--train.steps", "60", "--train.val_every", "30"))
     folder = project / "runs/small"
     seen = losses(folder)
     assert seen[59] < 0.5 * seen[1]
@@ -330,7 +330,7 @@ def test_a_checkpoint_is_never_unpickled(cached, project):
 
 
 def test_search_finds_what_was_trained(cached, project):
-    experiment = parse("train", "--train.steps", "60")
+    experiment = parse("train", "--train.steps", "60", "--train.val_every", "0")
     training.run(experiment)
     result = search.run(experiment, "a red square")
     assert len(result.keys) == 10

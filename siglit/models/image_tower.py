@@ -192,9 +192,12 @@ def _build(config: ImageTowerConfig) -> nn.Module:
     # timm lets missing tensors of a folder pass, as there is no head; `_load_weights` does not.
     pretrained = config.pretrained and config.weights is None and folder is None
     by_hub = pretrained or name.startswith(_HUB)
-    try:
-        if folder is not None and Path(folder).is_dir():
+    if folder is not None and Path(folder).is_dir():
+        try:
             check_regular(folder)
+        except OSError as error:
+            raise UserError(f"cannot load {config.model}: {error.strerror}; name a folder of plain files") from error
+    try:
         with hub_or_cache() if by_hub else nullcontext():
             backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **config.model_args)
     except TypeError as error:

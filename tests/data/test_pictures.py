@@ -586,6 +586,7 @@ def test_our_own_mistakes_are_not_hidden(source):
         next(iter(loader(source, transform=None)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "last_words",
     [

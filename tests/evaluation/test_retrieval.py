@@ -249,6 +249,7 @@ print((peak() - before) / texts.nbytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the process's high-water mark")
 def test_the_process_grows_by_less_than_half_of_the_texts():
     """Bytes that the system counts: an allocator that cannot use again what was freed shows nowhere else."""

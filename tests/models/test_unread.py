@@ -40,18 +40,10 @@ from siglit.models.unread import freeze_unread, graph_only
 from siglit.optim import build_optimizer
 from siglit.sharding import shard
 from tests.conftest import parse, siglit
-from tests.loss.ranks import Ranks
 from tests.models.text_models import KINDS, SIZES, VOCABULARY, captions
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 SIGLIP = "vit_base_patch16_siglip_224"
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = Ranks()
-    yield processes
-    processes.stop()
 
 
 class Loss(nn.Module):
@@ -290,6 +282,7 @@ def stop_at(patch, step):
     patch.setattr(SigLiT, "training_step", stopping)
 
 
+@pytest.mark.slow
 def test_two_devices_train_a_map_tower_without_its_head(experiment, project):
     siglit("train", "-c", "experiment.yaml", *AVG, "--train.devices", "2", "--train.steps", "2", cwd=project, check=0)
 

@@ -1,10 +1,9 @@
 """Four processes that become the ranks of a real gloo group for one piece of work after another.
 
-They are started once, as importing torch takes them longer than all of their work.
+They are started once for all tests, as forks of a process that has imported torch: that takes longer than their work.
 """
 
 import datetime
-import multiprocessing
 import pickle
 import tempfile
 import time
@@ -13,6 +12,8 @@ import warnings
 
 import torch
 import torch.distributed as dist
+
+from tests import forks
 
 MOST = 4
 
@@ -48,11 +49,11 @@ class Ranks:
         self.processes, self.pipes = [], []
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
         while len(self.processes) < MOST:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(len(self.processes), theirs), daemon=True)
-            process.start()
+            ours, theirs = forks.context.Pipe()
+            process = forks.context.Process(target=_serve, args=(len(self.processes), theirs), daemon=True)
+            with forks.environment():
+                process.start()
             self.processes.append(process)
             self.pipes.append(ours)
 
