@@ -27,11 +27,14 @@ from siglit.fields import (
     section_of,
     section_types,
 )
+from siglit.files import read_regular
 
 _FIELDS, _SECTIONS = field_types(), section_types()
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
 # YAML takes bare dates and "=" for values of their own; the parser reads them as texts.
 _PLAIN_TAGS |= {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
+_MAX_BYTES = 1 << 24
+"""Largest experiment file, 16 MiB."""
 
 
 def parse_experiment(
@@ -114,8 +117,7 @@ class _ExperimentFile(ActionConfigFile):
 def _checked_file(path: str) -> list[str]:
     """Refuse a file that is no experiment; return the names of the data sets that it gives a format."""
     try:
-        with open(path, "rb") as file:
-            text = file.read()
+        text = read_regular(path, _MAX_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"there is no experiment file {path}") from error
     except OSError as error:

@@ -19,6 +19,7 @@ from siglit.files import read_regular
 from siglit.models.image_tower import ImageTower
 from siglit.models.pretrained_text import load_text_model
 from siglit.models.tokenizer import load_tokenizer
+from tests.conftest import parse
 from tests.data.test_decoding import to_pixels
 from tests.models.test_image_tower import VIT, replace
 
@@ -172,4 +173,10 @@ def test_a_file_of_a_text_towers_folder(odd, tmp_path):
 def test_a_list_of_class_names(odd):
     with pytest.raises(UserError, match=LINE) as error:
         prompts._entries(str(odd("names.txt")), "eval.classes")
+    one_line(error)
+
+
+def test_an_experiment_file(odd):
+    with pytest.raises(UserError, match=f"cannot read the experiment file .*{LINE}") as error:
+        parse("train", config=str(odd("experiment.yaml")))
     one_line(error)
