@@ -218,8 +218,9 @@ def _verify(folder: Path, repair: bool) -> Verification:
         problems = _problems(folder)
         bad = sorted({problem.shard for problem in problems if problem.shard})
         damaged_index = any(problem.shard is None and "index.json" in problem.text for problem in problems)
+        index = ["index.json"] if (folder / "index.json").exists() else []
         removed = caches.remove_shards(folder, bad) if bad or damaged_index else []
-    return Verification(path, [p.text for p in problems], [*removed, "index.json"] if bad or damaged_index else [])
+    return Verification(path, [p.text for p in problems], [*removed, *index] if bad or damaged_index else [])
 
 
 def _problems(folder: Path) -> list[Problem]:

@@ -299,7 +299,7 @@ class PictureData(TrainData):
     def _workers(self) -> int:
         if self._experiment.data.workers is not None:
             return self._experiment.data.workers
-        return max(1, min(16, machine.cores() // self._experiment.train.devices))
+        return min(16, machine.cores_per_rank(self._experiment.train.devices))
 
 
 def open_data(experiment: Experiment) -> CacheData | PictureData:

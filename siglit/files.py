@@ -9,11 +9,11 @@ import contextlib
 import errno
 import fcntl
 import fnmatch
-import glob
 import os
+import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -37,7 +37,7 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """Give a file to write to, which takes the place of `path` when the block ends, durably; none if it raises.
 
     A temporary file, fsync, rename, fsync of the folder. Whoever writes by name writes to the file's `name`. A kill
-    leaves the temporary file, which the next writer of `path` deletes.
+    leaves the temporary file, which the next writer of `path` deletes; it deletes nothing that goes by another name.
 
     Args:
         path: in a folder that is there.
@@ -47,7 +47,7 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         OSError: it cannot be written.
     """
     path = Path(path)
-    remove_leftovers(path.parent, glob.escape(path.name))
+    _remove_unlocked(path.with_name(name) for name in _names(path.parent) if _is_own(name, path.name))
     file = _open_temporary(path)
     try:
         # Open, and with it locked, until it has its name.
@@ -80,21 +80,33 @@ def leftovers(folder: Path, names: str) -> list[Path]:
     """
     stem = os.path.splitext(names)[0]
     patterns = (f"{names}.tmp-*", f"{names}.tmp.*", f"{names}.tmp", f"{stem}.[0-9]*.tmp", f"{stem}.tmp")
-    try:
-        there = [name for name in os.listdir(folder) if ".tmp" in name]
-    except OSError:  # not there, or not to be listed: then whoever writes says so
-        return []
-    found = [name for name in there if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    found = [name for name in _names(folder) if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     return [Path(folder) / name for name in sorted(found)]
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
     """Delete the `leftovers` that no live writer holds; where the file system has no locks, none."""
-    for path in leftovers(folder, names):
+    _remove_unlocked(leftovers(folder, names))
+
+
+def _remove_unlocked(paths: Iterable[Path]) -> None:
+    for path in paths:
         # r+: some network file systems lock a file only for who may write it.
         with contextlib.suppress(OSError), open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(folder) if ".tmp" in name]
+    except OSError:  # not there, or not to be listed: then whoever writes says so
+        return []
+
+
+def _is_own(name: str, target: str) -> bool:
+    """Whether `_open_temporary` makes such names for the target; in a folder of results, others may be somebody's."""
+    return name.startswith(target) and re.fullmatch(r"\.tmp-[0-9a-f]{16}", name[len(target) :]) is not None
 
 
 def open_regular(path: Path | str) -> BufferedReader:
@@ -161,7 +173,8 @@ def _check_kind(mode: int, path: Path | str, subject: str = "it") -> None:
 def _open_temporary(path: Path) -> BinaryIO:
     while True:
         temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
-        file = open(temporary, "xb")  # noqa: SIM115 - its writer closes it
+        # Readable too: where a file system has no fallocate, glibc's stand-in for it reads what is there.
+        file = open(temporary, "x+b")  # noqa: SIM115 - its writer closes it
         with contextlib.suppress(OSError):  # no locks here: then nobody deletes leftovers either
             fcntl.flock(file, fcntl.LOCK_EX)
         # Who deletes leftovers may have come between the two lines.

@@ -20,6 +20,12 @@ def cores() -> int:
     return min([there, *(max(1, math.ceil(quota)) for quota in map(_quota, _groups("cpu")) if quota is not None)])
 
 
+def cores_per_rank(ranks: int) -> int:
+    """Cores for each of the ranks on this machine, at least 1; what SLURM has given to each task is one rank's own."""
+    own = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores(), int(own)) if own.isdecimal() and int(own) else max(1, cores() // ranks)
+
+
 def free_memory() -> int:
     """Bytes that this process can still get, file cache that would be given back included."""
     try:

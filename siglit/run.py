@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from siglit.cache import CacheError, EmbeddingCache
@@ -123,7 +124,7 @@ def check_slurm_tasks(section: str, devices: int, nodes: int) -> None:
     Raises:
         UserError: SLURM has started this process as one of more, fewer or otherwise placed tasks.
     """
-    if not SLURMEnvironment.detect():
+    if not SLURMEnvironment.detect() or TorchElasticEnvironment.detect():  # within a job, torchrun starts the ranks
         return
     tasks, per_node, machines = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "NTASKS_PER_NODE", "NNODES"))
     placed = per_node == str(devices) or (per_node is None and tasks == "1")

@@ -127,12 +127,12 @@ def test_a_kill_leaves_a_temporary_file_and_the_next_run_cleans_it(tmp_path):
 
 @pytest.mark.parametrize("name", EARLIER)
 def test_what_earlier_versions_left_is_cleaned_too(tmp_path, name):
+    """Where nobody but siglit keeps files: among shards, token ids and checkpoints."""
     others = [other for kind, other in EARLIER.items() if kind != name]
     for left in EARLIER.values():
         (tmp_path / left).write_bytes(b"half")
-    with atomic_write(tmp_path / name) as file:
-        file.write(b"whole")
-    assert names(tmp_path) == sorted([name, *others])
+    remove_leftovers(tmp_path, name)
+    assert names(tmp_path) == sorted(others)
 
 
 def test_a_name_that_looks_alike_is_nobodys_leftover(tmp_path):
@@ -216,3 +216,21 @@ def test_checkpoints_clean_up_their_own_only(tmp_path):
 
 def test_a_folder_that_is_not_there_has_no_leftovers(tmp_path):
     remove_leftovers(tmp_path / "absent", "*")
+
+
+def test_what_others_call_temporary_stays(tmp_path):
+    """In a folder of results a file may be somebody's; only the names that are made here are deleted."""
+    left = f"summary.json.tmp-{'0' * 16}"
+    mine = ["summary.tmp", "summary.2024.tmp", "summary.json.tmp-mine", "summary.json.tmp.bak"]
+    for name in (*mine, left):
+        (tmp_path / name).write_bytes(b"text")
+    write_json(tmp_path / "summary.json", {})
+    assert names(tmp_path) == sorted([*mine, "summary.json"])
+
+
+def test_what_is_being_written_can_be_read(tmp_path):
+    """As glibc does to stand in for fallocate, where the file system has none."""
+    with atomic_write(tmp_path / "x") as file:
+        file.write(b"text")
+        file.flush()
+        assert os.pread(file.fileno(), 4, 0) == b"text"

@@ -108,3 +108,12 @@ def test_a_path_from_outside_the_container_is_cut_to_what_is_there(fake):
 def test_this_machine():
     assert 1 <= machine.cores() <= (os.cpu_count() or 1)
     assert machine.free_memory() > 1 << 20
+
+
+def test_cores_that_slurm_gave_to_each_task_are_not_shared_out_again(fake, monkeypatch):
+    fake("")
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert (machine.cores_per_rank(4), machine.cores_per_rank(100)) == (2, 1)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    assert machine.cores_per_rank(4) == 8

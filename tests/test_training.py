@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from siglit import dry_run, eval_retrieval, lightning_module, precompute, search, training
+from siglit import run as run_folder
 from siglit.cache import EmbeddingCache
 from siglit.data import shuffle
 from siglit.data.batches import row_hash
@@ -441,3 +442,11 @@ def test_a_batch_larger_than_the_data_is_said_before_the_schedule(cached):
     for stage in (training, dry_run):
         with pytest.raises(UserError, match="train.batch_size 64 is larger than the 40 images"):
             stage.run(parse("train", *words))
+
+
+def test_what_torchrun_starts_within_a_job_of_slurm_trains(cached, monkeypatch):
+    """One task of SLURM for each machine, whose torchrun starts a rank for each device."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in {**SLURM, **torchrun, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    run_folder.check_slurm_tasks("train", 4, 2)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from siglit.cache.format import CacheError, open_shard, shard_files, shard_name, unpack_strings
+from siglit.cache.format import CacheError, open_shard, pack_strings, shard_files, shard_name, unpack_strings
 
 
 class Duplicate(NamedTuple):
@@ -22,8 +22,16 @@ class Duplicate(NamedTuple):
 
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
-    """(k,) uint64, a hash of each of k keys."""
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    """(k,) uint64, a hash of each of k keys.
+
+    Raises:
+        CacheError: as `pack_strings`.
+    """
+    try:
+        digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    except (AttributeError, UnicodeEncodeError):
+        pack_strings(keys, "key")  # names the one
+        raise
     return np.frombuffer(digests, np.uint64)
 
 

@@ -150,8 +150,9 @@ def remove_unfinished(folder: Path) -> int:
 def finish(folder: Path, units: int, fingerprint: Mapping[str, Any]) -> None:
     """Make the cache complete: check that its shards are all there and fit each other, then write index.json.
 
-    Does nothing to a cache that is complete already. Reads the keys, labels and languages, and what is outside of the
-    datasets (60 kB of a shard or so), not the embeddings: what a checksum is for, `EmbeddingCache.verify` does.
+    A cache that is complete already is compared with its index. Reads the keys, labels and languages, and what is
+    outside of the datasets (60 kB of a shard or so), not the embeddings: what a checksum is for,
+    `EmbeddingCache.verify` does.
 
     Args:
         folder: the cache.
@@ -190,10 +191,26 @@ def finish(folder: Path, units: int, fingerprint: Mapping[str, Any]) -> None:
             f"delete both shards and run `siglit precompute` again"
         )
     outside = [metadata_checksum(path, record) for path, record in zip(paths, records, strict=True)]
+    _check_unchanged(folder, records, outside)
     index = _index_bytes(records, dim, fingerprint, outside, sorted(created_by))
     path = folder / INDEX_NAME
     if not path.exists() or path.read_bytes() != index:
         commit(folder, INDEX_NAME, index)
+
+
+def _check_unchanged(folder: Path, records: Sequence[ShardRecord], outside: Sequence[str]) -> None:
+    """Refuse to complete a cache again that was complete, and in which bytes outside of the datasets have changed."""
+    try:
+        index = json.loads((folder / INDEX_NAME).read_bytes())
+        before = dict(zip((shard["file"] for shard in index["shards"]), index["metadata_checksums"], strict=True))
+    except (OSError, ValueError, KeyError, TypeError):  # not complete, by an earlier version, or damaged itself
+        return
+    for record, checksum in zip(records, outside, strict=True):
+        if before.get(record.file, checksum) != checksum:
+            raise CacheError(
+                f"{folder / record.file}: bytes outside of its datasets are not those of when the cache was completed; "
+                f"run `siglit cache verify --repair {folder}`, then `siglit precompute` again"
+            )
 
 
 def _float16(embeddings: np.ndarray, keys: Sequence[str]) -> np.ndarray:

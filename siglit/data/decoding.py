@@ -131,20 +131,20 @@ class _StretchDecoder(Dataset[PixelBatch | UserError]):
 def pixel_batches(units: UnitPixels, workers: int, pin_memory: bool) -> Iterator[PixelBatch]:
     """Decode units in `workers` processes (0: in this one) and yield their batches in order.
 
-    Four batches per worker are under way, each as image files or as pixels.
+    Three batches per worker are under way, each as pixels, as names of image files, or, of a table, as their bytes.
 
     Raises:
         UserError: the source found something wrong while reading.
     """
-    # A thread reads ahead, so that a large row group keeps nobody waiting who takes batches.
-    stretches = Prefetched(units.stretches(), ahead=1)
+    # A thread reads ahead: the loader asks for the next one before it hands a finished batch out.
+    stretches = Prefetched(units.stretches(), ahead=max(1, workers))
     loader: DataLoader = DataLoader(
         units.decoder,
         batch_size=None,
         sampler=_Jobs(stretches),
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
         worker_init_fn=_prepare_worker,
     )
     try:

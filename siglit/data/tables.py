@@ -166,6 +166,7 @@ class HubTable:
         self._name, self._split = name, split
         try:
             self._data: Any = datasets.load_dataset(name, split=split)
+            self._views: dict[str, Any] = {}
         # Offline, no such set, no such split, a set that wants to run code: each has an exception type of its own.
         except Exception as error:
             raise UserError(
@@ -188,6 +189,7 @@ class HubTable:
     def check_image(self, name: str) -> None:
         if isinstance(self._data.features[name], self._image_type):
             self._data = self._data.cast_column(name, self._image_type(decode=False))
+            self._views = {}
 
     def place(self, row: int) -> str:
         return f"row {row} of {self._name}, split {self._split}"
@@ -205,7 +207,9 @@ class HubTable:
         return [{name: columns[name][i] for name in names} for i in range(stop - start)]
 
     def value(self, row: int, name: str) -> Any:
-        return self._data.select_columns([name])[row][name]
+        if name not in self._views:  # a view costs as much as thirty images
+            self._views[name] = self._data.select_columns([name])
+        return self._views[name][row][name]
 
     def size(self, name: str) -> int:
         return int(self._data.data.nbytes)

@@ -152,3 +152,17 @@ def test_versions_are_kept_and_never_compared(tmp_path):
     both = sorted(parts[0].created_by + parts[1].created_by)
     assert merge(tmp_path / "out", parts).created_by == both == concat(parts).created_by
     assert EmbeddingCache(tmp_path / "out").verify() == []
+
+
+def test_completing_a_cache_again_does_not_approve_a_flipped_bit(tmp_path):
+    """Which `verify` would then no longer find."""
+    cache = make(tmp_path)
+    path = cache.shard_paths[0]
+    content = bytearray(path.read_bytes())
+    start, end = max(outside_datasets(cache.located_shards()[0]), key=lambda gap: gap[1] - gap[0])
+    content[(start + end) // 2] ^= 1
+    path.write_bytes(content)
+    before = (tmp_path / "index.json").read_bytes()
+    with pytest.raises(CacheError, match=r"shard-000000.h5: bytes outside of its datasets.*verify --repair"):
+        finish(tmp_path, 3, FINGERPRINT)
+    assert (tmp_path / "index.json").read_bytes() == before

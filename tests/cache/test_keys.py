@@ -72,3 +72,9 @@ def test_two_places_of_one_key_in_lists():
     assert asked == [0, 3]
     assert find_duplicate([hash_keys(part) for part in parts[:3]], keys_of) is None
     assert find_duplicate([], keys_of) is None
+
+
+@pytest.mark.parametrize("key", [1, "\udc80"])
+def test_a_key_that_is_no_text_is_named(tmp_path, key):
+    with pytest.raises(CacheError, match="key 1 is .*text that UTF-8 can hold was wanted"):
+        hash_keys(["a", key])
