@@ -54,7 +54,8 @@ def parse_experiment(
         options: {"--rows": arguments of argparse} of the command's own options.
 
     Returns:
-        The experiment; the values of `positional` and `options` by name; and the experiment as YAML.
+        The experiment; the values of `positional` and `options` by name; and the experiment as YAML,
+        without that it was to be resumed.
 
     Raises:
         UserError: a name or a value is wrong; the text names it.
@@ -75,7 +76,10 @@ def parse_experiment(
     fields = {k: v for k, v in vars(ready).items() if k not in ("config", positional, *own)}
     if positional:
         extra[positional] = " ".join(getattr(ready, positional))
-    as_yaml = parser.dump(parsed, skip_unset=True)
+    # How this run began is nothing that whoever takes the file up again has asked for.
+    record = parsed.clone()
+    record.train.resume = record.train.resume_changed = False
+    as_yaml = parser.dump(record, skip_unset=True)
     return Experiment(**fields).with_default_folders(), extra, as_yaml
 
 

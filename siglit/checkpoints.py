@@ -134,6 +134,15 @@ def steps_taken(path: Path) -> int:
     return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
 
 
+def trained_as(path: Path) -> dict[str, Any] | None:
+    """The experiment that a checkpoint was trained as, in JSON's types; None where it does not say or is damaged."""
+    try:
+        experiment = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["siglit"].get("experiment")
+    except Exception:  # damage takes many shapes, and is for `newest` to tell of
+        return None
+    return experiment if isinstance(experiment, dict) else None
+
+
 def _is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:

@@ -5,10 +5,11 @@ affair of the module that the field belongs to. The text under each field is the
 prints.
 """
 
+import json
 import math
 import operator
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from siglit.errors import UserError
@@ -394,7 +395,7 @@ _RANGES = {
 }
 
 
-_COUNTS = ("train.examples", "optim.warmup_examples", "optim.cooldown_examples")
+COUNTS = ("train.examples", "optim.warmup_examples", "optim.cooldown_examples")
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -464,7 +465,7 @@ class Experiment:
             raise UserError(
                 f"eval.name is {called}, but it must be another: results of that name are those of --eval.split train"
             )
-        for name in _COUNTS:
+        for name in COUNTS:
             value = operator.attrgetter(name)(self)
             try:
                 count(value or 0)
@@ -496,3 +497,9 @@ class Experiment:
             output_dir=self.output_dir or f"runs/{self.name}",
             cache=replace(self.cache, path=self.cache.path or f"cache/{self.name}"),
         )
+
+
+def plain(experiment: Experiment) -> dict[str, Any]:
+    """The experiment in JSON's types, section by section, as checkpoints keep it."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(experiment)))
+    return values

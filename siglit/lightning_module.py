@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from siglit.config import Experiment
+from siglit.config import Experiment, plain
 from siglit.data.batches import Batch
 from siglit.data_module import Sample, TrainData
 from siglit.errors import UserError
@@ -261,7 +261,8 @@ class SigLiT(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in plain types how to rebuild the tower and which towers and tokenizer it belongs to."""
-        checkpoint["siglit"] = self._description | {"learning": self._learning()}
+        experiment = plain(self._experiment)
+        checkpoint["siglit"] = self._description | {"learning": self._learning(), "experiment": experiment}
 
 
 def _leave_out(checkpoint: dict[str, Any], unread: list[str]) -> None:

@@ -11,17 +11,19 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import yaml
 
 from siglit.cache.files import commit
-from siglit.config import Experiment
+from siglit.config import COUNTS, Experiment, count, plain
 from siglit.errors import UserError
 
 RECORD = "experiment.yaml"
+
+_PLACES = ("data.train.path", "data.train.images")
+"""Where the images lie: locked, a digest of the cache says whether they are the same; decoded, nothing does."""
 
 _SAME_CURVE = {
     "names the run and its folder": ("name", "output_dir"),
     "says where things lie or what automatic choice to make; the checkpoint compares what came of it": (
         "cache",
-        "data.train.path",
-        "data.train.images",
+        *_PLACES,
         "image_tower.weights",
         "tokenizer.path",
         "train.shuffle",
@@ -57,10 +59,13 @@ class Difference(NamedTuple):
     field: str
     before: Any
     now: Any
+    mode: str = "locked"
 
     @property
     def changes_curve(self) -> bool:
         """Whether the weights would become others than those of the earlier experiment."""
+        if self.field in _PLACES and self.mode != "locked":
+            return True
         parts = self.field.split(".")
         names = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
         return not any(names & set(kept) for kept in _SAME_CURVE.values())
@@ -80,32 +85,41 @@ def differences(earlier: Any, now: Any) -> list[Difference]:
     """
     before, after = _flat(earlier, Experiment), _flat(now, Experiment)
     return [
-        Difference(name, before[name], value)
+        Difference(name, before[name], value, after.get("mode", "locked"))
         for name, value in after.items()
-        if name in before and before[name] != value and name not in _NOT_COMPARED
+        if name in before and not _is_same(name, before[name], value) and name not in _NOT_COMPARED
     ]
 
 
-def check_resumed(folder: Path, as_yaml: str, changes_accepted: bool) -> None:
+def check_resumed(
+    folder: Path, trained_as: dict[str, Any] | None, experiment: Experiment, as_yaml: str, *, quiet: bool
+) -> None:
     """Print what differs from the experiment that the run was trained with, a line for each field.
 
     Args:
         folder: of the run.
-        as_yaml: the experiment that is to go on.
-        changes_accepted: also where the training curve changes.
+        trained_as: the experiment of its checkpoint, see `siglit.config.plain`; None, in a checkpoint of an older
+            siglit: the folder's experiment.yaml stands for it.
+        experiment: what is to go on.
+        as_yaml: the same in the words of an experiment file.
+        quiet: print nothing, as on all ranks but the first.
 
     Raises:
-        UserError: the training curve would change, and that was not accepted.
+        UserError: the training curve would change, and train.resume_changed does not accept that.
     """
     path = folder / RECORD
-    if not path.exists():
-        print(f"there is no {path}: what has changed since is not known", file=sys.stderr, flush=True)
-        return
-    found = differences(_read(path), yaml.safe_load(as_yaml))
-    for difference in found:
+    if trained_as is not None:
+        found = differences(trained_as, plain(experiment))
+    elif path.exists():
+        found = differences(_read(path), yaml.safe_load(as_yaml))
+    else:
+        found = []
+        if not quiet:
+            print(f"there is no {path}: what has changed since is not known", file=sys.stderr, flush=True)
+    for difference in () if quiet else found:
         print(f"resuming with {difference}", file=sys.stderr, flush=True)
     changing = [difference.field for difference in found if difference.changes_curve]
-    if changing and not changes_accepted:
+    if changing and not experiment.train.resume_changed:
         raise UserError(
             f"{folder} was trained with other values of {', '.join(changing)}: resumed with these, its training curve "
             "would be another. Change them back, add --train.resume_changed true to go on with them, or choose another "
@@ -113,19 +127,26 @@ def check_resumed(folder: Path, as_yaml: str, changes_accepted: bool) -> None:
         )
 
 
-def keep(folder: Path, as_yaml: str, resumed: bool) -> None:
-    """Leave the experiment in the run's folder; of a resumed run, an earlier one that differs as experiment.N.yaml.
+def keep(folder: Path, as_yaml: str) -> None:
+    """Leave the experiment in the run's folder; another file that is there under its name becomes experiment.N.yaml.
 
     Raises:
         OSError: it cannot be written; the earlier one is then there as before.
     """
     path = folder / RECORD
-    if resumed and path.exists():
-        if not differences(_read(path), yaml.safe_load(as_yaml)):
+    if path.exists():
+        if path.read_bytes() == as_yaml.encode():
             return
         numbers = (number for number in range(1, sys.maxsize) if not (folder / f"experiment.{number}.yaml").exists())
         commit(folder, f"experiment.{next(numbers)}.yaml", path.read_bytes())
     commit(folder, RECORD, as_yaml.encode())
+
+
+def _is_same(name: str, before: Any, now: Any) -> bool:
+    """Whether two values of a field mean the same: 200M examples are 200000000."""
+    if name in COUNTS and before is not None and now is not None:
+        return count(before) == count(now)
+    return bool(before == now)
 
 
 def _read(path: Path) -> Any:

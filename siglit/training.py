@@ -104,7 +104,7 @@ def _run(
 ) -> TrainResult:
     last = folder / "checkpoints" / checkpoints.LAST
     resumed, taken_before = _going_on(experiment, folder, as_yaml)
-    record = Record(folder, as_yaml, resumed)
+    record = Record(folder, as_yaml)
     pl.seed_everything(experiment.seed, verbose=False)
     module = SigLiT(experiment, steps)
     trainer = _trainer(experiment, folder, steps, taken_before, signals, record)
@@ -115,7 +115,8 @@ def _run(
     progress = next(c for c in trainer.callbacks if isinstance(c, TrainProgress))  # type: ignore[attr-defined]
     if taken > steps:
         raise UserError(f"{last} has taken {taken} steps, more than the {steps} asked for; choose another --output_dir")
-    record.keep(trainer)  # also of a run that had come to its end before
+    if not (folder / resuming.RECORD).exists():
+        record.keep(trainer)  # also of a run that had come to its end before
     earlier = run_folder.summary(experiment).get("train")
     if progress.first_step in (None, taken) and earlier:
         return TrainResult(**earlier)
@@ -135,27 +136,28 @@ def _run(
 def _going_on(experiment: Experiment, folder: Path, as_yaml: str | None) -> tuple[bool, int]:
     """Whether there is a checkpoint to go on from, and its step as far as the first process needs to know it.
 
+    All ranks look, and are refused together: one alone would leave the others waiting. The first one repairs and tells.
+
     Raises:
         UserError: the run is not to be resumed but has checkpoints, all of them are damaged, or the training curve
             would change.
     """
     kept = folder / "checkpoints"
+    first = run_folder.is_first_process()
     wanted = experiment.train.resume or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-    if not run_folder.is_first_process():
-        return wanted and checkpoints.exist(kept), 0
     if checkpoints.exist(kept) and not wanted:
         raise UserError(
             f"{folder} holds the checkpoints of an earlier run; continue it with --resume (or --train.resume true), "
             "or choose another --output_dir"
         )
-    path = checkpoints.prepare(kept)
+    path = checkpoints.prepare(kept) if first else kept / checkpoints.LAST
     if path is None:
         if wanted:
             print(f"{kept} holds no checkpoint: training begins at the first step", file=sys.stderr, flush=True)
         return False, 0
-    if as_yaml is not None:
-        resuming.check_resumed(folder, as_yaml, experiment.train.resume_changed)
-    return True, checkpoints.steps_taken(path)
+    if as_yaml is not None and (first or path.exists()):
+        resuming.check_resumed(folder, checkpoints.trained_as(path), experiment, as_yaml, quiet=not first)
+    return (True, checkpoints.steps_taken(path)) if first else (wanted and checkpoints.exist(kept), 0)
 
 
 def _fit(trainer: pl.Trainer, module: SigLiT, data: TrainData, start: Path | None, signals: Signals) -> None:
@@ -191,9 +193,9 @@ class StepSeed(pl.Callback):
 class Record(pl.Callback):
     """Leaves the experiment in the run's folder once training begins: a run that is refused leaves the earlier one."""
 
-    def __init__(self, folder: Path, as_yaml: str | None, resumed: bool):
+    def __init__(self, folder: Path, as_yaml: str | None):
         """Take the experiment as YAML; None: leave nothing."""
-        self._folder, self._as_yaml, self._resumed = folder, as_yaml, resumed
+        self._folder, self._as_yaml = folder, as_yaml
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything that may be refused has been read by now, the checkpoint included."""
@@ -202,7 +204,7 @@ class Record(pl.Callback):
     def keep(self, trainer: pl.Trainer) -> None:
         """Write it, once."""
         if self._as_yaml is not None and trainer.is_global_zero:
-            resuming.keep(self._folder, self._as_yaml, self._resumed)
+            resuming.keep(self._folder, self._as_yaml)
             self._as_yaml = None
 
 

@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 import yaml
 
 from siglit import resuming, training
@@ -103,13 +104,22 @@ def test_other_names_and_places_are_listed_only(run, capsys):
     told = [line for line in capsys.readouterr().err.splitlines() if "resuming" in line]
     assert told == [
         "resuming with name: small → renamed",
-        "resuming with cache.path: none → cache/small",
+        "resuming with output_dir: runs/small → runs/renamed",
         "resuming with train.val_every: 3 → 1",
     ]
 
 
+def forget(run):
+    """Take the experiment out of the checkpoint, as in one of an older siglit."""
+    path = run / "checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["siglit"]["experiment"]
+    torch.save(checkpoint, path)
+
+
 @pytest.mark.parametrize("record", ["missing", "older"])
 def test_what_an_older_run_does_not_record_is_not_compared(run, capsys, record):
+    forget(run)
     path = run / "experiment.yaml"
     if record == "missing":
         path.unlink()
@@ -124,12 +134,69 @@ def test_what_an_older_run_does_not_record_is_not_compared(run, capsys, record):
     assert yaml.safe_load(path.read_text())["optim"]["lr"] == 0.003
 
 
+def test_an_older_run_is_compared_with_its_file(run, capsys):
+    forget(run)
+    assert command("--train.steps", "5", "--resume") == 2
+    assert "resuming with train.steps: 3 → 5, which changes the training curve" in capsys.readouterr().err
+
+
 def test_a_record_that_is_not_yaml_is_told(run, capsys):
+    forget(run)
     (run / "experiment.yaml").write_text("name: [unclosed\n")
     assert command("--train.steps", "3", "--resume") == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
     assert "runs/small/experiment.yaml is not YAML" in told[0]
+
+
+def test_an_edited_record_is_compared_with_what_was_trained(run, capsys):
+    """Going on from the run's own file, which is the most natural one to edit."""
+    path = run / "experiment.yaml"
+    path.write_text(path.read_text().replace("lr: 0.003", "lr: 0.3"))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "-c", str(path), "--resume"])
+    assert stop.value.code == 2
+    assert "resuming with optim.lr: 0.003 → 0.3, which changes the training curve" in capsys.readouterr().err
+
+
+def test_a_change_is_accepted_once(run):
+    """Not by whoever takes up the file that the accepted run left."""
+    assert command("--resume", "--train.resume_changed", "true", "--train.steps", "5") == 0
+    kept = yaml.safe_load((run / "experiment.yaml").read_text())["train"]
+    assert (kept["resume"], kept["resume_changed"]) == (False, False)
+
+
+def test_a_run_that_had_come_to_its_end_is_not_described_as_another(run):
+    before = (run / "experiment.yaml").read_bytes()
+    assert command("--resume", "--train.resume_changed", "true", "--train.steps", "3", "--optim.lr", "9") == 0
+    assert (run / "experiment.yaml").read_bytes() == before
+
+
+def test_a_file_of_somebodys_own_is_kept(run):
+    """A hand-written experiment may lie where the run's results go."""
+    (run.parent / "new").mkdir()
+    (run.parent / "new/experiment.yaml").write_text("# mine\n")
+    assert command("--train.steps", "1", "--output_dir", "runs/new", "--optim.warmup_steps", "0") == 0
+    assert (run.parent / "new/experiment.1.yaml").read_text() == "# mine\n"
+
+
+def test_all_ranks_are_refused_together(run, monkeypatch):
+    """One alone would leave the others waiting for it, where SLURM has started them."""
+    monkeypatch.setattr(training.run_folder, "is_first_process", lambda: False)
+    for words in (["--train.steps", "3"], ["--train.steps", "5", "--train.resume", "true"]):
+        with pytest.raises(UserError, match="runs/small (holds the checkpoints|was trained with other values)"):
+            training.run(parse("train", *words), as_yaml="")
+
+
+def test_other_images_change_the_curve_where_images_are_decoded():
+    for mode, changes in (("locked", False), ("unlocked", True), ("scratch", True)):
+        now = {"mode": mode, "data": {"train": {"images": "b"}}}
+        (found,) = resuming.differences({**now, "data": {"train": {"images": "a"}}}, now)
+        assert found.changes_curve == changes, mode
+
+
+def test_counts_are_compared_by_what_they_mean():
+    assert resuming.differences({"train": {"examples": "200M"}}, {"train": {"examples": 200_000_000}}) == []
 
 
 def test_a_field_that_was_unset_is_compared():

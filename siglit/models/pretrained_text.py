@@ -34,6 +34,7 @@ def load_text_model(name: str) -> nn.Module:
             check_regular(folder)
         with _quiet(), nullcontext() if is_here else hub_or_cache():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            _check_kernels(config, name)
             model_class, options = _class_of(config, name)
             model, found = model_class.from_pretrained(
                 folder,
@@ -63,8 +64,20 @@ def load_text_model(name: str) -> nn.Module:
 def rebuild_text_model(architecture: dict[str, Any]) -> nn.Module:
     """Build the model that `architecture_of` described, with random weights."""
     config = CONFIG_MAPPING[architecture["model_type"]].from_dict(architecture)
+    _check_kernels(config, architecture["model_type"])
     model_class, options = _class_of(config, architecture["model_type"])
     return model_class(config, **options)
+
+
+def _check_kernels(config: Any, name: str) -> None:
+    """Refuse a configuration that has transformers fetch and run code for attention, which the package kernels does."""
+    for key, value in vars(config).items():
+        if hasattr(value, "to_json_string"):  # of a model of several parts
+            _check_kernels(value, name)
+        elif "implementation" in key and "/" in str(value):
+            raise UserError(
+                f"text_tower.pretrained {name!r}: config.json has {key} {value}, code from elsewhere; take it out"
+            )
 
 
 def architecture_of(model: Any) -> dict[str, Any]:

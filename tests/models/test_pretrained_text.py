@@ -219,3 +219,15 @@ def test_poolings_written_out():
     torch.testing.assert_close(pool(states, mask, "mean"), mean)
     assert torch.equal(pool(states, mask, "last"), last)
     assert torch.equal(pool(states, mask, "cls"), states[:, 0])
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_kernels_from_elsewhere_are_refused(tmp_path, key):
+    """transformers would fetch and run them, with trust_remote_code=False too."""
+    save_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: "evil/kernel"}))
+    with pytest.raises(UserError, match="evil/kernel, code from elsewhere"):
+        load_text_model(str(tmp_path))
+    with pytest.raises(UserError, match="evil/kernel, code from elsewhere"):
+        rebuild_text_model({**config, key: "evil/kernel"})
