@@ -9,7 +9,7 @@ import yaml
 
 from siglit import arguments
 from siglit.cli import main
-from siglit.config import _COUNTS as COUNTS
+from siglit.config import COUNTS
 from siglit.errors import UserError
 from siglit.fields import expected, field_types, is_free_form, is_list, section_types
 from tests.test_cli import fails

@@ -223,7 +223,7 @@ def test_poolings_written_out():
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_kernels_from_elsewhere_are_refused(tmp_path, key):
-    """transformers would fetch and run them, with trust_remote_code=False too."""
+    """Transformers would fetch and run them, with trust_remote_code=False too."""
     save_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: "evil/kernel"}))
