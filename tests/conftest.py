@@ -153,7 +153,7 @@ def classed_run(tmp_path_factory, tower_weights):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         precompute.run(parse("precompute"))
-        training.run(parse("train", "--train.steps", "60", "--train.val_every", "0"))
+        training.run(parse("train", "--train.steps", "100", "--train.val_every", "0"))
     return folder
 
 

@@ -156,7 +156,8 @@ def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> byt
         UserError: there is no caption to learn from, or the vocabulary is too small for the characters.
     """
     lower = str.lower if lowercases(config) else str
-    sentences = (lower(c).replace("\n", " ") for c in captions)
+    # Of blank captions alone, some versions of the trainer make a vocabulary of bytes.
+    sentences = (lower(c).replace("\n", " ") for c in captions if c.strip())
     first = next(sentences, None)
     if first is None:
         raise UserError("there are no captions to train a tokenizer on")
