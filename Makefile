@@ -32,7 +32,7 @@ test-latest:
 # The lowest versions that pyproject.toml admits, which have wheels for Python 3.11.
 test-oldest: .venv/uv
 	test -x .venv-oldest/bin/python || $(BIN)/uv venv --quiet --python 3.11 .venv-oldest
-	$(BIN)/uv pip install --quiet --python .venv-oldest --resolution lowest-direct -e '.[test]'
+	$(BIN)/uv pip install --quiet --upgrade --python .venv-oldest --resolution lowest-direct -e '.[test]'
 	$(TEST) .venv-oldest/bin/python -m pytest -n auto $(LISTED)
 
 check: lint types imports test-all
