@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import siglit
 from benchmarks.common import parser, report
-from siglit import eval_retrieval, training
-from siglit.cli import _parse
 from siglit.data.tokens import token_ids
 from siglit.evaluation.encoding import encode_ids
-from siglit.trained import open_trained
+from siglit.parsing.arguments import parse_command
+from siglit.runs.trained import open_trained
 
 TREATMENTS = ("negative", "drop", "positive")
 
@@ -52,9 +52,9 @@ def measure(args: argparse.Namespace, treatment: str, words: list[str]) -> dict[
     """Train with one treatment; figures of the held-out split."""
     torch.set_num_threads(args.threads)
     chosen = ["--loss.ambiguous", treatment, "--output_dir", str(Path(args.folder) / treatment)]
-    experiment = _parse("train", ["-c", args.config, *chosen, *words])[0]
-    training.run(experiment)
-    accuracy = eval_retrieval.run(experiment).label_accuracy
+    experiment = parse_command("train", ["-c", args.config, *chosen, *words])[0]
+    siglit.train(experiment)
+    accuracy = siglit.eval_retrieval(experiment).label_accuracy
     trained = open_trained(experiment)
     cache = trained.cache
     ids, first = np.unique(token_ids(cache, trained.tokenizer), axis=0, return_index=True)

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 import siglit
-from siglit import machine, provenance
+from siglit.runtime import machine, provenance
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PACKAGES = (

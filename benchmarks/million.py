@@ -26,8 +26,8 @@ from siglit.cache import EmbeddingCache, finish, write_shard
 from siglit.config import OptimConfig, TextTowerConfig
 from siglit.loss import sigmoid, sigmoid_loss
 from siglit.models.text_tower import TextTower
-from siglit.optim import build_optimizer
-from siglit.progress import Meter
+from siglit.runtime.progress import Meter
+from siglit.training.optim import build_optimizer
 
 VOCABULARY = 32_000
 _ROWS_OF_A_SHARD = 131_072

@@ -16,8 +16,9 @@ from unittest import mock
 import numpy as np
 import torch
 
+import siglit
 from benchmarks.common import interleaved, parser, picture, ratio, report
-from siglit import embedding, precompute
+from siglit import embedding
 from siglit.config import CacheConfig, DataConfig, Experiment, ImageTowerConfig, SourceSpec
 from siglit.data.decoding import UnitPixels, pixel_batches
 from siglit.data.sources import open_source
@@ -78,7 +79,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         writing.append(0.0)
         with mock.patch.object(embedding, "_write", timed(embedding._write, writing)):
             # What is asked of the stage is the time of its work, not of loading the tower before it.
-            inside.append(precompute.run(experiment).splits["train"].seconds)
+            inside.append(siglit.precompute(experiment).splits["train"].seconds)
 
     def decode() -> list[torch.Tensor]:
         dataset = UnitPixels(open_source(source), units, tower.transform(), args.batch, 10**8, tower.draft())

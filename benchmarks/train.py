@@ -53,8 +53,8 @@ from benchmarks.train_contenders import (
 from benchmarks.train_sail import sail
 from benchmarks.train_turns import SIGLIT, in_turns, recipe, write_cache
 from siglit.cache import EmbeddingCache
-from siglit.lightning_module import SigLiT
 from siglit.models.text_tower import PRESETS
+from siglit.training.module import SigLiT
 
 PARTS = ("tower", "open_clip", "sail")
 STEPS_OF_THE_PAPER = 65_000

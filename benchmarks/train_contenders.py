@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.train_turns import VOCABULARY
 from siglit.config import OptimConfig
-from siglit.lightning_module import SigLiT
 from siglit.loss import sigmoid_loss
 from siglit.models.text_tower import PRESETS
+from siglit.training.module import SigLiT
 
 BARE, KEPT = "bare tower, recomputed alike", "bare tower, nothing recomputed"
 LOSS, OPTIMISER = "loss", "optimiser"

@@ -34,7 +34,7 @@ from siglit.data.tokens import token_ids
 from siglit.loss import sigmoid_loss
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import load_tokenizer
-from siglit.optim import build_optimizer
+from siglit.training.optim import build_optimizer
 
 OURS = "siglit's batches"
 WORKERS = (0, 2)

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from siglit import training
+import siglit
 from siglit.cache import EmbeddingCache, finish, write_shard
 from siglit.config import (
     CacheConfig,
@@ -30,7 +30,7 @@ from siglit.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from siglit.lightning_module import SigLiT
+from siglit.training.module import SigLiT
 
 VOCABULARY = 32_000
 SIGLIT = "siglit train"
@@ -91,7 +91,7 @@ def in_turns(
 
     with mock.patch.object(SigLiT, "on_train_batch_end", after_step):
         try:
-            training.run(experiment)
+            siglit.train(experiment)
         except _AllTurnsTaken:
             return seconds
     raise AssertionError("the run ended before its turns did")

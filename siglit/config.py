@@ -10,6 +10,7 @@ import math
 import operator
 import re
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from siglit.errors import UserError
@@ -490,16 +491,26 @@ class Experiment:
         if loss.name == "softmax" and (loss.ambiguous != "negative" or loss.negatives != "all"):
             raise UserError("loss.ambiguous and loss.negatives choose pairs of the sigmoid loss; the softmax takes all")
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder, for results."""
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder of the caches, one for each split."""
+        return Path(self.cache.path or f"cache/{self.name}")
+
     def with_default_folders(self) -> "Experiment":
         """Fill the folders that follow from the name."""
         return replace(
             self,
-            output_dir=self.output_dir or f"runs/{self.name}",
-            cache=replace(self.cache, path=self.cache.path or f"cache/{self.name}"),
+            output_dir=str(self.folder),
+            cache=replace(self.cache, path=str(self.cache_folder)),
         )
 
 
 def plain(experiment: Experiment) -> dict[str, Any]:
     """The experiment in JSON's types, section by section, as checkpoints keep it."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(experiment)))
+    values: dict[str, Any] = json.loads(json.dumps(asdict(experiment.with_default_folders())))
     return values

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from siglit import machine
-from siglit import run as run_folder
 from siglit.cache import (
     EmbeddingCache,
     KnownKeys,
@@ -31,9 +29,11 @@ from siglit.config import Experiment
 from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
 from siglit.data.sources import Sample, Source, Unit
 from siglit.models.image_tower import ImageTower
-from siglit.paths import expand
-from siglit.progress import Meter
-from siglit.provenance import versions
+from siglit.runtime import machine
+from siglit.runtime.files import file_hash
+from siglit.runtime.paths import expand
+from siglit.runtime.progress import Meter
+from siglit.runtime.provenance import versions
 
 _TOO_LARGE = "the tower's output is larger than 65504, which float16 cannot hold"
 _NOT_FINITE = "the tower's output is not finite"
@@ -224,7 +224,7 @@ def _fingerprint(experiment: Experiment, tower: ImageTower, source: Source, prec
     return {
         "image_tower": {
             **tower.fingerprint(),
-            "weights_file": run_folder.file_hash(path) if path else None,
+            "weights_file": file_hash(path) if path else None,
             "precision": precision,
         },
         "source": source.identity(),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import siglit
 from tests import forks
 from tests.ranks import Ranks
 
@@ -29,7 +30,7 @@ TOWER = {
 }
 
 
-def siglit(*words, cwd, check=None, env=None, **options):
+def run_siglit(*words, cwd, check=None, env=None, **options):
     """Run the command as a user would, in a process of its own: a fork, unless there are options of subprocess.run."""
     words = [*map(str, words)]
     if options:
@@ -85,13 +86,13 @@ def prepared(tmp_path_factory, tower_weights):
 
     Figures of the tower are checked in test_precompute, those of training in test_training.
     """
-    from siglit import precompute, training
+    import siglit
 
     folder = make_project(tmp_path_factory.mktemp("prepared"), tower_weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        precompute.run(parse("precompute"))
-        training.run(parse("train"))
+        siglit.precompute(parse("precompute"))
+        siglit.train(parse("train"))
     return folder
 
 
@@ -140,8 +141,6 @@ eval: {{accelerator: cpu}}
 @pytest.fixture(scope="session")
 def classed_run(tmp_path_factory, tower_weights):
     """A project whose pictures are labelled by their colour, with its caches and a trained run; nobody changes it."""
-    from siglit import precompute, training
-
     folder = make_project(tmp_path_factory.mktemp("classed"), tower_weights)
     for name in ("train.csv", "val.csv"):
         head, *lines = (folder / name).read_text().splitlines()
@@ -152,8 +151,8 @@ def classed_run(tmp_path_factory, tower_weights):
     (folder / "colours.json").write_text(json.dumps(list(COLOURS)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        precompute.run(parse("precompute"))
-        training.run(parse("train", "--train.steps", "100", "--train.val_every", "0"))
+        siglit.precompute(parse("precompute"))
+        siglit.train(parse("train", "--train.steps", "100", "--train.val_every", "0"))
     return folder
 
 
@@ -191,6 +190,6 @@ def trained(cached, prepared, project):
 
 def parse(command, *words, config="experiment.yaml"):
     """Parse a command line as the command does."""
-    from siglit.cli import _parse
+    from siglit.parsing.arguments import parse_command
 
-    return _parse(command, ["-c", config, *words])[0]
+    return parse_command(command, ["-c", config, *words])[0]

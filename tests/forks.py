@@ -15,7 +15,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-PRELOAD = ["siglit.precompute", "siglit.training", "siglit.eval_retrieval", "siglit.report", "siglit.plan"]
+PRELOAD = [
+    "siglit.commands.precompute",
+    "siglit.commands.train",
+    "siglit.commands.eval_retrieval",
+    "siglit.commands.report",
+    "siglit.commands.plan",
+]
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)

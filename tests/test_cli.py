@@ -8,7 +8,7 @@ import pytest
 
 from siglit.cli import COMMANDS, main
 from siglit.config import SourceSpec
-from tests.conftest import ROOT, parse, siglit
+from tests.conftest import ROOT, parse, run_siglit
 
 
 def fails(capsys, *words):
@@ -131,7 +131,7 @@ def test_yaml_cannot_run_code(project, capsys, monkeypatch):
 
 def test_a_failure_of_the_work_exits_1_and_debug_shows_where(project, capsys, monkeypatch):
     monkeypatch.chdir(project)
-    monkeypatch.setattr("siglit.cli._stage", lambda where: lambda experiment, **_: 1 / 0)
+    monkeypatch.setattr("siglit.commands.Command.load", lambda _: lambda experiment, **_: 1 / 0)
     with pytest.raises(SystemExit) as stop:
         main(["train", "-c", "experiment.yaml"])
     told = capsys.readouterr().err
@@ -145,6 +145,6 @@ def test_a_failure_of_the_work_exits_1_and_debug_shows_where(project, capsys, mo
 
 def test_the_launchers_are_the_same_command(tmp_path):
     """`python -m siglit` and the checkout's cli.py answer alike."""
-    by_module = siglit("--version", cwd=tmp_path, check=0).stdout
+    by_module = run_siglit("--version", cwd=tmp_path, check=0).stdout
     by_file = subprocess.run([sys.executable, ROOT / "cli.py", "--version"], capture_output=True, text=True, check=True)
     assert by_file.stdout == by_module

@@ -20,7 +20,7 @@ from siglit.cache.format import (
     unpack_strings,
 )
 from siglit.cache.keys import find_duplicate_key
-from siglit.files import fsync_folder
+from siglit.runtime.files import fsync_folder
 
 REMAKE = "run `siglit precompute` again"
 REMAKE_INDEX = f"delete it and {REMAKE}"

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from siglit.cache.files import explained
 from siglit.cache.format import CacheError
+from siglit.runtime.files import explained
 
 LOCK_NAME = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)

@@ -14,7 +14,6 @@ from typing import Any
 import h5py
 import numpy as np
 
-from siglit.cache.files import commit, explained
 from siglit.cache.format import (
     ALIGNMENT,
     DATASETS,
@@ -35,7 +34,7 @@ from siglit.cache.format import (
     shard_name,
 )
 from siglit.cache.keys import find_duplicate_key
-from siglit.files import fsync_folder, leftovers
+from siglit.runtime.files import explained, fsync_folder, leftovers, write_bytes
 
 
 def write_shard(
@@ -114,7 +113,7 @@ def commit_arrays(
         (folder / INDEX_NAME).unlink(missing_ok=True)
     except OSError as error:
         raise explained(error, folder, name, len(image)) from error
-    commit(folder, name, image)
+    write_bytes(folder / name, image)
 
 
 def committed_shards(folder: Path, fingerprint: Mapping[str, Any]) -> set[int]:
@@ -195,7 +194,7 @@ def finish(folder: Path, units: int, fingerprint: Mapping[str, Any]) -> None:
     index = _index_bytes(records, dim, fingerprint, outside, sorted(created_by))
     path = folder / INDEX_NAME
     if not path.exists() or path.read_bytes() != index:
-        commit(folder, INDEX_NAME, index)
+        write_bytes(folder / INDEX_NAME, index)
 
 
 def _check_unchanged(folder: Path, records: Sequence[ShardRecord], outside: Sequence[str]) -> None:

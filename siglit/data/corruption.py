@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from siglit.cache.files import commit
 from siglit.config import DataConfig
 from siglit.data.shuffle import draw
 from siglit.models.tokenizer import Tokenizer
+from siglit.runtime.files import write_bytes
 
 _KINDS = ("image", "text", "alignment")
 # Each use has numbers of its own; the hits have the first ones.
@@ -170,7 +170,7 @@ def noise_pool(
     data = io.BytesIO()
     np.save(data, pool)
     path.parent.mkdir(parents=True, exist_ok=True)
-    commit(path.parent, path.name, data.getvalue())
+    write_bytes(path, data.getvalue())
     return pool
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from siglit.errors import UserError
-from siglit.files import MAX_LISTING_BYTES, open_regular, read_regular
+from siglit.runtime.files import MAX_LISTING_BYTES, open_regular, read_regular
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
 # Image and caption columns where none are named; the first that exists is taken. csv is open_clip's choice.

@@ -24,7 +24,7 @@ from siglit.data.shuffle import choose_captions
 from siglit.data.sources import Sample, Source
 from siglit.errors import UserError
 from siglit.models.tokenizer import Tokenizer
-from siglit.progress import Meter
+from siglit.runtime.progress import Meter
 
 UNIT_SAMPLES = 1024
 WINDOW_UNITS = 16

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from siglit.errors import UserError
-from siglit.files import read_regular
-from siglit.paths import expand
+from siglit.runtime.files import read_regular
+from siglit.runtime.paths import expand
 
 Names = tuple[str, ...]
 """All names of one class; the first is the one it is called by."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from siglit.cache import EmbeddingCache
 from siglit.data.sources import Source
-from siglit.machine import free_memory as _free_memory
+from siglit.runtime.machine import free_memory as _free_memory
 
 Arrays = dict[str, np.ndarray]
 Fetch = Callable[[np.ndarray], Arrays]

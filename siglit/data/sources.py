@@ -18,8 +18,8 @@ from siglit.data import class_folders, listings
 from siglit.data.listings import IMAGE_EXTENSIONS, Columns, Row
 from siglit.data.tables import HubTable, ParquetTable, Table
 from siglit.errors import UserError
-from siglit.files import MAX_BYTES, check_size, open_regular, read_regular
-from siglit.paths import expand, files_of
+from siglit.runtime.files import MAX_BYTES, check_size, open_regular, read_regular
+from siglit.runtime.paths import expand, files_of
 
 _SAMPLE_BYTES = 400
 """What a sample takes in memory without its image; measured with one caption of 60 letters: csv 230, tars 390."""

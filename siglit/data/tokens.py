@@ -13,9 +13,9 @@ from typing import BinaryIO
 import numpy as np
 
 from siglit.cache import EmbeddingCache
-from siglit.files import atomic_write, remove_leftovers
 from siglit.models.tokenizer import Tokenizer
-from siglit.progress import Meter
+from siglit.runtime.files import atomic_write, remove_leftovers
+from siglit.runtime.progress import Meter
 
 _BLOCK = 65_536
 

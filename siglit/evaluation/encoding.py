@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from siglit.progress import Meter
+from siglit.runtime.progress import Meter
 
 
 def encode_ids(

@@ -16,8 +16,8 @@ from typing import Any
 import faiss
 import numpy as np
 
-from siglit.files import atomic_write
-from siglit.progress import Meter
+from siglit.runtime.files import atomic_write
+from siglit.runtime.progress import Meter
 
 _QUERIES_AT_ONCE = 16_384
 _NEIGHBOURS = 10

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from siglit.progress import Meter
+from siglit.runtime.progress import Meter
 
 _FINE = 1 << 14
 _BARS = 120

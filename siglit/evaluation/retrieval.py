@@ -13,7 +13,7 @@ import faiss
 import numpy as np
 import torch
 
-from siglit.progress import Meter
+from siglit.runtime.progress import Meter
 
 # Scores of a block, 8 MiB: large enough for matrix products at full rate, and a processor's cache holds it while it is
 # compared.

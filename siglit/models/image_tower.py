@@ -23,10 +23,10 @@ from torch import nn
 
 from siglit.config import ImageTowerConfig
 from siglit.errors import UserError
-from siglit.files import check_regular, open_regular
 from siglit.models.hub import hub_or_cache
 from siglit.models.unread import freeze_unread, graph_only
-from siglit.paths import expand
+from siglit.runtime.files import check_regular, open_regular
+from siglit.runtime.paths import expand
 
 _LOCAL = "local-dir:"
 _HUB = ("hf-hub:", "hf_hub:")

@@ -16,9 +16,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_
 from transformers.utils import logging
 
 from siglit.errors import UserError
-from siglit.files import check_regular
 from siglit.models.hub import hub_or_cache
-from siglit.paths import expand
+from siglit.runtime.files import check_regular
+from siglit.runtime.paths import expand
 
 
 def load_text_model(name: str) -> nn.Module:

@@ -19,9 +19,9 @@ import sentencepiece
 
 from siglit.config import TokenizerConfig
 from siglit.errors import UserError
-from siglit.files import check_regular, read_regular
 from siglit.models.hub import hub_or_cache
-from siglit.paths import expand
+from siglit.runtime.files import check_regular, read_regular
+from siglit.runtime.paths import expand
 
 
 class Tokenizer(Protocol):

@@ -8,17 +8,17 @@ import tarfile
 import pytest
 from PIL import Image
 
-from siglit import files
 from siglit.config import SourceSpec, TokenizerConfig
 from siglit.data import prompts
 from siglit.data.decoding import UnitPixels, pixel_batches
 from siglit.data.listings import read_part
 from siglit.data.sources import FilePart, open_source, source_identity
 from siglit.errors import UserError
-from siglit.files import read_regular
 from siglit.models.image_tower import ImageTower
 from siglit.models.pretrained_text import load_text_model
 from siglit.models.tokenizer import load_tokenizer
+from siglit.runtime import files
+from siglit.runtime.files import read_regular
 from tests.conftest import parse
 from tests.data.test_decoding import to_pixels
 from tests.models.test_image_tower import VIT, replace

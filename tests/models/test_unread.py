@@ -18,8 +18,7 @@ from transformers import (
     SqueezeBertModel,
 )
 
-from siglit import dry_run, eval_retrieval, training
-from siglit import run as run_folder
+import siglit
 from siglit.config import (
     DataConfig,
     Experiment,
@@ -30,16 +29,17 @@ from siglit.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from siglit.footprint import RandomData
-from siglit.lightning_module import SigLiT
 from siglit.models import image_tower, text_tower
 from siglit.models.image_tower import ImageTower
 from siglit.models.pretrained_text import _class_of
 from siglit.models.text_tower import TextTower
 from siglit.models.unread import freeze_unread, graph_only
-from siglit.optim import build_optimizer
-from siglit.sharding import shard
-from tests.conftest import parse, siglit
+from siglit.planning.memory import RandomData
+from siglit.runs.launch import quiet_lightning
+from siglit.training.fsdp import shard
+from siglit.training.module import SigLiT
+from siglit.training.optim import build_optimizer
+from tests.conftest import parse, run_siglit
 from tests.models.text_models import KINDS, SIZES, VOCABULARY, captions
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -60,7 +60,7 @@ class Loss(nn.Module):
 def two_steps(rank, size, experiment):
     """Train for two steps on random pairs, as quietly as the command; return what learns, and what did not change."""
     with warnings.catch_warnings():
-        run_folder.quiet_lightning()
+        quiet_lightning()
         return _two_steps(rank, size, experiment)
 
 
@@ -249,18 +249,18 @@ AVG = ["--mode", "scratch", "--image_tower.model", SIGLIP, "--image_tower.poolin
 
 def test_a_run_of_an_earlier_commit_goes_on(experiment, project, monkeypatch):
     """Its optimiser listed weights that are never read; it goes on as one that never did, bit for bit."""
-    training.run(parse("train", *AVG))
+    siglit.train(parse("train", *AVG))
     with monkeypatch.context() as patch:
         patch.setattr(image_tower, "freeze_unread", lambda *_: [])
         more = ["--tokenizer.path", "runs/small/tokenizer.model", "--output_dir", "runs/earlier"]
         stop_at(patch, 4)
         with pytest.raises(KeyboardInterrupt):
-            training.run(parse("train", *AVG, *more))
+            siglit.train(parse("train", *AVG, *more))
     path = project / "runs/earlier/checkpoints/last.ckpt"
     earlier = torch.load(path, weights_only=True)
     assert earlier["global_step"] == 4
     assert any("attn_pool" in name for names in earlier["siglit"]["learning"] for name in names)
-    assert training.run(parse("train", *AVG, *more, "--train.resume", "true")).steps == 6
+    assert siglit.train(parse("train", *AVG, *more, "--train.resume", "true")).steps == 6
     resumed, plain = (
         torch.load(project / f"runs/{n}/checkpoints/last.ckpt", weights_only=True) for n in ("earlier", "small")
     )
@@ -268,7 +268,7 @@ def test_a_run_of_an_earlier_commit_goes_on(experiment, project, monkeypatch):
     assert all(torch.equal(resumed["state_dict"][n], value) for n, value in plain["state_dict"].items())
     assert resumed["siglit"]["learning"] == plain["siglit"]["learning"]
     assert resumed["optimizer_states"][0]["state"].keys() == plain["optimizer_states"][0]["state"].keys()
-    assert eval_retrieval.run(parse("eval-retrieval", *AVG, *more)).images == 12
+    assert siglit.eval_retrieval(parse("eval-retrieval", *AVG, *more)).images == 12
 
 
 def stop_at(patch, step):
@@ -284,11 +284,13 @@ def stop_at(patch, step):
 
 @pytest.mark.slow
 def test_two_devices_train_a_map_tower_without_its_head(experiment, project):
-    siglit("train", "-c", "experiment.yaml", *AVG, "--train.devices", "2", "--train.steps", "2", cwd=project, check=0)
+    run_siglit(
+        "train", "-c", "experiment.yaml", *AVG, "--train.devices", "2", "--train.steps", "2", cwd=project, check=0
+    )
 
 
 def test_a_dry_run_lists_what_is_never_read(experiment):
-    told = str(dry_run.run(parse("train", *AVG)))
+    told = str(siglit.dry_run(parse("train", *AVG)))
     assert "never read, so left as they are: 13 parameters of 28,224 numbers" in told
     assert "\nimage_tower.tower.backbone.attn_pool.latent\n" in told
-    assert "never read" not in str(dry_run.run(parse("train", *AVG, "--image_tower.pooling", "map")))
+    assert "never read" not in str(siglit.dry_run(parse("train", *AVG, "--image_tower.pooling", "map")))

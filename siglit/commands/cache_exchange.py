@@ -1,0 +1,217 @@
+"""`siglit cache export | import`: between a cache and the files of clip-retrieval, or a plain HDF5 file.
+
+clip-retrieval's layout is `img_emb/img_emb_0000.npy` beside `metadata/metadata_0000.parquet`, row by row. Everything
+passes block by block, and nothing is unpickled. Shapes: k rows of a block, D embedding width.
+"""
+
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from siglit.cache import CacheWriter, EmbeddingCache, PlainHdf5
+from siglit.commands.cache import Made
+from siglit.errors import UserError
+from siglit.runtime.files import atomic_write
+
+_BLOCK = 8192
+_ROWS_PER_PART = 1_000_000
+_HDF5 = (".h5", ".hdf5")
+
+
+def cache_export(path: str, out: str) -> Made:
+    """Write a cache in clip-retrieval's layout: float16 .npy, and parquet with key, caption (the first), captions.
+
+    `langs` and `label` are columns where the cache has any. Every file is renamed to its name when it is whole.
+
+    Raises:
+        CacheError: there is no cache.
+        UserError: the folder holds something already.
+    """
+    cache, folder = EmbeddingCache(path), Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{out} is not empty; export into another folder")
+    for name in ("img_emb", "metadata"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    texts = iter(cache.keys), cache.iter_captions()
+    parts = range(0, max(1, len(cache)), _ROWS_PER_PART)
+    digits = max(4, len(str(len(parts) - 1)))
+    for number, start in enumerate(parts):
+        stop = min(start + _ROWS_PER_PART, len(cache))
+        _write_npy(cache, start, stop, folder / "img_emb" / f"img_emb_{number:0{digits}d}.npy")
+        _write_parquet(
+            _metadata_blocks(cache, texts, start, stop),
+            folder / "metadata" / f"metadata_{number:0{digits}d}.parquet",
+            _schema(cache),
+        )
+    return Made(out, len(cache), cache.dim)
+
+
+def cache_import(
+    out: str,
+    embeddings: str,
+    model: str,
+    metadata: str | None = None,
+    key: str | None = None,
+    caption: str | None = None,
+    label: str | None = None,
+) -> Made:
+    """Make a cache of embeddings that are there.
+
+    Args:
+        out: folder of the cache.
+        embeddings: a .npy file (rows, D), a folder of them, or an HDF5 file with a dataset `embedding`.
+        model: what made them; stands in the fingerprint and is compared with image_tower.model.
+        metadata: a parquet file, or a folder with one for every .npy file in the order of their names.
+        key: column or dataset that names the image; default: key, else image_path.
+        caption: a text or a list of texts; default: captions, else caption, else none.
+        label: class number; default: label if there.
+
+    Raises:
+        UserError: files are missing, cannot be read or do not fit each other.
+        CacheError: rows cannot be stored, or a key is there twice.
+    """
+    wanted = {"key": key, "captions": caption, "label": label}
+    source = Path(embeddings)
+    if source.suffix in _HDF5:
+        blocks, files = _hdf5_blocks(source, wanted), [source]
+    elif metadata is None:
+        raise UserError(f"{embeddings} names no images; add --metadata, a parquet file or folder")
+    else:
+        arrays, tables = _files(source, ".npy"), _files(Path(metadata), ".parquet")
+        if len(arrays) != len(tables):
+            raise UserError(
+                f"{len(arrays)} .npy files stand against {len(tables)} parquet files; a pair each is wanted"
+            )
+        blocks, files = _pair_blocks(arrays, tables, wanted), arrays
+    fingerprint = {
+        "image_tower": {"model": model, "imported": True},
+        "source": {"imported": [{"file": file.name, "size": file.stat().st_size} for file in files]},
+    }
+    with CacheWriter(out, fingerprint) as writer:
+        for block in blocks:
+            writer.add(block["embedding"], block["key"], block["captions"], block["label"], block["langs"])
+    cache = EmbeddingCache(out)
+    return Made(out, len(cache), cache.dim)
+
+
+def _write_npy(cache: EmbeddingCache, start: int, stop: int, path: Path) -> None:
+    # Written plainly and not through a map: a map of a hole on a full disk kills the process.
+    with atomic_write(path) as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (stop - start, cache.dim)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for first in range(start, stop, _BLOCK):
+            file.write(cache.gather(np.arange(first, min(first + _BLOCK, stop))).data)
+
+
+def _schema(cache: EmbeddingCache) -> pa.Schema:
+    fields = [("key", pa.string()), ("caption", pa.string()), ("captions", pa.list_(pa.string()))]
+    fields += [("langs", pa.list_(pa.string()))] if cache.langs is not None else []
+    fields += [("label", pa.int64())] if cache.labels is not None else []
+    return pa.schema(fields)
+
+
+def _metadata_blocks(
+    cache: EmbeddingCache, texts: tuple[Iterator[str], Iterator[str]], start: int, stop: int
+) -> Iterator[dict[str, list[Any]]]:
+    """Columns of the rows from start to stop − 1; `texts` are the keys and the captions from there on."""
+    keys, captions = texts
+    for first in range(start, stop, _BLOCK):
+        ends = cache.caption_offsets[first : min(first + _BLOCK, stop) + 1].tolist()
+        groups = [list(islice(captions, b - a)) for a, b in pairwise(ends)]
+        block: dict[str, list[Any]] = {
+            "key": list(islice(keys, len(groups))),
+            "caption": [group[0] if group else None for group in groups],
+            "captions": groups,
+        }
+        if cache.langs is not None:
+            block["langs"] = [cache.langs[a:b].tolist() for a, b in pairwise(ends)]
+        if cache.labels is not None:
+            block["label"] = [None if x < 0 else x for x in cache.labels[first : first + len(groups)].tolist()]
+        yield block
+
+
+def _write_parquet(blocks: Iterator[dict[str, list[Any]]], path: Path, schema: pa.Schema) -> None:
+    with atomic_write(path) as file, pq.ParquetWriter(file, schema) as writer:
+        for block in blocks:
+            writer.write_table(pa.table(block, schema))
+
+
+def _files(path: Path, suffix: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found = sorted(path.glob(f"*{suffix}"))
+    if not found:
+        raise UserError(f"there is no {suffix} file at {path}; correct the path")
+    return found
+
+
+def _pair_blocks(arrays: list[Path], tables: list[Path], wanted: dict[str, str | None]) -> Iterator[dict[str, Any]]:
+    for array_path, table_path in zip(arrays, tables, strict=True):
+        try:
+            rows = np.load(array_path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise UserError(f"{array_path} is not a plain .npy file ({error}); nothing is unpickled") from None
+        try:
+            with pq.ParquetFile(table_path) as table:
+                if rows.ndim != 2 or len(rows) != table.metadata.num_rows:
+                    raise UserError(
+                        f"{array_path} is {rows.shape}, {table_path} has {table.metadata.num_rows} rows; "
+                        "(rows, D) and as many rows were wanted"
+                    )
+                columns = _chosen(wanted, table.schema_arrow.names, table_path)
+                start = 0
+                for batch in table.iter_batches(_BLOCK, columns=sorted(set(columns.values()))):
+                    values = batch.to_pydict()
+                    block = {name: values[column] for name, column in columns.items()}
+                    yield _block(np.array(rows[start : start + batch.num_rows]), block, batch.num_rows)
+                    start += batch.num_rows
+        except pa.ArrowException as error:
+            text = " ".join(str(error).split())
+            raise UserError(f"{table_path} is not a readable parquet file: {text}") from None
+
+
+def _hdf5_blocks(path: Path, wanted: dict[str, str | None]) -> Iterator[dict[str, Any]]:
+    columns = _chosen(wanted, PlainHdf5(path, ["embedding"]).names(), path)
+    for block in PlainHdf5(path, ["embedding", *columns.values()]).blocks(_BLOCK):
+        values = {name: np.asarray(block[column]).tolist() for name, column in columns.items()}
+        yield _block(np.asarray(block["embedding"]), values, len(block["embedding"]))
+
+
+def _chosen(wanted: dict[str, str | None], there: list[str], path: Path) -> dict[str, str]:
+    """Which column is what: the named ones must be there, of the usual ones the first that is."""
+    usual = {
+        "key": ("key", "image_path"),
+        "captions": ("captions", "caption"),
+        "label": ("label",),
+        "langs": ("langs",),
+    }
+    chosen = {}
+    for name, candidates in usual.items():
+        asked = wanted.get(name)
+        column = asked or next((c for c in candidates if c in there), None)
+        if (column is None and name == "key") or (asked and asked not in there):
+            raise UserError(f"{path} has no {asked or 'key'!r}, it has {', '.join(there)}; set --{name.rstrip('s')}")
+        if column is not None:
+            chosen[name] = column
+    if chosen.get("captions") != "captions":
+        chosen.pop("langs", None)
+    return chosen
+
+
+def _block(embedding: np.ndarray, values: dict[str, list[Any]], rows: int) -> dict[str, Any]:
+    """The arguments of `CacheWriter.add`, whatever the columns held."""
+    captions = [_texts(value) for value in values.get("captions", [None] * rows)]
+    labels = [None if x is None or x < 0 else int(x) for x in values.get("label", [None] * rows)]
+    keys = [str(key) for key in values["key"]]
+    return {"embedding": embedding, "key": keys, "captions": captions, "label": labels, "langs": values.get("langs")}
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    return [text for text in value if text is not None] if value is not None else []

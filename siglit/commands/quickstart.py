@@ -1,0 +1,151 @@
+"""`siglit quickstart`: the whole way on a generated set, with no network and no data.
+
+Draws the `shapes` set to where the experiment file says its data lie, as any user's data would, then calls the stages.
+"""
+
+import importlib.resources
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from siglit.commands.eval_retrieval import RetrievalResult, eval_retrieval
+from siglit.commands.precompute import PrecomputeResult, precompute
+from siglit.commands.train import TrainResult, train
+from siglit.config import Experiment
+from siglit.data import shapes
+from siglit.errors import UserError
+from siglit.evaluation.encoding import encode_ids
+from siglit.evaluation.index import nearest_images
+from siglit.reporting.contact_sheet import Answer, draw_gallery
+from siglit.runs.folder import output_dir
+from siglit.runs.launch import check_accelerator, check_batch_fits, check_batch_size
+from siglit.runs.trained import open_trained
+from siglit.runtime.files import atomic_write
+from siglit.runtime.progress import Meter
+from siglit.training.optim import rate, total_steps
+
+_TRAIN_IMAGES, _VAL_IMAGES = 8000, 1000
+_QUERIES, _ANSWERS = 8, 5
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """What the quickstart came to."""
+
+    precompute: PrecomputeResult
+    train: TrainResult
+    retrieval: RetrievalResult
+    folder: str
+    picture: str
+    seconds: float
+
+    def __str__(self) -> str:
+        """The table, what to look at and what to do next."""
+        return (
+            f"{self.precompute}\n{self.train}\n\n{self.retrieval}\n\n"
+            f"Done in {self.seconds:.0f} s. Look at {self.picture}, and search:\n"
+            f'  siglit search "a small red circle above a blue square" -c {self.folder}/experiment.yaml'
+        )
+
+
+def quickstart(experiment: Experiment) -> QuickstartResult:
+    """Draw, embed, train, evaluate, and leave a picture of queries with their top five images.
+
+    Args:
+        experiment: of the generated set.
+
+    Raises:
+        UserError: the experiment file is not one of the generated set, or says what its training would refuse.
+    """
+    begun = time.monotonic()
+    if experiment.data.val is None or experiment.image_tower.weights is None:
+        raise UserError(
+            "quickstart needs an experiment with data.val and image_tower.weights, like configs/quickstart.yaml"
+        )
+    asset = importlib.resources.files("siglit") / "assets" / "shapes_vit.safetensors"
+    for split, spec in (("train", experiment.data.train), ("val", experiment.data.val)):
+        if spec.format != "jsonl":
+            raise UserError(
+                f"data.{split} is {spec.format}, but quickstart draws its own images and lists them as jsonl; run "
+                "`siglit precompute` and `siglit train` for images of yours"
+            )
+    _check_training(experiment)
+    weights = Path(experiment.image_tower.weights)
+    if weights.exists() and not (weights.is_file() and weights.read_bytes() == asset.read_bytes()):
+        raise UserError(
+            f"image_tower.weights {weights} holds other weights than quickstart's, which go there; name a new file"
+        )
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(weights) as file:
+        file.write(asset.read_bytes())
+    scenes = shapes.draw_scenes(_TRAIN_IMAGES + _VAL_IMAGES, experiment.seed)
+    _draw(Path(experiment.data.train.path), scenes[:_TRAIN_IMAGES], (experiment.seed, 0))
+    _draw(Path(experiment.data.val.path), scenes[_TRAIN_IMAGES:], (experiment.seed, 1))
+    precomputed = precompute(experiment)
+    trained = train(experiment)
+    result = eval_retrieval(experiment)
+    folder = output_dir(experiment)
+    picture = folder / "retrieval.png"
+    _gallery(experiment, Path(experiment.data.val.path).parent).save(picture)
+    return QuickstartResult(precomputed, trained, result, str(folder), str(picture), time.monotonic() - begun)
+
+
+def _check_training(experiment: Experiment) -> None:
+    """Refuse before anything is drawn what the stages would refuse after minutes."""
+    for field, nodes in (("train.nodes", experiment.train.nodes), ("cache.nodes", experiment.cache.nodes)):
+        if nodes > 1:
+            raise UserError(
+                f"{field} is {nodes}, but quickstart runs on one machine; leave it out, or run `siglit precompute` and "
+                "`siglit train` on each"
+            )
+    if experiment.mode != "locked":
+        raise UserError(f"mode is {experiment.mode}, but quickstart shows locked training; leave mode out")
+    for section in ("cache", "train", "eval"):
+        check_accelerator(f"{section}.accelerator", getattr(experiment, section).accelerator)
+    check_batch_size(experiment.train)
+    check_batch_fits(experiment.train, _TRAIN_IMAGES)
+    steps = total_steps(experiment.train, _TRAIN_IMAGES)
+    rate(0, experiment.optim, steps, experiment.train.batch_size)  # raises where the schedule does not fit
+
+
+def _draw(listing: Path, scenes: Iterable[shapes.Scene], seed: tuple[int, int]) -> None:
+    """Draw pictures and a JSON-lines listing, which is written last and makes the set complete."""
+    if listing.exists():
+        return
+    scenes = list(scenes)
+    pictures = listing.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    lines = []
+    with Meter(f"drawing {listing}", len(scenes), "images") as meter:
+        for number, scene in enumerate(scenes):
+            name = f"{pictures.name}/{number:05d}.png"
+            shapes.draw_image(scene, (*seed, number)).save(listing.parent / name)
+            lines.append(json.dumps({"image": name, "caption": shapes.captions(scene)}))
+            meter.advance(1)
+    with atomic_write(listing) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _gallery(experiment: Experiment, pictures: Path) -> Image.Image:
+    trained = open_trained(experiment)
+    cache = trained.cache
+    asked = np.linspace(0, len(cache) - 1, _QUERIES).astype(int)
+    queries = [cache.captions(int(row))[i % 5] for i, row in enumerate(asked)]
+    ztxt = encode_ids(
+        trained.tower, trained.tokenizer(queries), batch_size=_QUERIES, device=torch.device("cpu"), quiet=True
+    )
+    scores, found = nearest_images(trained.index_path(), ztxt, _ANSWERS)
+    rows = []
+    for number, query in enumerate(queries):
+        answers = []
+        for score, row in zip(scores[number], found[number], strict=True):
+            with Image.open(pictures / cache.keys[int(row)]) as image:
+                answers.append(Answer(image.convert("RGB"), float(score), right=row == asked[number]))
+        rows.append((query, answers))
+    return draw_gallery(f"Unseen captions and the best {_ANSWERS} of {len(cache):,} unseen images", rows)

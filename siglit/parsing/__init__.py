@@ -1,0 +1,1 @@
+"""From command-line words and experiment files to a checked `Experiment`."""

@@ -1,0 +1,1 @@
+"""The process and its machine: files, paths, progress, signals, cores, versions."""

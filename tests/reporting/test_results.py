@@ -1,0 +1,192 @@
+"""What `siglit report` reads is held against its shape: every file of another shape is named in one line.
+
+The shapes are made from real results: each field in turn is missing, or of every other type.
+"""
+
+import copy
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import siglit
+from siglit.cli import main
+from siglit.commands import report
+from siglit.errors import UserError
+from siglit.reporting import page
+from siglit.reporting import tables as report_tables
+from siglit.reporting.results import _SHAPES, _SUMMARY, read_results, read_summary
+from tests.conftest import parse
+
+OTHERS = (None, True, 7, -1.5, math.nan, 10**400, "high", "", [], ["a"], [[]], {}, {"a": 1}, {"a": {}}, "\ud800")
+"""Values of every type; which of them fit is the shape's affair, that none ends in a traceback is this file's."""
+FOLDER = Path("runs/small")
+
+
+@pytest.fixture(scope="module")
+def results(classed_run, tmp_path_factory):
+    """{name of the file: its JSON} of one run, from each command; nobody changes it."""
+    folder = tmp_path_factory.mktemp("results") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(classed_run)
+        shutil.copytree("runs/small", folder, ignore=shutil.ignore_patterns("*.json"))
+        shutil.copy("runs/small/summary.json", folder)
+        shutil.copy("runs/small/tokenizer.json", folder)
+        words = ("--output_dir", str(folder))
+        siglit.eval_retrieval(parse("eval-retrieval", *words, "--eval.folds", "2", "--eval.index", "Flat"))
+        siglit.eval_zeroshot(parse("eval-zeroshot", *words, "--eval.classes", "colours.json"))
+        siglit.eval_fewshot(parse("eval-fewshot", *words, "--eval.shots", "[1]", "--eval.seeds", "2"))
+        siglit.eval_probe(parse("eval-probe", *words))
+        siglit.eval_logits(parse("eval-logits", *words))
+    names = [*report_tables.KINDS, "summary"]
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    found["summary"] = {"train": found["summary"]["train"]}
+    few = {"edges": 5, "positive": 4, "negative": 4, "nearest": 2, "calibration": 2}
+    found["logits"] |= {field: found["logits"][field][:count] for field, count in few.items()}
+    return found
+
+
+@pytest.fixture
+def experiment(classed_run, tmp_path, monkeypatch):
+    """The run's, whose folder has nothing in it but what a test writes there; the test works above it."""
+    monkeypatch.chdir(classed_run)
+    parsed = parse("report")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page, "made_by", lambda: dict.fromkeys(("siglit", "packages", "python", "machine", "date"), ""))
+    Path("runs/small").mkdir(parents=True)
+    return parsed
+
+
+def places(value, path=()):
+    """Paths of all fields and of the first entry of every list."""
+    fields = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    for name, inner in fields:
+        yield (*path, name)
+        yield from places(inner, (*path, name))
+
+
+def changed(value, path, *new):
+    """A copy with `new` at the path, or nothing there."""
+    value = copy.deepcopy(value)
+    parent = value
+    for name in path[:-1]:
+        parent = parent[name]
+    if new:
+        parent[path[-1]] = new[0]
+    else:
+        del parent[path[-1]]
+    return value
+
+
+@pytest.mark.parametrize("name", [*report_tables.KINDS, "summary"])
+def test_every_other_shape_is_drawn_or_named(results, experiment, name):
+    """Each field missing, or of each type: either the page can be made, or one line names the file."""
+    fitting, named = {}, set()
+    for path in places(results[name]):
+        for new in [(), *((other,) for other in OTHERS)]:
+            value = changed(results[name], path, *new)
+            (FOLDER / f"{name}.json").write_text(json.dumps(value))
+            try:
+                read_results(FOLDER), read_summary(FOLDER)
+            except UserError as error:
+                named.add(str(error))
+            else:
+                fitting[f"{name}-{len(fitting)}"] = value
+    assert fitting
+    assert named
+    assert all(re.match(rf"runs/small/{name}\.json: .* (is expected|has no|are not|no ece)", text) for text in named)
+    assert all("\n" not in text and len(text) < 300 for text in named)
+    if name == "summary":
+        for value in fitting.values():
+            (FOLDER / "summary.json").write_text(json.dumps(value))
+            context = report.collect(experiment, FOLDER, {}, None)
+        fitting = {}
+    else:
+        (FOLDER / f"{name}.json").unlink()
+        context = report.collect(experiment, FOLDER, fitting, None)
+    report.render(context).encode()
+
+
+@pytest.mark.parametrize("name", [*report_tables.KINDS, "summary"])
+def test_other_json_and_no_json_are_named_in_one_line(experiment, capsys, name):
+    """Whatever stands in the file as a whole."""
+    wrong = ["[]", "3", "null", "", "{", '"a"', "[" * 100_000, "\udcff"]
+    wrong += ['{"train": []}', '{"train": {"steps": "7"}}'] if name == "summary" else ["{}", '{"a": 1}']
+    (FOLDER / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
+    advice = "remove it" if name == "summary" else f"run `siglit {report_tables.KINDS[name][1]}` again"
+    for text in wrong:
+        (FOLDER / f"{name}.json").write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(UserError, match=rf"^runs/small/{name}\.json.*; {advice}$"):
+            siglit.report(experiment)
+    line = said(capsys)
+    assert f"runs/small/{name}.json" in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["when,what\n1,2\n", "step,train/loss\n0,nine\n", "step,train/loss\n-3,1\n", f"step,train/loss\n{10**30},1\n"],
+)
+def test_a_table_of_other_metrics_is_named(experiment, text):
+    (FOLDER / "metrics.csv").write_text(text)
+    with pytest.raises(UserError, match=r"runs/small/metrics.csv is not the metrics.csv of a run"):
+        siglit.report(experiment)
+
+
+def test_a_picture_of_another_kind_is_named(experiment):
+    (FOLDER / "metrics.csv").write_text("step,train/loss\n0,1\n")
+    (FOLDER / "zeroshot-x.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"zeroshot-x.png is not a picture in PNG; run `siglit eval-zeroshot` again"):
+        siglit.report(experiment)
+
+
+def said(capsys):
+    """What the command says of the run, in one line."""
+    Path("e.yaml").write_text("data: {train: {format: csv, path: t.csv}}\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "-c", "e.yaml", "--output_dir", str(FOLDER)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_what_the_commands_write_has_the_shape(results):
+    """Nothing that a shape names is misspelt there: every field of the shapes stands in a real result."""
+    for kind, shape in {**_SHAPES, "summary": _SUMMARY}.items():
+        for name in shape:
+            begins = name.rstrip("?*")
+            assert any(field.startswith(begins) for field in results[kind]) or name in ("top5?", "by_language?"), name
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "new", "told"),
+    [
+        (
+            "zeroshot",
+            ("top1",),
+            "high",
+            r"zeroshot\.json: top1 is 'high', but a number is expected; run `siglit eval-z",
+        ),
+        ("zeroshot", ("top1",), True, "top1 is True, but a number"),
+        ("zeroshot", ("images",), -1, "images is -1, but a whole number"),
+        ("zeroshot", ("classes", 0), 7, r"classes\[0\] is 7, but a text"),
+        ("fewshot", ("shots", "1", "mean"), None, "shots: 1: mean is None, but a number"),
+        ("retrieval", ("folds", "text_to_image/R@1"), "x", "folds: text_to_image/R@1 is 'x'"),
+        ("logits", ("edges", 0), math.nan, "edges are not finite"),
+        ("logits", ("edges", 0), 1000, "edges are not finite and ascending"),
+        ("logits", ("edges",), [0.0, 1.0], "not one shorter than edges"),
+        ("logits", ("ece",), None, "calibration is given, but no ece"),
+        ("logits", ("nearest", 0, "caption"), 7, r"nearest\[0\]: caption is 7, but a text"),
+        ("summary", ("train", "metrics"), [], r"train: metrics is \[\], but an object is expected; remove it"),
+    ],
+)
+def test_the_message_says_what_is_where(results, experiment, name, path, new, told):
+    (FOLDER / f"{name}.json").write_text(json.dumps(changed(results[name], path, new)))
+    with pytest.raises(UserError, match=told):
+        read_results(FOLDER), read_summary(FOLDER)
+
+
+def test_a_run_without_a_summary_has_an_empty_one(tmp_path):
+    assert read_summary(tmp_path) == {}

@@ -1,0 +1,121 @@
+"""A pretrained text tower brings its tokenizer, and a run with one is loaded from its checkpoint alone."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from siglit.commands.tokenizer_train import tokenizer_train as train_tokenizer
+from siglit.config import DataConfig, Experiment, SourceSpec, TextTowerConfig, TokenizerConfig
+from siglit.errors import UserError
+from siglit.models.text_tower import TextTower
+from siglit.models.tokenizer import load_tokenizer
+from siglit.runs import trained
+from siglit.runs.tokenizer import ensure_tokenizer, tokenizer_path
+from tests.models.text_models import save_model, save_tokenizer
+
+
+def experiment_of(folder, **parts):
+    return Experiment(data=DataConfig(train=SourceSpec("csv", "train.csv")), output_dir=str(folder / "run"), **parts)
+
+
+class TestTokenizer:
+    def test_the_first_that_is_given(self, tmp_path):
+        named, pretrained = TokenizerConfig(path="words.model"), TextTowerConfig(pretrained="some/bert")
+        assert tokenizer_path(experiment_of(tmp_path, tokenizer=named, text_tower=pretrained)) == "words.model"
+        assert tokenizer_path(experiment_of(tmp_path, text_tower=pretrained)) == "some/bert"
+        assert tokenizer_path(experiment_of(tmp_path)) == str(tmp_path / "run" / "tokenizer.model")
+
+    def test_none_is_trained_for_a_pretrained_tower(self, tmp_path):
+        experiment = experiment_of(tmp_path, text_tower=TextTowerConfig(pretrained="some/bert"))
+        assert ensure_tokenizer(experiment, ["a red dog"]) == "some/bert"
+        assert list(tmp_path.glob("**/*.model")) == []
+        with pytest.raises(UserError, match="'some/bert' brings its own tokenizer"):
+            train_tokenizer(experiment)
+
+    def test_the_default_case_is_the_case_that_was_written(self, tmp_path):
+        """A tokenizer that was trained with lower case named is the one that the default asks for."""
+        small = TokenizerConfig(vocab_size=300)
+        path = ensure_tokenizer(experiment_of(tmp_path, tokenizer=replace(small, lowercase=True)), ["a red dog"])
+        assert ensure_tokenizer(experiment_of(tmp_path, tokenizer=small), ["another"]) == path
+        with pytest.raises(UserError, match="trained with tokenizer.lowercase True, the experiment asks for False"):
+            ensure_tokenizer(experiment_of(tmp_path, tokenizer=replace(small, lowercase=False)), [])
+
+
+class ThreeRows:
+    """As much of a cache as an evaluation asks of it."""
+
+    fingerprint, path, dim, digest = {"image_tower": {"model": "vit"}}, "cache", 20, "0" * 32
+
+    def __len__(self):
+        return 3
+
+    def gather(self, rows):
+        return np.ones((len(rows), 20), np.float16)
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_run_is_loaded_without_the_weights_it_started_from(tmp_path, monkeypatch, locked):
+    """The layout of a sentence-transformers folder: the model, the tokenizer, and files that do not matter."""
+    folder = save_tokenizer(save_model(tmp_path / "model"))
+    (tmp_path / "model" / "1_Pooling").mkdir()
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (tmp_path / "model" / "modules.json").write_text("[]")
+    experiment = experiment_of(
+        tmp_path,
+        text_tower=TextTowerConfig(pretrained=folder, locked=locked),
+        tokenizer=TokenizerConfig(length=8),
+    )
+    tokenizer = load_tokenizer(tokenizer_path(experiment), experiment.tokenizer)
+    built = {"vocab_size": tokenizer.vocab_size, "length": 8, "eos_id": 3, "pad_id": 0, "dim": 20}
+    assert {name: getattr(tokenizer, name) for name in built if name != "dim"} | {"dim": 20} == built
+    tower = TextTower(experiment.text_tower, **built)
+    about = {
+        "text_tower": asdict(experiment.text_tower),
+        "built_for": built | {"architecture": tower.architecture},
+        "tokenizer": tokenizer.fingerprint,
+        "image_tower": {"model": "vit"},
+        "image_head": None,
+        "mode": "locked",
+    }
+    weights = {f"text_tower.{name}": value for name, value in tower.state_dict().items()}
+    weights |= {"log_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-10.0)}
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save(
+        {"siglit": json.loads(json.dumps(about)), "state_dict": weights, "global_step": 3},
+        tmp_path / "run" / "checkpoints" / "last.ckpt",
+    )
+    shutil.copytree(folder, tmp_path / "words")
+    shutil.rmtree(folder)
+    (tmp_path / "words" / "model.safetensors").unlink()
+    moved = replace(experiment, tokenizer=replace(experiment.tokenizer, path=str(tmp_path / "words")))
+    monkeypatch.setattr(trained, "open_cache", lambda *_: ThreeRows())
+    text = trained.open_trained(moved)
+    ids = torch.from_numpy(text.tokenizer(["a red dog", "A Red picture of a dog"])).long()
+    assert torch.equal(text.tower(ids), tower.eval()(ids))
+
+
+def test_a_vocabulary_that_came_out_smaller_is_said_and_recorded(tmp_path, capsys):
+    """Once, where it is trained; a note of an earlier version, which has no such key, is as good."""
+    experiment = experiment_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=32_000))
+    path = ensure_tokenizer(experiment, ["a red circle", "a blue square"])
+    pieces = load_tokenizer(path, experiment.tokenizer).vocab_size
+    assert capsys.readouterr().err == (
+        f"{path} has {pieces:,} pieces, not tokenizer.vocab_size 32,000: the captions support no more\n"
+    )
+    note = tmp_path / "run" / "tokenizer.json"
+    said = json.loads(note.read_text())
+    assert (said["vocab_size"], said.pop("actual_vocab_size")) == (32_000, pieces)
+    note.write_text(json.dumps(said))
+    assert ensure_tokenizer(experiment, []) == path
+    assert capsys.readouterr().err == ""
+
+
+def test_a_vocabulary_as_large_as_it_should_be_is_not_spoken_of(tmp_path, capsys):
+    experiment = experiment_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=275))
+    ensure_tokenizer(experiment, ["a red circle and a blue square"])
+    assert json.loads((tmp_path / "run" / "tokenizer.json").read_text())["actual_vocab_size"] == 275
+    assert capsys.readouterr().err == ""

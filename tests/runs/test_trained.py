@@ -1,0 +1,62 @@
+"""A checkpoint that gives no model is refused by name, before any figure is computed with it."""
+
+import math
+import shutil
+
+import pytest
+import torch
+
+import siglit
+from siglit.errors import UserError
+from siglit.runs.trained import open_trained
+from tests.conftest import parse
+
+
+@pytest.fixture
+def state(classed_run, tmp_path, monkeypatch):
+    """The checkpoint of a copy of the run, in which the test works; what a test changes in it is to be saved."""
+    shutil.copytree(classed_run, tmp_path / "copy", ignore=shutil.ignore_patterns("images"))
+    monkeypatch.chdir(tmp_path / "copy")
+    return torch.load("runs/small/checkpoints/last.ckpt", map_location="cpu", weights_only=True)
+
+
+def save(state):
+    torch.save(state, "other.ckpt")
+    return parse("search", "red", "--eval.checkpoint", "other.ckpt")
+
+
+@pytest.mark.parametrize("part", ["text_tower.", "logit_bias", "log_scale"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_has_diverged_is_refused(state, part, value):
+    """Its texts are NaN, and a ranking by them has figures like any other."""
+    name = next(name for name in state["state_dict"] if name.startswith(part))
+    state["state_dict"][name].view(-1)[0] = value
+    with pytest.raises(
+        UserError, match=rf"other.ckpt holds weights that are no finite numbers \({name}\).*metrics.csv"
+    ):
+        open_trained(save(state))
+
+
+def test_what_is_not_the_text_tower_is_named(state):
+    """In one line, however long torch's list of missing weights is."""
+    weights = state["state_dict"]
+    text = {name: weights.pop(name) for name in list(weights) if name.startswith("text_tower.")}
+    with pytest.raises(UserError, match=r"^other.ckpt does not fit the text towers of this version[^\n]{,300}$"):
+        open_trained(save(state))
+    weights |= text
+    state["siglit"]["text_tower"]["later"] = 1
+    with pytest.raises(UserError, match=r"does not fit the text towers .* unexpected keyword argument 'later'"):
+        open_trained(save(state))
+    del state["siglit"]["text_tower"]["later"], weights["log_scale"]
+    with pytest.raises(UserError, match=r"other.ckpt has no log_scale"):
+        open_trained(save(state))
+
+
+def test_probabilities_of_a_large_scale_are_told_without_a_warning(state):
+    """A float32 exp overflows from 88 on, and the paper's own t of 117 goes beyond."""
+    state["state_dict"]["log_scale"].fill_(math.log(2000.0))
+    state["state_dict"]["logit_bias"].fill_(-1000.0)
+    found = siglit.search(save(state), "a red square")
+    for score, probability in zip(found.scores, found.probabilities, strict=True):
+        assert probability == pytest.approx(1 / (1 + math.exp(-min(700, 2000 * score - 1000))) if score > 0.2 else 0.0)
+    assert min(found.probabilities) < 1e-30

@@ -1,0 +1,188 @@
+"""Numbers that cannot mean anything are refused by name before any work; so are files that say two things."""
+
+import json
+
+import pytest
+
+import siglit
+from siglit.errors import UserError
+from siglit.parsing.arguments import parse_command
+from siglit.runs.folder import read_run_summary
+from tests.conftest import parse, run_siglit
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("cache.shard_size", "0"),
+        ("cache.batch_size", "-1"),
+        ("cache.devices", "0"),
+        ("train.batch_size", "0"),
+        ("train.devices", "0"),
+        ("train.log_every", "-1"),
+        ("eval.top_k", "0"),
+        ("loss.logit_scale", "0"),
+        ("loss.chunk_size", "0"),
+        ("loss.negatives_per_positive", ".inf"),
+        ("train.micro_batch_size", "0"),
+        ("optim.lr", "-1"),
+        ("optim.lr", ".inf"),
+        ("optim.weight_decay", ".inf"),
+        ("train.epochs", ".inf"),
+        ("loss.logit_bias", ".inf"),
+        ("optim.betas", "[1.5, 2]"),
+        ("tokenizer.length", "1"),
+        ("text_tower.depth", "0"),
+        ("seed", "-1"),
+        ("data.max_skipped", "2"),
+        ("data.workers", "-1"),
+        ("image_tower.mean", "[0.5]"),
+        ("eval.shots", "[]"),
+        ("eval.name", "a/b"),
+        ("eval.name", "a\nb"),
+        ("eval.name", "\udcff"),
+        ("eval.name", "é" * 51),
+        ("eval.name", "train"),
+        ("eval.name", "coco-train"),
+        ("eval.shots", "[5, 0]"),
+        ("cache.splits", "[]"),
+    ],
+)
+def test_a_number_out_of_range_is_named(experiment, words):
+    with pytest.raises(UserError, match=f"^{words[0]} is .* must be"):
+        parse("train", f"--{words[0]}", words[1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data.corrupt", "[text]"),
+        ("--data.corrupt_share", "0.2"),
+        ("--data.corrupt", "[]", "--data.corrupt_share", "1"),
+    ],
+)
+def test_half_a_wish_is_refused(experiment, words):
+    with pytest.raises(UserError, match=r"^data.corrupt is .* and data.corrupt_share .*: name what"):
+        parse("train", *words)
+    assert parse("train", "--data.corrupt", "[text]", "--data.corrupt_share", "0.2").data.corrupt == ["text"]
+
+
+@pytest.mark.parametrize("words", [("--data.random_crop", "0.5"), ("--data.random_flip", "true")])
+def test_augmenting_what_is_locked_is_refused(experiment, words):
+    with pytest.raises(UserError, match=r"mode locked takes .* from the cache; leave them out, or set mode"):
+        parse("train", *words)
+    assert parse("train", *words, "--mode", "unlocked").mode == "unlocked"
+
+
+def write(path, text):
+    path.write_text(path.read_text() + text)
+
+
+def test_a_key_given_twice_is_refused(project, monkeypatch):
+    monkeypatch.chdir(project)
+    write(project / "experiment.yaml", "seed: 1\nseed: 2\n")
+    with pytest.raises(UserError, match=r"experiment.yaml, line \d+: seed is given twice"):
+        parse("train")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "experiment.yaml is empty"),
+        ("data: {train: {format: csv, path: ${HOME}/x.csv}}", "quotes"),
+        ("data: {train: {format: csv, path: x.csv}}\ntokenizer:\n", "section tokenizer is empty"),
+        ("data: {train: {format: csv, path: x.csv}, val: x.csv}", "data.val"),
+        ("data: {train: {format: csv, path: x.csv}, val: {format: csv, path: y, colour: 3}}", "colour"),
+    ],
+)
+def test_what_is_wrong_with_an_experiment_file_is_one_short_line(tmp_path, monkeypatch, text, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiment.yaml").write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        parse("train")
+    assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_file_the_option_is_named():
+    with pytest.raises(UserError, match="-c FILE"):
+        parse_command("train", [])
+
+
+def test_search_takes_several_words(experiment):
+    assert parse_command("search", ["a", "red", "square", "-c", "experiment.yaml"])[1] == {"query": "a red square"}
+
+
+@pytest.mark.parametrize("query", [" ", "\udcff"])
+def test_what_is_no_text_is_not_searched_for(experiment, query):
+    with pytest.raises(UserError, match="the query is"):
+        siglit.search(parse("eval-retrieval"), query)
+
+
+@pytest.mark.parametrize("stage", ["precompute", "train", "eval_retrieval"])
+def test_cuda_is_refused_where_there_is_none(experiment, monkeypatch, stage):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if stage == "eval_retrieval":
+        siglit.precompute(experiment)
+        siglit.train(experiment)
+    section = {"precompute": "cache", "train": "train", "eval_retrieval": "eval"}[stage]
+    with pytest.raises(UserError, match=f"{section}.accelerator is cuda"):
+        getattr(siglit, stage)(parse("train", f"--{section}.accelerator", "cuda"))
+
+
+def test_training_notices_that_the_captions_changed(cached, project):
+    """The cache is of the CSV as it was; where there is no CSV at all, the cache is trusted."""
+    write(project / "train.csv", "images/0000.png,another caption\n")
+    with pytest.raises(UserError, match="source"):
+        siglit.train(cached)
+    (project / "train.csv").unlink()
+    siglit.train(cached)
+
+
+def test_too_many_bad_images_leave_a_cache_that_is_not_complete(experiment, project):
+    (project / "images/0000.png").write_bytes(b"")
+    with pytest.raises(UserError, match="max_skipped"):
+        siglit.precompute(experiment)
+    with pytest.raises(UserError, match="not complete"):
+        siglit.train(experiment)
+    assert siglit.precompute(parse("precompute", "--data.max_skipped", "0.1")).splits["train"].encoded_now == 0
+
+
+def test_figures_of_a_finished_run_are_kept(experiment, project):
+    """Repeating a finished precompute or train changes no figure in summary.json."""
+    siglit.precompute(experiment)
+    result = siglit.train(experiment)
+    before = read_run_summary(experiment)
+    siglit.precompute(experiment)
+    assert siglit.train(parse("train", "--train.resume", "true")) == result
+    assert read_run_summary(experiment) == before
+    with pytest.raises(UserError, match="has taken 6 steps, more than the 3"):
+        siglit.train(parse("train", "--train.resume", "true", "--train.resume_changed", "true", "--train.steps", "3"))
+
+
+def test_a_refused_train_leaves_the_record_of_the_real_one(cached, project):
+    run_siglit("train", "-c", "experiment.yaml", cwd=project, check=0)
+    record = (project / "runs/small/experiment.yaml").read_text()
+    run_siglit("train", "-c", "experiment.yaml", "--optim.lr", "9", cwd=project, check=2)
+    assert (project / "runs/small/experiment.yaml").read_text() == record
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(cached):
+    with pytest.raises(RuntimeError, match="the loss is nan at step"):
+        siglit.train(parse("train", "--optim.lr", "1e9", "--optim.clip", "0", "--train.steps", "40"))
+
+
+def test_evaluation_of_the_training_cache_has_a_file_of_its_own(trained, project):
+    siglit.eval_retrieval(trained)
+    held_out = (project / "runs/small/retrieval.json").read_bytes()
+    siglit.eval_retrieval(parse("eval-retrieval", "--eval.split", "train"))
+    assert (project / "runs/small/retrieval.json").read_bytes() == held_out
+    assert json.loads((project / "runs/small/retrieval-train.json").read_text())["images"] == 40
+
+
+@pytest.mark.slow
+def test_more_devices_than_shards(project):
+    words = ["--cache.devices", "2", "--cache.shard_size", "4000"]
+    done = run_siglit("precompute", "-c", "experiment.yaml", *words, cwd=project, check=0)
+    assert "TypeError" not in done.stderr
+    assert "40 rows" in done.stdout

@@ -1,0 +1,134 @@
+"""Checkpoint files: whole or not there, whenever the process is killed and whatever becomes of the bytes."""
+
+import os
+import random
+import resource
+
+import pytest
+import torch
+
+from siglit.errors import UserError
+from siglit.runs import checkpoints
+from siglit.runs.checkpoints import newest, prepare, steps_taken
+from siglit.training.checkpointing import AtomicFiles
+
+
+def write(folder, step):
+    AtomicFiles().save_checkpoint(
+        {"global_step": step, "weights": torch.full((300,), float(step))}, folder / "last.ckpt"
+    )
+
+
+def steps(folder):
+    """{name: step} of the files that are whole."""
+    return {path.name: steps_taken(path) for path in folder.glob("*.ckpt") if checkpoints._is_whole(path)}
+
+
+def test_the_last_two_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path / "new", step)
+    assert steps(tmp_path / "new") == {"last.ckpt": 3, "previous.ckpt": 2}
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+@pytest.mark.parametrize("calls", range(5))
+def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, monkeypatch, calls):
+    """Killed before or after each call that changes the folder; the next start finds step 2 or 3 and tidies up."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    made = 0
+
+    def counted(real):
+        def call(*words, **options):
+            nonlocal made
+            if made == calls:
+                os._exit(9)
+            made += 1
+            return real(*words, **options)
+
+        return call
+
+    child = os.fork()
+    if child == 0:
+        for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+            monkeypatch.setattr(module, name, counted(getattr(module, name)))
+        write(tmp_path, 3)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 9
+    found = newest(tmp_path)
+    assert steps_taken(found) == (3 if calls == 4 else 2)
+    assert prepare(tmp_path) == tmp_path / "last.ckpt"
+    assert steps_taken(tmp_path / "last.ckpt") == (3 if calls == 4 else 2)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_any_damage_to_the_content_is_noticed(tmp_path):
+    """Every cut, and every flipped bit that changes what is read; the rest of the file is padding and dates."""
+    path = tmp_path / "last.ckpt"
+    write(tmp_path, 7)
+    whole = path.read_bytes()
+    assert newest(tmp_path) == path
+    chance = random.Random(0)
+    for length in [0, 1, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(50))]:
+        path.write_bytes(whole[:length])
+        assert not checkpoints._is_whole(path), length
+    noticed = 0
+    for _ in range(400):
+        flipped = bytearray(whole)
+        flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(flipped)
+        if checkpoints._is_whole(path):
+            read = torch.load(path, weights_only=True)
+            assert read["global_step"] == 7
+            assert torch.equal(read["weights"], torch.full((300,), 7.0))
+        else:
+            noticed += 1
+    assert noticed > 100
+
+
+def test_the_one_before_takes_the_place_of_a_damaged_one(tmp_path, capsys):
+    """The next save then does not push the good one out; one line says what was used."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    (tmp_path / "last.ckpt").write_bytes(b"PK\x03\x04")
+    assert newest(tmp_path) == tmp_path / "previous.ckpt"
+    told = f"{tmp_path}/last.ckpt is damaged; previous.ckpt, the checkpoint before it, is used\n"
+    assert capsys.readouterr().err == told
+    prepare(tmp_path)
+    assert steps(tmp_path) == {"last.ckpt": 1}
+    write(tmp_path, 2)
+    assert steps(tmp_path) == {"last.ckpt": 2, "previous.ckpt": 1}
+
+
+def test_where_all_are_damaged_nothing_is_changed(tmp_path):
+    for name in ("last.ckpt", "previous.ckpt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"last.ckpt and .*previous.ckpt are damaged and there is no other") as told:
+        prepare(tmp_path)
+    assert "\n" not in str(told.value)
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "previous.ckpt").unlink()
+    with pytest.raises(UserError, match=r"last.ckpt is damaged"):
+        newest(tmp_path)
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert prepare(tmp_path / "missing") is None
+    assert not checkpoints.exist(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(("weights", "limit"), [(10, 500), (10_000, 5000)])
+def test_a_full_disk_is_named_and_leaves_the_files_as_they_were(tmp_path, weights, limit):
+    """Also where torch has an error of its archive instead, as it has beyond the file's buffer."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*last\.ckpt"):
+            AtomicFiles().save_checkpoint({"weights": torch.zeros(weights)}, tmp_path / "last.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

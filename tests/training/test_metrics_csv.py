@@ -1,0 +1,61 @@
+"""metrics.csv: each row once, and none lost to a kill."""
+
+import csv
+import os
+
+import pytest
+import torch
+
+from siglit.training.metrics_csv import MetricsTable
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def log(table, *steps, **more):
+    for step in steps:
+        table.log_metrics({"loss": torch.tensor(step / 2), **more}, step)
+    table.save()
+
+
+def test_columns_may_come_later(tmp_path):
+    table = MetricsTable(tmp_path / "metrics.csv")
+    log(table, 0, 1)
+    table.log_metrics({"loss": 1.0}, 2)
+    table.log_metrics({"val": 0.25}, 2)
+    table.finalize("success")
+    assert rows(tmp_path / "metrics.csv") == [
+        {"step": "0", "loss": "0.0"},
+        {"step": "1", "loss": "0.5"},
+        {"step": "2", "loss": "1.0"},
+        {"step": "2", "val": "0.25"},
+    ]
+
+
+def test_rows_after_the_step_to_go_on_from_are_dropped(tmp_path):
+    """They are made again; a row that a kill tore is one of them, whatever its step now looks like."""
+    path = tmp_path / "metrics.csv"
+    log(MetricsTable(path), *range(13))
+    path.write_bytes(path.read_bytes().rstrip() + b"\r\n1")
+    table = MetricsTable(path)
+    table.go_on_after(3)
+    log(table, 3, 4, val=1)
+    assert [row["step"] for row in rows(path)] == ["0", "1", "2", "3", "4"]
+    assert rows(path)[4] == {"step": "4", "loss": "2.0", "val": "1"}
+
+
+@pytest.mark.parametrize("write", [lambda t: t.go_on_after(2), lambda t: log(t, 2, val=1)])
+def test_a_kill_while_the_table_is_written_anew_loses_no_row(tmp_path, monkeypatch, write):
+    path = tmp_path / "metrics.csv"
+    table = MetricsTable(path)
+    log(table, 0, 1)
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(os, "replace", lambda *_: os._exit(9))
+        write(table)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 9
+    assert [row["step"] for row in rows(path)] == ["0", "1"]

@@ -1,0 +1,368 @@
+"""A run that is stopped or killed and resumed equals an undisturbed one, bit for bit: weights and metrics.csv."""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import siglit
+from siglit.errors import UserError
+from siglit.models.text_tower import TextTower
+from siglit.runs import checkpoints
+from siglit.runtime.signals import Terminated
+from siglit.training.data import CacheData
+from siglit.training.module import SigLiT
+from tests.conftest import ROOT, parse, run_siglit
+from tests.runtime.test_signals import ROUNDS, gone
+
+MODES = {"locked": [], "unlocked": ["--mode", "unlocked", "--data.random_crop", "0.5", "--data.random_flip", "true"]}
+"""What to add to the command line for each mode of training."""
+WORDS = [
+    *("--tokenizer.path", "tokenizer.model", "--train.steps", "7"),
+    *("--train.log_every", "2", "--train.val_every", "3"),
+]
+"""Two steps a pass; rows, checkpoints and passes end at different steps."""
+
+DRIVER = """
+import os, signal, subprocess, time
+from siglit.training.module import SigLiT
+
+real = SigLiT.training_step
+def step(self, batch, number):
+    at = self.trainer.global_step + 1
+    if os.environ["STEP"] == str(at) and os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ["GROUP"]:  # by another process: a worker obeys its parent in a way of its own
+            subprocess.run(["kill", "-" + os.environ["NUMBER"], "--", str(-os.getpgrp())])
+            time.sleep(0.5)
+        else:
+            os.kill(os.getpid(), int(os.environ["NUMBER"]))
+    with open("steps", "a") as file:
+        file.write(f"{at}\\n")
+    return real(self, batch, number)
+SigLiT.training_step = step
+
+from siglit.cli import main
+main()
+"""
+"""The command, with signal $NUMBER to its first process, or to all if $GROUP is not empty, in step $STEP."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, prepared):
+    """The project with caches and a tokenizer; all runs of this file are made in it."""
+    folder = shutil.copytree(prepared, tmp_path_factory.mktemp("resume") / "copy")
+    shutil.copy(folder / "runs/small/tokenizer.model", folder / "tokenizer.model")
+    (folder / "driver.py").write_text(DRIVER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A function that returns the folder of an undisturbed run, made once."""
+
+    def made(mode="locked", devices=1):
+        name = f"whole-{mode}-{devices}"
+        if not (place / "runs" / name).exists():
+            run_siglit("train", "-c", "experiment.yaml", *words(name, mode, devices), cwd=place, check=0)
+        return place / "runs" / name
+
+    return made
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+    """With one thread, as `siglit` has: sums in another order have other bits."""
+    monkeypatch.chdir(place)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(place):
+    """A run's folder that is not there yet."""
+    path = place / "runs" / "stopped"
+    shutil.rmtree(path, ignore_errors=True)
+    return path
+
+
+def words(name, mode="locked", devices=1):
+    return [*WORDS, *MODES[mode], "--train.devices", str(devices), "--output_dir", f"runs/{name}"]
+
+
+def experiment(name, mode="locked", *more):
+    return parse("train", *words(name, mode), *more)
+
+
+def table(folder):
+    """Rows of metrics.csv, without what a clock has measured."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "train/examples_per"))} for row in rows]
+
+
+def assert_equal(folder, whole):
+    one, other = (torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (folder, whole))
+    assert one["global_step"] == other["global_step"] == 7
+    for name, weight in other["state_dict"].items():
+        assert torch.equal(one["state_dict"][name], weight), name
+    for name, moments in other["optimizer_states"][0]["state"].items():
+        for kind, value in moments.items():
+            assert torch.equal(one["optimizer_states"][0]["state"][name][kind], value), (name, kind)
+    assert table(folder) == table(whole)
+    assert {"1", "3", "5", "2", "6"} == {row["step"] for row in table(folder)}
+
+
+def start(place, name, devices=1, step=0, number=0, *more, mode="locked", group=""):
+    """Begin training in a session of its own; see DRIVER."""
+    return subprocess.Popen(
+        [sys.executable, "driver.py", "train", "-c", "experiment.yaml", *words(name, mode, devices), *more],
+        cwd=place,
+        env={
+            **os.environ,
+            **{
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "STEP": str(step),
+                "NUMBER": str(int(number)),
+                "GROUP": group,
+            },
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def steps_begun(place):
+    """Of all processes together, see DRIVER."""
+    return len((place / "steps").read_text().split()) if (place / "steps").exists() else 0
+
+
+def at_step(monkeypatch, step, act):
+    """Have `act` called in one training step."""
+    real = SigLiT.training_step
+
+    def called(self, batch, number):
+        if self.trainer.global_step + 1 == step:
+            act()
+        return real(self, batch, number)
+
+    monkeypatch.setattr(SigLiT, "training_step", called)
+
+
+class PowerCutError(RuntimeError):
+    pass
+
+
+def cut_off_in_step(step):
+    """Train until something that nobody catches happens."""
+
+    def cut():
+        raise PowerCutError
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, cut)
+        with pytest.raises(PowerCutError):
+            siglit.train(experiment("stopped"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_stopped_at_every_step_in_turn(mode, place, folder, monkeypatch):
+    """With dropout in the text tower; inside and at the end of a pass, with and without a checkpoint of its own."""
+    real = TextTower.forward
+    dropped = lambda self, ids: F.dropout(real(self, ids), 0.2, self.training)  # noqa: E731
+    monkeypatch.setattr(TextTower, "forward", dropped)
+    siglit.train(experiment(f"dropout-{mode}", mode))
+    for step in range(1, 7):
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt) as stopped:
+                siglit.train(experiment("stopped", mode, *(["--train.resume", "true"] if step > 1 else [])))
+        assert str(stopped.value) == f"stopped at step {step} of 7; go on with --resume"
+        assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == step
+        rows = [int(row["step"]) for row in table(folder)] if step > 1 else []
+        assert rows == [n for n in (1, 2, 3, 5, 5) if n < step]
+    siglit.train(experiment("stopped", mode, "--train.resume", "true"))
+    assert_equal(folder, place / f"runs/dropout-{mode}")
+    losses = [row["train/loss"] for row in table(folder) if row["train/loss"]]
+    plain = experiment(f"plain-{mode}", mode)
+    monkeypatch.setattr(TextTower, "forward", real)
+    siglit.train(plain)
+    assert losses != [row["train/loss"] for row in table(place / f"runs/plain-{mode}") if row["train/loss"]]
+
+
+@pytest.mark.parametrize(
+    ("devices", "number", "code"),
+    [
+        (1, signal.SIGTERM, 143),
+        pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_first_process_saves_and_stops_all(place, folder, whole, number, code, devices):
+    process = start(place, "stopped", devices, 4, number)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    told = [line for line in err.splitlines() if "stopped" in line]
+    assert told == ["stopped at step 4 of 7; go on with --resume"], err
+    assert "Traceback" not in err
+    assert gone(process.pid, 8)
+    assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 4
+    run_siglit("train", "-c", "experiment.yaml", *words("stopped", devices=devices), "--resume", cwd=place, check=0)
+    assert_equal(folder, whole(devices=devices))
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_finds_the_workers_at_work_until_the_step_is_saved(place, folder, whole):
+    """As `timeout` and SLURM send it; a worker that went before would take the batch with it."""
+    process = start(place, "stopped", 1, 4, signal.SIGTERM, mode="unlocked", group="all")
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 143, err
+    assert [line for line in err.splitlines() if "stopped" in line] == ["stopped at step 4 of 7; go on with --resume"]
+    assert gone(process.pid, 8)
+    run_siglit("train", "-c", "experiment.yaml", *words("stopped", "unlocked"), "--resume", cwd=place, check=0)
+    assert_equal(folder, whole("unlocked"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["", "all"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_was_stopped_is_gone_at_once_also_with_workers_at_work(place, folder, number, group):
+    """In the middle of a pass, where the workers have batches in hand."""
+    process = start(place, "stopped", 1, 4, number, "--train.batch_size", "4", mode="unlocked", group=group)
+    while process.poll() is None and not (folder / "checkpoints/last.ckpt").exists():
+        time.sleep(0.1)
+    _, err = process.communicate(timeout=15)
+    assert "stopped at step 4 of 7" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_random_moments(place, folder, whole, mode):
+    """SIGKILL to the first process of 1 and 2 in turn, which no other outlives; SIGLIT_KILL_ROUNDS kills."""
+    chance = random.Random(0)
+    for number in range(ROUNDS):
+        devices = 1 + number % 2
+        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(2):
+            (place / "steps").unlink(missing_ok=True)
+            process = start(place, "stopped", devices, 0, 0, "--resume", mode=mode)
+            until = chance.randint(1, 5 * devices)
+            while process.poll() is None and steps_begun(place) < until:
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.1))
+            process.kill()
+            process.wait()
+            assert gone(process.pid, 10)
+            process.communicate()
+        run_siglit("train", "-c", "experiment.yaml", *words("stopped", mode, devices), "--resume", cwd=place, check=0)
+        assert_equal(folder, whole(mode, devices))
+        assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(how, folder, whole, capsys):
+    """Training goes on from the one before and comes to the same end; evaluation takes the one before as well."""
+    cut_off_in_step(7)
+    last = folder / "checkpoints/last.ckpt"
+    content = bytearray(last.read_bytes())
+    if how == "cut":
+        last.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 4
+        last.write_bytes(content)
+    siglit.eval_retrieval(experiment("stopped"))
+    assert capsys.readouterr().err.count("last.ckpt is damaged; previous.ckpt, the checkpoint before it, is used") == 1
+    siglit.train(experiment("stopped", "locked", "--train.resume", "true"))
+    assert capsys.readouterr().err.count("is damaged") == 1
+    assert_equal(folder, whole())
+
+
+def test_two_damaged_checkpoints_are_told_in_one_line(place, folder):
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("last.ckpt", "previous.ckpt"):
+        (folder / "checkpoints" / name).write_bytes(b"torn")
+    done = run_siglit("train", "-c", "experiment.yaml", *words("stopped"), "--resume", cwd=place, check=2)
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "are damaged" in done.stderr
+
+
+@pytest.mark.parametrize("step", [4, 6, 7])
+def test_weights_that_are_not_finite_are_never_saved(step, folder, monkeypatch):
+    """Not at the checkpoint that is due, not at the end, not when a signal comes."""
+    real = SigLiT.optimizer_step
+
+    def spoiled(self, *given, **options):
+        real(self, *given, **options)
+        if self.trainer.global_step + 1 == step:
+            self.log_scale.data.fill_(float("nan"))
+            if step == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(SigLiT, "optimizer_step", spoiled)
+    with pytest.raises(RuntimeError, match=f"no longer finite after step {step}.*last good checkpoint is .*last.ckpt"):
+        siglit.train(experiment("stopped"))
+    found = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
+    assert found == ({"last.ckpt": 6, "previous.ckpt": 3} if step == 7 else {"last.ckpt": 3})
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_before_the_first_step_ends_at_once(number, kind, folder, whole, monkeypatch):
+    """With the exit code of the signal; the checkpoint that was there stays."""
+    shutil.copytree(whole(), folder)
+    before = (folder / "checkpoints/last.ckpt").read_bytes()
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(CacheData, "prepare_data", lambda self: signal.raise_signal(number))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        siglit.train(experiment("stopped", "locked", "--train.resume", "true"))
+    assert type(stopped.value) is kind
+    assert (folder / "checkpoints/last.ckpt").read_bytes() == before
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_second_signal_ends_at_once(folder, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    at_step(monkeypatch, 5, twice)
+    with pytest.raises(Terminated):
+        siglit.train(experiment("stopped"))
+    assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 3
+
+
+def test_what_slurm_starts_again_resumes_by_itself(folder, whole, monkeypatch):
+    cut_off_in_step(5)
+    with pytest.raises(UserError, match="--resume"):
+        siglit.train(experiment("stopped"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    siglit.train(experiment("stopped"))
+    assert_equal(folder, whole())
+
+
+def test_there_need_not_be_a_checkpoint_to_resume_from(folder, whole, capsys):
+    """Rows of a run that was killed before its first checkpoint are not kept."""
+    cut_off_in_step(3)
+    assert [row["step"] for row in table(folder)] == ["1"]
+    siglit.train(experiment("stopped", "locked", "--train.resume", "true"))
+    assert "holds no checkpoint: training begins at the first step" in capsys.readouterr().err
+    assert_equal(folder, whole())
+
+
+def test_without_held_out_data_checkpoints_are_made_all_the_same(folder):
+    siglit.train(experiment("stopped", "locked", "--data.val", "null"))
+    found = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
+    assert found == {"last.ckpt": 7, "previous.ckpt": 6}

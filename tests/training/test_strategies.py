@@ -1,0 +1,208 @@
+"""FSDP2 with two processes on the CPU, compiled towers and bfloat16: each trains as one plain process does."""
+
+import csv
+import re
+import shutil
+import signal
+
+import pytest
+import torch
+
+import siglit
+from siglit.errors import UserError
+from siglit.loss import sigmoid
+from siglit.runs import checkpoints
+from tests.commands.test_train import losses, weights
+from tests.conftest import make_project, parse, run_siglit
+from tests.training.test_resume import DRIVER, assert_equal, at_step, start
+
+WORDS = [
+    *("--tokenizer.path", "tokenizer.model", "--text_tower.depth", "2"),
+    *("--train.steps", "7", "--train.log_every", "2", "--train.val_every", "3", "--eval.batch_size", "5"),
+]
+MODES = {
+    "locked": ["--image_tower.head", "24", "--optim.name", "lion"],
+    "unlocked": ["--mode", "unlocked", "--train.micro_batch_size", "3"],
+}
+FSDP2 = ["--train.strategy", "fsdp2", "--train.devices", "2"]
+TINY = [
+    *("--mode", "scratch", "--image_tower.pretrained", "false", "--image_tower.weights", "null"),
+    *("--tokenizer.path", "tokenizer.model", "--train.steps", "2", "--train.val_every", "1"),
+]
+
+ASTRAY = """
+import os
+from siglit.training.module import SigLiT
+
+build = SigLiT.build
+def astray(self, data):
+    build(self, data)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        for parameter in self.parameters():
+            parameter.data.normal_()
+SigLiT.build = astray
+"""
+"""Other weights on the second process, which are not to count."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tower_weights):
+    """The project with caches and a tokenizer; all runs of this file are made in it."""
+    folder = make_project(tmp_path_factory.mktemp("strategies"), tower_weights)
+    # Half of the held-out images share a caption, so that equal shares of captions are not equally many to embed.
+    listing = (folder / "val.csv").read_text()
+    (folder / "val.csv").write_text(re.sub(r"picture (4[6-9]|5\d) is \w+", "picture", listing))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        siglit.precompute(parse("precompute"))
+        siglit.train(parse("train", "--train.steps", "2", "--output_dir", "runs/first"))
+    shutil.copy(folder / "runs/first/tokenizer.model", folder / "tokenizer.model")
+    (folder / "driver.py").write_text(ASTRAY + DRIVER)
+    (folder / "shallow.yaml").write_text((folder / "experiment.yaml").read_text().replace("depth: 2", "depth: 1"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def words(name, mode):
+    return [*WORDS, *MODES[mode], "--output_dir", f"runs/{name}"]
+
+
+@pytest.fixture(scope="module")
+def plain(place):
+    """A function that returns the folder of an undisturbed run of one process, made once."""
+
+    def made(mode):
+        if not (place / f"runs/plain-{mode}").exists():
+            siglit.train(parse("train", *words(f"plain-{mode}", mode)))
+        return place / f"runs/plain-{mode}"
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def sharded(place):
+    """The same with FSDP2 on two."""
+
+    def made(mode):
+        if not (place / f"runs/sharded-{mode}").exists():
+            process = start(place, f"sharded-{mode}", 2, 0, 0, *words(f"sharded-{mode}", mode), *FSDP2)
+            _, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err
+            assert "Warning" not in err
+        return place / f"runs/sharded-{mode}"
+
+    return made
+
+
+def assert_close(folder, other):
+    """The same weights, optimiser state and metrics but for rounding."""
+    one, two = (torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (folder, other))
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    assert one["optimizer_states"][0]["param_groups"] == two["optimizer_states"][0]["param_groups"]
+    assert one["optimizer_states"][0]["state"].keys() == two["optimizer_states"][0]["state"].keys()
+    for name, weight in two["state_dict"].items():
+        # Attention does not depend on the keys' bias: its gradient is rounding noise, which becomes steps.
+        if not name.endswith(("k_proj.bias", "qkv.bias")):
+            torch.testing.assert_close(one["state_dict"][name], weight, atol=2e-5, rtol=1e-3, msg=name)
+    shown = ("step", "train/loss", "train/grad_norm", "train/text_tower/update_norm", "train/logit_bias")
+    rows = []
+    for run in (folder, other):
+        with (run / "metrics.csv").open(newline="") as file:
+            rows.append([{k: float(row[k]) for k in shown if row[k]} for row in csv.DictReader(file)])
+    for row, expected in zip(*rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["locked", pytest.param("unlocked", marks=pytest.mark.slow)])
+def test_two_sharded_devices_train_like_one(mode, plain, sharded):
+    """Weights, moments, losses and norms: with a head on cached rows and Lion; both towers in micro-batches, AdamW."""
+    assert_close(sharded(mode), plain(mode))
+
+
+@pytest.mark.slow
+def test_a_sharded_run_evaluates(plain, sharded):
+    one, two = (
+        siglit.eval_retrieval(parse("eval-retrieval", *words(made("unlocked").name, "unlocked")))
+        for made in (plain, sharded)
+    )
+    assert two.metrics == pytest.approx(one.metrics)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_stopped_amid_a_pass_goes_on_exactly_or_unsharded(place, plain, sharded):
+    """With FSDP2 bit for bit; in one process, and from one process's checkpoint, but for rounding."""
+    process = start(place, "stopped", 2, 5, signal.SIGTERM, *words("stopped", "unlocked"), *FSDP2)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 143, err
+    assert checkpoints.steps_taken(place / "runs/stopped/checkpoints/last.ckpt") == 5
+    shutil.copytree(place / "runs/stopped", place / "runs/alone")
+    run_siglit("train", "-c", "experiment.yaml", *words("stopped", "unlocked"), *FSDP2, "--resume", cwd=place, check=0)
+    assert_equal(place / "runs/stopped", sharded("unlocked"))
+    siglit.train(parse("train", *words("alone", "unlocked"), "--train.resume", "true"))
+    assert_close(place / "runs/alone", plain("unlocked"))
+
+
+@pytest.mark.slow
+def test_a_plain_run_goes_on_sharded(place, plain):
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            siglit.train(parse("train", *words("shared", "unlocked")))
+    run_siglit("train", "-c", "experiment.yaml", *words("shared", "unlocked"), *FSDP2, "--resume", cwd=place, check=0)
+    assert_close(place / "runs/shared", plain("unlocked"))
+
+
+def test_one_device_has_nothing_to_share(plain):
+    siglit.train(parse("train", *words("single", "locked"), "--train.strategy", "fsdp2"))
+    assert_equal(plain("locked").parent / "single", plain("locked"))
+
+
+def test_what_cannot_be_sharded_is_told():
+    with pytest.raises(UserError, match="no 16-mixed"):
+        siglit.train(parse("train", *words("half", "locked"), *FSDP2, "--train.precision", "16-mixed"))
+
+
+def tiny(command, name, *more):
+    return parse(command, *TINY, "--output_dir", f"runs/{name}", *more, config="shallow.yaml")
+
+
+@pytest.fixture(scope="module")
+def eager(place):
+    """Folder of a plain run of two tiny towers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        siglit.train(tiny("train", "eager"))
+    return place / "runs/eager"
+
+
+@pytest.mark.slow
+def test_compiled_towers_train_like_plain_ones(place, eager):
+    """Both towers, in micro-batches, with validation; nothing of it is seen in the checkpoint, which evaluates."""
+    more = ["--train.compile", "true", "--train.micro_batch_size", "8", "--output_dir", "runs/compiled"]
+    run_siglit("train", "-c", "shallow.yaml", *TINY, *more, cwd=place, check=0)
+    folder = place / "runs/compiled"
+    assert weights(folder).keys() == weights(eager).keys()
+    assert losses(folder) == pytest.approx(losses(eager), rel=1e-4)
+    found = siglit.eval_retrieval(tiny("eval-retrieval", "compiled")).metrics
+    assert found == pytest.approx(siglit.eval_retrieval(tiny("eval-retrieval", "eager")).metrics)
+
+
+def test_in_bfloat16_the_logits_are_float32(place, eager, monkeypatch):
+    """And so are the weights that are kept."""
+    seen = []
+
+    def watched(own, visiting):
+        found = real(own, visiting)
+        seen.append((own.dtype, found.dtype))
+        return found
+
+    real = sigmoid.cosines
+    monkeypatch.setattr(sigmoid, "cosines", watched)
+    siglit.train(tiny("train", "bf16", "--train.precision", "bf16-mixed"))
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+    assert losses(place / "runs/bf16") == pytest.approx(losses(eager), rel=2e-2)
+    assert {w.dtype for w in weights(place / "runs/bf16").values() if w.is_floating_point()} == {torch.float32}
