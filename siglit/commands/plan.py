@@ -1,7 +1,8 @@
 """`siglit plan`: what a training run will take, said before it runs: memory, micro-batch, time, device-hours, disk.
 
-Needs neither data nor pretrained weights. Memory is counted by `planning.memory`; speed is measured by a few real training
-steps on random pairs (`planning.throughput`), or given. Assumes that devices scale linearly and that reading keeps up.
+Needs neither data nor pretrained weights. Memory is counted by `planning.memory`; speed is measured by a few real
+training steps on random pairs (`planning.throughput`), or given. It assumes that devices scale linearly and that
+reading keeps up.
 """
 
 from dataclasses import asdict, dataclass, replace
