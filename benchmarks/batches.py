@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from benchmarks.cache import make_cache
 from benchmarks.common import interleaved, parser, ratio, report
 from siglit.config import TextTowerConfig
-from siglit.data.batches import Batch, TrainBatches
+from siglit.data.epoch_loader import Batch, CacheLoader
 from siglit.loss import sigmoid_loss
 from siglit.models.text_tower import PRESETS, TextTower
 
@@ -52,7 +52,7 @@ def main() -> None:
         cache = make_cache(Path(folder) / "cache", data, 8)
         ids = np.random.default_rng(1).integers(2, VOCABULARY, (args.rows, args.length)).astype(np.uint16)
         for shuffle in ("rows", "blocks"):
-            batches = TrainBatches(cache, ids, batch_size=args.batch, seed=0, shuffle=shuffle)
+            batches = CacheLoader(cache, ids, batch_size=args.batch, seed=0, shuffle=shuffle)
             figures[shuffle] = {**times(batches, args), "memory_added_batches": memory(batches)}
             table += [
                 (f"{shuffle}: making a batch / step", f"{figures[shuffle]['making']:.2%}", "< 3 %"),
@@ -70,7 +70,7 @@ def main() -> None:
     report(title, table, figures, args.json)
 
 
-def times(batches: TrainBatches, args: argparse.Namespace) -> dict[str, float]:
+def times(batches: CacheLoader, args: argparse.Namespace) -> dict[str, float]:
     """Shares of a step: making a batch, waiting for one, and how much slower steps are with them."""
     tower = TextTower(
         TextTowerConfig(size=args.tower),
@@ -115,7 +115,7 @@ def times(batches: TrainBatches, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def memory(batches: TrainBatches) -> float:
+def memory(batches: CacheLoader) -> float:
     """Highest memory during a pass of slow steps, in batches, without the one in the taker's hand."""
     tracemalloc.start()
     try:
@@ -129,7 +129,7 @@ def memory(batches: TrainBatches) -> float:
         tracemalloc.stop()
 
 
-def endless(batches: TrainBatches) -> Iterator[Batch]:
+def endless(batches: CacheLoader) -> Iterator[Batch]:
     """Pass after pass."""
     while True:
         yield from batches

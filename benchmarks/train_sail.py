@@ -29,7 +29,7 @@ from benchmarks.train_contenders import autocast
 from benchmarks.train_turns import VOCABULARY, write_cache
 from siglit.cache import EmbeddingCache
 from siglit.config import OptimConfig, TextTowerConfig, TokenizerConfig
-from siglit.data.batches import TrainBatches
+from siglit.data.epoch_loader import CacheLoader
 from siglit.data.tokens import token_ids
 from siglit.loss import sigmoid_loss
 from siglit.models.text_tower import TextTower
@@ -109,8 +109,8 @@ def sail(folder: Path, args: argparse.Namespace, cache: EmbeddingCache, figures:
 def _loaders() -> dict[str, Callable[..., Iterable]]:
     """By name, what opens the batches of one pass after the other."""
 
-    def ours(cache: EmbeddingCache, ids: np.ndarray, _: SailRows | None, args: argparse.Namespace) -> TrainBatches:
-        return TrainBatches(cache, ids, batch_size=args.batch, seed=0, pin_memory=args.device == "cuda")
+    def ours(cache: EmbeddingCache, ids: np.ndarray, _: SailRows | None, args: argparse.Namespace) -> CacheLoader:
+        return CacheLoader(cache, ids, batch_size=args.batch, seed=0, pin_memory=args.device == "cuda")
 
     def theirs(workers: int) -> Callable[..., DataLoader]:
         def made(_: EmbeddingCache, ids: np.ndarray, held: SailRows, args: argparse.Namespace) -> DataLoader:

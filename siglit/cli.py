@@ -4,6 +4,7 @@ Knows how errors are reported and no command by name; `siglit.commands` lists th
 """
 
 import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -16,10 +17,26 @@ from siglit.commands import COMMANDS
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the work failed, 2 the input or the configuration is wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
+    show_messages()
     debug = "--debug" in words
     if debug:
         words.remove("--debug")
     sys.exit(_run(words, debug))
+
+
+def show_messages() -> None:
+    """Write what siglit logs to stderr, a plain line each; programs that import siglit configure logging themselves."""
+    logger = logging.getLogger("siglit")
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+        logger.addHandler(_Stderr())
+        logger.setLevel(logging.INFO)
+
+
+class _Stderr(logging.Handler):
+    """As logging.StreamHandler, but to whatever sys.stderr is now: tests and notebooks exchange it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _run(words: list[str], debug: bool) -> int:

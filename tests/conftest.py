@@ -58,6 +58,14 @@ def make_pictures(folder, count, seed=0, start=0):
     return lines
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shown_messages():
+    """What siglit logs is on stderr, as in the command, also where a test calls its functions."""
+    from siglit.cli import show_messages
+
+    show_messages()
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """Processes to be the ranks of gloo groups, started once for all tests."""

@@ -3,6 +3,7 @@
 Knows files and arrays; knows nothing of towers, configurations or torch. The format is specified in cache/README.md.
 """
 
+from siglit.cache.cache_writer import CacheWriter
 from siglit.cache.checking import (
     Problem,
     Unfinished,
@@ -12,7 +13,6 @@ from siglit.cache.checking import (
     remove_shards,
     shards_with_skipped,
 )
-from siglit.cache.collecting import CacheWriter
 from siglit.cache.format import FORMAT_VERSION, CacheError, differing_fields, shard_files
 from siglit.cache.keys import KnownKeys, find_duplicate, hash_keys
 from siglit.cache.lock import exclusive

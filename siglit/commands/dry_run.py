@@ -11,7 +11,7 @@ from siglit.planning.memory import tokenizer_or_numbers
 from siglit.runs.launch import check_batch_fits, check_batch_size, quiet_lightning
 from siglit.training.data import open_data
 from siglit.training.module import SigLiT
-from siglit.training.optim import group_table, parameter_groups, rate, total_steps
+from siglit.training.optim import group_table, lr_multiplier, parameter_groups, total_steps
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def dry_run(experiment: Experiment) -> DryRun:
     table = group_table(groups, module.named_parameters(), optim)
     told = [0, *(round(steps * share) for share in (0.01, 0.1, 0.5, 0.9)), steps - 1]
     rates = ", ".join(
-        f"{step:,}: {optim.lr * rate(step, optim, steps, train.batch_size):.3g}" for step in sorted({*told})
+        f"{step:,}: {optim.lr * lr_multiplier(step, optim, steps, train.batch_size):.3g}" for step in sorted({*told})
     )
     passes = steps * train.batch_size / data.count
     return DryRun(

@@ -15,7 +15,7 @@ from siglit.evaluation.encoding import encode_ids
 from siglit.evaluation.logits import logit_health, nearest_rows
 from siglit.runs.folder import result_path
 from siglit.runs.launch import choose_device
-from siglit.runs.trained import Trained, open_trained
+from siglit.runs.trained import TrainedRun, open_trained
 from siglit.runtime.files import write_json
 
 _ASKED, _NEIGHBOURS = 12, 5
@@ -107,7 +107,7 @@ def eval_logits(experiment: Experiment) -> LogitsResult:
     return result
 
 
-def _nearest(trained: Trained, distinct: np.ndarray, first: np.ndarray) -> list[dict[str, Any]]:
+def _nearest(trained: TrainedRun, distinct: np.ndarray, first: np.ndarray) -> list[dict[str, Any]]:
     """A few captions, evenly spread, with the nearest other ones.
 
     Args:

@@ -19,7 +19,7 @@ from siglit.evaluation import retrieval
 from siglit.evaluation.encoding import encode_ids
 from siglit.runs.folder import result_path
 from siglit.runs.launch import choose_device
-from siglit.runs.trained import Trained, open_trained
+from siglit.runs.trained import TrainedRun, open_trained
 from siglit.runtime.files import write_json
 
 _DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
@@ -112,7 +112,7 @@ def eval_retrieval(experiment: Experiment) -> RetrievalResult:
         index=None if built is None else indices.compare(built, *arrays),
         origin=trained.origin(),
     )
-    trained.index_path()
+    trained.ensure_exact_index()
     write_json(result_path(experiment, "retrieval"), result.to_json())
     return result
 
@@ -135,7 +135,7 @@ def _folds(folds: int, arrays: tuple[np.ndarray, np.ndarray, np.ndarray], device
         raise UserError(f"eval.folds is {folds}, but {error}; choose fewer, or 1 for none") from error
 
 
-def _build(experiment: Experiment, trained: Trained) -> indices.Built | None:
+def _build(experiment: Experiment, trained: TrainedRun) -> indices.Built | None:
     """The index of eval.index, kept beside the exact one; before the captions, whose work a wrong name would cost."""
     factory = experiment.eval.index
     if factory is None:

@@ -13,8 +13,8 @@ from siglit.cache import EmbeddingCache
 from siglit.config import Experiment
 from siglit.data.sources import open_source
 from siglit.errors import UserError
-from siglit.planning.memory import RandomData, footprint
-from siglit.planning.throughput import Probe, probe_speed
+from siglit.planning.memory import RandomData, estimate_memory
+from siglit.planning.throughput import Probe, measure_throughput
 from siglit.runs.caches import cache_path
 from siglit.runs.folder import output_dir
 from siglit.runs.launch import check_batch_fits, check_batch_size, quiet_lightning
@@ -199,13 +199,13 @@ def _planned(experiment: Experiment, gpu_memory: float | None, rate: float | Non
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / _GIB
     asked = experiment.train.precision
     precision = asked if asked != "auto" else "bf16-mixed" if cuda else "32-true"
-    counted = footprint(experiment, device="cuda" if cuda else "cpu", precision=precision)
+    counted = estimate_memory(experiment, device="cuda" if cuda else "cpu", precision=precision)
     fitting = None if gpu_memory is None else counted.largest_micro_batch(_FILLED * gpu_memory * _GIB)
     wanted = experiment.train.micro_batch_size
     passed = min(wanted or fitting or counted.pairs, counted.pairs)
     probe = None
     if rate is None:
-        probe = probe_speed(experiment, precision, passed)
+        probe = measure_throughput(experiment, precision, passed)
         rate = probe.examples_per_second(counted.pairs)
     steps = _steps(experiment, rows)
     width, devices = RandomData(experiment).width, experiment.train.devices

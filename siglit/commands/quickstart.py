@@ -28,7 +28,7 @@ from siglit.runs.launch import check_accelerator, check_batch_fits, check_batch_
 from siglit.runs.trained import open_trained
 from siglit.runtime.files import atomic_write
 from siglit.runtime.progress import Meter
-from siglit.training.optim import rate, total_steps
+from siglit.training.optim import lr_multiplier, total_steps
 
 _TRAIN_IMAGES, _VAL_IMAGES = 8000, 1000
 _QUERIES, _ANSWERS = 8, 5
@@ -111,7 +111,7 @@ def _check_training(experiment: Experiment) -> None:
     check_batch_size(experiment.train)
     check_batch_fits(experiment.train, _TRAIN_IMAGES)
     steps = total_steps(experiment.train, _TRAIN_IMAGES)
-    rate(0, experiment.optim, steps, experiment.train.batch_size)  # raises where the schedule does not fit
+    lr_multiplier(0, experiment.optim, steps, experiment.train.batch_size)  # raises where the schedule does not fit
 
 
 def _draw(listing: Path, scenes: Iterable[shapes.Scene], seed: tuple[int, int]) -> None:
@@ -140,7 +140,7 @@ def _gallery(experiment: Experiment, pictures: Path) -> Image.Image:
     ztxt = encode_ids(
         trained.tower, trained.tokenizer(queries), batch_size=_QUERIES, device=torch.device("cpu"), quiet=True
     )
-    scores, found = nearest_images(trained.index_path(), ztxt, _ANSWERS)
+    scores, found = nearest_images(trained.ensure_exact_index(), ztxt, _ANSWERS)
     rows = []
     for number, query in enumerate(queries):
         answers = []

@@ -43,7 +43,7 @@ def search(experiment: Experiment, query: str) -> SearchResult:
         ) from error
     trained = open_trained(experiment)
     ztxt = encode_ids(trained.tower, trained.tokenizer([query]), batch_size=1, device=torch.device("cpu"), quiet=True)
-    scores, rows = nearest_images(trained.index_path(), ztxt, experiment.eval.top_k)
+    scores, rows = nearest_images(trained.ensure_exact_index(), ztxt, experiment.eval.top_k)
     logits = trained.logit_scale * scores[0] + trained.logit_bias
     return SearchResult(
         query=query,

@@ -4,6 +4,7 @@ Sets up Lightning and the run's folder; what is trained is `siglit.training.modu
 """
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -29,10 +30,12 @@ from siglit.runs.launch import (
 from siglit.runtime.signals import Signals, ending_with_first_process, stopping_at_signals
 from siglit.training.callbacks import Record, TrainProgress
 from siglit.training.checkpointing import Stopped
-from siglit.training.data import TrainData, open_data
+from siglit.training.data import TrainDataModule, open_data
 from siglit.training.module import SigLiT
-from siglit.training.optim import rate, total_steps
+from siglit.training.optim import lr_multiplier, total_steps
 from siglit.training.trainer import build_trainer
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def train(experiment: Experiment) -> TrainResult:
             return _run(experiment, data, steps, folder, signals)
 
 
-def _open(experiment: Experiment) -> tuple[TrainData, int]:
+def _open(experiment: Experiment) -> tuple[TrainDataModule, int]:
     """The data and the number of steps; nothing is written yet."""
     train = experiment.train
     check_batch_size(train)
@@ -95,11 +98,11 @@ def _open(experiment: Experiment) -> tuple[TrainData, int]:
     data = open_data(experiment)
     check_batch_fits(train, data.count)
     steps = total_steps(train, data.count)
-    rate(0, experiment.optim, steps, train.batch_size)  # raises before anything is made
+    lr_multiplier(0, experiment.optim, steps, train.batch_size)  # raises before anything is made
     return data, steps
 
 
-def _run(experiment: Experiment, data: TrainData, steps: int, folder: Path, signals: Signals) -> TrainResult:
+def _run(experiment: Experiment, data: TrainDataModule, steps: int, folder: Path, signals: Signals) -> TrainResult:
     last = folder / "checkpoints" / checkpoints.LAST
     resumed, taken_before = _find_resume_checkpoint(experiment, folder)
     record = Record(folder, experiment)
@@ -151,14 +154,14 @@ def _find_resume_checkpoint(experiment: Experiment, folder: Path) -> tuple[bool,
     path = checkpoints.prepare(kept) if first else kept / checkpoints.LAST
     if path is None:
         if wanted:
-            print(f"{kept} holds no checkpoint: training begins at the first step", file=sys.stderr, flush=True)
+            _logger.info(f"{kept} holds no checkpoint: training begins at the first step")
         return False, 0
     if first or path.exists():
         resume.check_resumed(folder, checkpoints.trained_as(path), experiment, quiet=not first)
     return (True, checkpoints.steps_taken(path)) if first else (wanted and checkpoints.exist(kept), 0)
 
 
-def _fit(trainer: pl.Trainer, module: SigLiT, data: TrainData, start: Path | None, signals: Signals) -> None:
+def _fit(trainer: pl.Trainer, module: SigLiT, data: TrainDataModule, start: Path | None, signals: Signals) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
     except Stopped:

@@ -47,7 +47,7 @@ def choose_shuffle(cache: EmbeddingCache) -> tuple[Literal["rows", "blocks"], st
     return _choose(len(cache) * cache.dim * 2, "embeddings")
 
 
-def choose_picture_shuffle(source: Source, processes: int) -> tuple[Literal["rows", "blocks"], str]:
+def choose_image_shuffle(source: Source, processes: int) -> tuple[Literal["rows", "blocks"], str]:
     """Return how to shuffle a source whose samples each of a machine's `processes` would hold, and why, in words."""
     return _choose(source.memory() * processes, "images and captions")
 

@@ -57,7 +57,7 @@ def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
     return gathered
 
 
-class Visits:
+class BlockExchange:
     """The visits of all ranks' blocks to this one; around the ring, its own comes first.
 
     Iterate to get (rank it belongs to, tensors of the block); call `give` with what the block has earned before the

@@ -23,7 +23,7 @@ from siglit.loss.composition import (
     priority_bits,
 )
 from siglit.loss.elementwise import all_negative, compiling, fused, signed
-from siglit.loss.exchange import Exchange, Visits, world
+from siglit.loss.exchange import BlockExchange, Exchange, world
 from siglit.loss.function import LossWithGradients, check, scalar
 from siglit.loss.tiles import add_product, cosines, slope_dtype, tiles, wide
 
@@ -59,8 +59,8 @@ def sigmoid_loss(
         logit_scale: scalar t > 0.
         logit_bias: scalar b.
         group: ranks that share the global batch; None: all ranks, or this process alone.
-        exchange: how images travel, see `Visits`; the value is the same up to rounding. None: the loss of this process
-            alone, whether or not there are others.
+        exchange: how images travel, see `BlockExchange`; the value is the same up to rounding. None: the loss of this
+            process alone, whether or not there are others.
         chunk_size: pairs are worked on in tiles of chunk_size × chunk_size; None: chosen for the device.
         negatives: which negatives count (paper, section 4.7); None: all.
         image_ids: (B,) int64; with `text_ids`, pairs of different rows that share an id are ambiguous.
@@ -235,8 +235,8 @@ class _Sums:
         wanted = round(negatives.per_positive * self.batch * self.ranks)
         return Selection(self.plan.ambiguous, negatives, least_kept(count, bits, wanted))
 
-    def _visits(self) -> Visits:
-        return Visits([self.visiting, *self.plan.ids], self.plan.exchange, self.plan.group)
+    def _visits(self) -> BlockExchange:
+        return BlockExchange([self.visiting, *self.plan.ids], self.plan.exchange, self.plan.group)
 
     def _tiles(self, block: torch.Tensor) -> Iterator[tuple[slice, slice]]:
         return tiles(self.batch, len(block), self.plan.chunk_size, block.device, compiling(self.pairs))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from siglit.loss.elementwise import compiling, fused, softmax_slope
-from siglit.loss.exchange import Exchange, Visits, world
+from siglit.loss.exchange import BlockExchange, Exchange, world
 from siglit.loss.function import LossWithGradients, check, scalar
 from siglit.loss.tiles import add_product, cosines, slope_dtype, tiles, wide
 
@@ -35,7 +35,7 @@ def softmax_loss(
         ztxt: (B, D) unit rows of the same type, paired with `zimg` row by row.
         logit_scale: scalar t > 0.
         group: ranks that share the global batch; None: all ranks, or this process alone.
-        exchange: how images travel, see `Visits`; None: the loss of this process alone.
+        exchange: how images travel, see `BlockExchange`; None: the loss of this process alone.
         chunk_size: pairs are worked on in tiles of chunk_size × chunk_size; None: chosen for the device.
 
     Returns:
@@ -81,7 +81,7 @@ class _Call:
         own_gradient = torch.zeros_like(own, dtype=dtype) if self.own_gradient else None
         in_scale = own.new_zeros(len(own), dtype=dtype)
         ranks, rank = self._world
-        visits = Visits([visiting, of_columns], self.exchange, self.group)
+        visits = BlockExchange([visiting, of_columns], self.exchange, self.group)
         pairs = len(own) ** 2 * ranks
         slopes = fused(softmax_slope, pairs)
         for origin, (block, of_block) in visits:
@@ -139,7 +139,7 @@ class _Call:
         ranks, _ = self._world
         of_rows = own.new_full((len(own),), -torch.inf, dtype=scale.dtype)
         of_columns = of_rows.new_full((ranks, len(own)), -torch.inf)
-        for origin, (block,) in Visits([visiting], self.exchange, self.group):
+        for origin, (block,) in BlockExchange([visiting], self.exchange, self.group):
             for rows, columns in tiles(len(own), len(block), self.chunk_size, block.device):
                 logits = cosines(own[rows], block[columns]) * scale
                 of_rows[rows] = torch.logaddexp(of_rows[rows], logits.logsumexp(1))

@@ -24,7 +24,7 @@ from torch import nn
 from siglit.config import ImageTowerConfig
 from siglit.errors import UserError
 from siglit.models.hub import hub_or_cache
-from siglit.models.unread import freeze_unread, graph_only
+from siglit.models.unused import freeze_unread, graph_only
 from siglit.runtime.files import check_regular, open_regular
 from siglit.runtime.paths import expand
 
@@ -156,7 +156,7 @@ class ImageTower(nn.Module):
         return row
 
 
-class ImageSide(nn.Module):
+class ImageEncoder(nn.Module):
     """What the loss sees of images: the tower, or the rows that a locked one left in the cache; then the head, if any.
 
     Attributes:

@@ -21,7 +21,7 @@ from siglit.models.pretrained_text import (
     rebuild_text_model,
     text_mask,
 )
-from siglit.models.unread import freeze_unread, graph_only
+from siglit.models.unused import freeze_unread, graph_only
 
 # width, depth, heads; `L12` is the Large width with 12 layers of arXiv:2303.15343, section 4.4.
 PRESETS = {

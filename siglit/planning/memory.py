@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from siglit.config import Experiment
-from siglit.data.batches import Batch
+from siglit.data.epoch_loader import Batch
 from siglit.errors import UserError
 from siglit.loss.elementwise import compiling
 from siglit.loss.tiles import tiles
-from siglit.models.image_tower import ImageSide, ImageTower
+from siglit.models.image_tower import ImageEncoder, ImageTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
 from siglit.runs.tokenizer import tokenizer_path
-from siglit.training.data import TrainData
+from siglit.training.data import TrainDataModule
 from siglit.training.module import SigLiT
 from siglit.training.optim import parameter_groups, state_bytes
 
@@ -48,7 +48,7 @@ class Vocabulary:
         self.vocab_size, self.length = vocab_size, length
 
 
-class RandomData(TrainData):
+class RandomData(TrainDataModule):
     """Random pairs of the shapes that the experiment trains on, and an image side with random weights."""
 
     def __init__(self, experiment: Experiment):
@@ -65,10 +65,10 @@ class RandomData(TrainData):
         """There are none."""
         return ()
 
-    def image_side(self) -> tuple[ImageSide, dict[str, Any]]:
+    def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:
         """As in training, on the default device."""
         tower = None if self.locked else ImageTower(self._config, trainable=True)
-        return ImageSide(tower, width=self.width, head=self._config.head), {}
+        return ImageEncoder(tower, width=self.width, head=self._config.head), {}
 
     def batch(self, pairs: int) -> Batch:
         """Draw a batch."""
@@ -114,7 +114,7 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes per device."""
 
     parameters: dict[str, int]
@@ -173,7 +173,7 @@ class Footprint:
         return next((size for size in sizes if self.peak(size) <= budget), None)
 
 
-def footprint(experiment: Experiment, *, device: str, precision: str) -> Footprint:
+def estimate_memory(experiment: Experiment, *, device: str, precision: str) -> MemoryEstimate:
     """Count what one of the experiment's devices will hold.
 
     Args:
@@ -194,7 +194,7 @@ def footprint(experiment: Experiment, *, device: str, precision: str) -> Footpri
     groups = parameter_groups(module, experiment.optim, {})
     trained_images = any(p.requires_grad for p in module.image_tower.parameters())
     rows, tile = _loss_bytes(experiment, module.image_tower.dim, device, precision, trained_images)
-    return Footprint(
+    return MemoryEstimate(
         parameters={
             "image tower": sum(p.numel() for p in module.image_tower.parameters()),
             "text tower": sum(p.numel() for p in module.text_tower.parameters()),

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 
 from siglit.config import Experiment
-from siglit.data.batches import Batch
+from siglit.data.epoch_loader import Batch
 from siglit.planning.memory import RandomData
 from siglit.training.module import SigLiT
 
@@ -39,7 +39,7 @@ class Probe:
         return pairs / (self.optimizer_seconds + self.seconds_per_pair * pairs)
 
 
-def probe_speed(experiment: Experiment, precision: str, passed: int) -> Probe:
+def measure_throughput(experiment: Experiment, precision: str, passed: int) -> Probe:
     """Time training steps of growing size on one device, until one takes long enough to tell.
 
     Args:

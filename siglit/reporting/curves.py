@@ -48,7 +48,7 @@ _PANELS = (
     _Panel("parameter norm", r"train/(\w+)/param_norm"),
     _Panel("update norm", r"train/(\w+)/update_norm", ("linear", "log")),
     _Panel("examples/s", r"train/examples_per_second"),
-    _Panel("share of the hardware's peak", r"train/peak_share"),
+    _Panel("share of the hardware's peak", r"train/mfu"),
     _Panel("share of a step's time", r"time/(\w+)", ("linear", "log")),
 )
 

@@ -16,7 +16,7 @@ from siglit.data.images import BadImage, decode_image
 from siglit.data.sources import open_source
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids
-from siglit.runs.trained import Trained
+from siglit.runs.trained import TrainedRun
 from siglit.runtime.progress import Meter
 
 _SAMPLE, _SHOWN, _ANSWERS = 256, 16, 5
@@ -63,7 +63,7 @@ class Gallery:
     """Why pictures are missing, or nothing."""
 
 
-def draw_gallery(experiment: Experiment, trained: Trained) -> Gallery | None:
+def draw_gallery(experiment: Experiment, trained: TrainedRun) -> Gallery | None:
     """Ask for the images of an evenly drawn sample of captions and choose queries to show; None without captions."""
     cache = trained.cache
     if cache.num_captions == 0:

@@ -24,7 +24,7 @@ from siglit.errors import UserError
 from siglit.reporting import curves, svg, tables
 from siglit.reporting.gallery import data_uri, draw_gallery
 from siglit.reporting.results import read_summary
-from siglit.runs.trained import Trained
+from siglit.runs.trained import TrainedRun
 from siglit.runtime import machine, provenance
 
 _PACKAGES = ("torch", "lightning", "timm", "transformers", "faiss-cpu", "h5py", "numpy", "pillow")
@@ -56,7 +56,7 @@ _PANELS = (
 
 
 def collect(
-    experiment: Experiment, folder: Path, results: Mapping[str, dict[str, Any]], trained: Trained | None
+    experiment: Experiment, folder: Path, results: Mapping[str, dict[str, Any]], trained: TrainedRun | None
 ) -> dict[str, Any]:
     """What the page shows, as plain values for its template."""
     training = read_summary(folder).get("train") or {}
@@ -129,7 +129,7 @@ def made_by() -> dict[str, str]:
 
 
 def _facts(
-    experiment: Experiment, training: Mapping[str, Any], trained: Trained | None, step: int | None
+    experiment: Experiment, training: Mapping[str, Any], trained: TrainedRun | None, step: int | None
 ) -> list[tuple[str, str]]:
     text = experiment.text_tower
     facts = [

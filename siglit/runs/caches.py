@@ -1,7 +1,7 @@
 """The caches of an experiment: where they are, and whether they are what the experiment asks for."""
 
+import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from siglit.data.sources import source_identity
 from siglit.errors import UserError
 from siglit.runs.launch import is_first_process
 from siglit.runtime.files import file_hash
+
+_logger = logging.getLogger(__name__)
 
 
 def cache_path(experiment: Experiment, split: str) -> Path:
@@ -48,7 +50,7 @@ def _check_source(spec: SourceSpec, cache: EmbeddingCache) -> None:
         asked = source_identity(spec)
     except UserError as error:
         if is_first_process():
-            print(f"the source of {cache.path} cannot be compared here: {error}", file=sys.stderr)
+            _logger.warning(f"the source of {cache.path} cannot be compared here: {error}")
         return
     if asked is not None:
         cache.check_fingerprint({"source": asked}, ["source"])

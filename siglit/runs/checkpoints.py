@@ -5,8 +5,8 @@
 
 import contextlib
 import errno
+import logging
 import os
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 
 from siglit.errors import UserError
 from siglit.runtime.files import remove_leftovers
+
+_logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -34,7 +36,7 @@ def newest(folder: Path) -> Path | None:
             continue
         if _is_whole(path):
             if damaged:
-                print(f"{damaged[0]} is damaged; {path.name}, the checkpoint before it, is used", file=sys.stderr)
+                _logger.warning(f"{damaged[0]} is damaged; {path.name}, the checkpoint before it, is used")
             return path
         damaged.append(path)
     if damaged:

@@ -3,6 +3,7 @@
 Knows the fields of the experiment, and which of them move the weights; nothing of trainers and checkpoints.
 """
 
+import logging
 import sys
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 from siglit.config import COUNTS, Experiment, count, plain
 from siglit.errors import UserError
 from siglit.runtime.files import write_bytes
+
+_logger = logging.getLogger(__name__)
 
 RECORD = "experiment.yaml"
 
@@ -112,9 +115,9 @@ def check_resumed(folder: Path, trained_as: dict[str, Any] | None, experiment: E
     else:
         found = []
         if not quiet:
-            print(f"there is no {path}: what has changed since is not known", file=sys.stderr, flush=True)
+            _logger.info(f"there is no {path}: what has changed since is not known")
     for difference in () if quiet else found:
-        print(f"resuming with {difference}", file=sys.stderr, flush=True)
+        _logger.info(f"resuming with {difference}")
     changing = [difference.field for difference in found if difference.changes_curve]
     if changing and not experiment.train.resume_changed:
         raise UserError(

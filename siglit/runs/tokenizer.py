@@ -1,7 +1,7 @@
 """The run's tokenizer: where it is, and how it is trained if it is missing."""
 
 import json
-import sys
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from siglit.errors import UserError
 from siglit.models.tokenizer import SentencePieceTokenizer, lowercases, train_sentencepiece
 from siglit.runs.folder import output_dir
 from siglit.runtime.files import atomic_write, write_json
+
+_logger = logging.getLogger(__name__)
 
 
 def tokenizer_path(experiment: Experiment) -> str:
@@ -53,10 +55,8 @@ def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
     with atomic_write(path) as file:
         file.write(model)
     if pieces < config.vocab_size:
-        print(
+        _logger.warning(
             f"{path} has {pieces:,} pieces, not tokenizer.vocab_size {config.vocab_size:,}: "
-            "the captions support no more",
-            file=sys.stderr,
-            flush=True,
+            "the captions support no more"
         )
     return str(path)

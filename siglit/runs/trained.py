@@ -23,7 +23,7 @@ from siglit.embedding import embed_source
 from siglit.errors import UserError
 from siglit.evaluation.encoding import unit_rows
 from siglit.evaluation.index import is_index_of, save_index
-from siglit.models.image_tower import ImageSide, ImageTower
+from siglit.models.image_tower import ImageEncoder, ImageTower
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
 from siglit.runs.caches import open_cache
@@ -36,7 +36,7 @@ _LARGEST_LOG_SCALE = 80.0
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A trained run and the images of one split."""
 
     cache: EmbeddingCache
@@ -58,7 +58,7 @@ class Trained:
     index_file: Path
     """Where `index_path` keeps the index over `zimg`: another cache or head has another file."""
 
-    def index_path(self) -> Path:
+    def ensure_exact_index(self) -> Path:
         """File of the exact faiss index over `zimg`, written if nobody has asked for it before, or if it is damaged."""
         if not is_index_of(self.index_file, self.zimg):
             save_index(self.zimg, self.index_file)
@@ -74,7 +74,7 @@ class Trained:
         }
 
 
-def open_trained(experiment: Experiment, split: Literal["train", "val"] | None = None) -> Trained:
+def open_trained(experiment: Experiment, split: Literal["train", "val"] | None = None) -> TrainedRun:
     """Load the run's checkpoint, embed the images of a split (None: eval.split) if no cache holds them.
 
     Raises:
@@ -101,7 +101,7 @@ def open_trained(experiment: Experiment, split: Literal["train", "val"] | None =
     cache = cache or _embed(experiment, side)
     zimg, index_file = _behind_head(experiment, cache, side)
     tower = _text_tower(path, about, _part(weights, "text_tower."))
-    return Trained(
+    return TrainedRun(
         cache=cache,
         zimg=zimg,
         tower=tower,
@@ -179,7 +179,7 @@ def _image_side(
     about: dict[str, Any],
     weights: dict[str, torch.Tensor],
     cache: EmbeddingCache | None,
-) -> ImageSide:
+) -> ImageEncoder:
     """The image side as it was trained, without the weights that it started from."""
     if about["image_head"] != experiment.image_tower.head:
         raise UserError(
@@ -192,10 +192,10 @@ def _image_side(
                 f"{path} was trained on embeddings of {_tower_words(about['image_tower'])}, but {cache.path} holds "
                 f"those of {_tower_words(cache.fingerprint['image_tower'])}; train again, or set cache.path"
             )
-        side = ImageSide(None, width=cache.dim, head=experiment.image_tower.head)
+        side = ImageEncoder(None, width=cache.dim, head=experiment.image_tower.head)
     else:
         tower = ImageTower(replace(experiment.image_tower, pretrained=False, weights=None))
-        side = ImageSide(tower, width=tower.embedding_width, head=experiment.image_tower.head)
+        side = ImageEncoder(tower, width=tower.embedding_width, head=experiment.image_tower.head)
     try:
         side.load_state_dict(weights)
     except RuntimeError as error:
@@ -204,7 +204,7 @@ def _image_side(
     return side.eval()
 
 
-def _embed(experiment: Experiment, side: ImageSide) -> EmbeddingCache:
+def _embed(experiment: Experiment, side: ImageEncoder) -> EmbeddingCache:
     """Embed the images of eval.split with the trained tower."""
     split = experiment.eval.split
     spec = getattr(experiment.data, split)
@@ -229,7 +229,7 @@ def _embed(experiment: Experiment, side: ImageSide) -> EmbeddingCache:
     return done.cache
 
 
-def _behind_head(experiment: Experiment, cache: EmbeddingCache, side: ImageSide) -> tuple[np.ndarray, Path]:
+def _behind_head(experiment: Experiment, cache: EmbeddingCache, side: ImageEncoder) -> tuple[np.ndarray, Path]:
     """Unit rows of the cache's images, and the file of the index over them."""
     rows = cache.gather(np.arange(len(cache)))
     name = cache.digest[:16]

@@ -1,6 +1,6 @@
 """Callbacks of training: the seed of a step, the record of the experiment, and progress."""
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from siglit.config import Experiment
 from siglit.runs import resume
 from siglit.runtime.progress import Meter
 from siglit.training.monitor import is_logged
+
+_logger = logging.getLogger(__name__)
 
 
 class StepSeed(pl.Callback):
@@ -60,7 +62,7 @@ class TrainProgress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how the rows are shuffled; begin at the step the run goes on from."""
         if trainer.is_global_zero:
-            print(trainer.datamodule.shuffle_told(), file=sys.stderr, flush=True)  # type: ignore[attr-defined]
+            _logger.info(trainer.datamodule.shuffle_message())  # type: ignore[attr-defined]
         self.first_step = trainer.global_step
         done = trainer.global_step * self._batch_size
         self._meter = Meter(

@@ -4,7 +4,7 @@ Shapes: I images, T captions, L tokens, D embedding width, H × W the tower's in
 """
 
 import itertools
-import sys
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from siglit.config import Experiment
-from siglit.data.batches import TrainBatches
 from siglit.data.corruption import corruption_of, noise_pool
 from siglit.data.decoding import Decoder, UnitPixels, pixel_batches
-from siglit.data.pictures import PictureBatches
-from siglit.data.shuffle import choose_picture_shuffle, choose_shuffle
+from siglit.data.epoch_loader import CacheLoader
+from siglit.data.image_loader import ImageLoader
+from siglit.data.shuffle import choose_image_shuffle, choose_shuffle
 from siglit.data.sources import open_source
 from siglit.data.tokens import token_ids
 from siglit.errors import UserError
-from siglit.models.image_tower import ImageSide, ImageTower
+from siglit.models.image_tower import ImageEncoder, ImageTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
 from siglit.runs.caches import open_cache
 from siglit.runs.folder import output_dir
@@ -32,11 +32,13 @@ from siglit.runs.launch import is_first_process
 from siglit.runs.tokenizer import ensure_tokenizer, tokenizer_path
 from siglit.runtime import machine
 
+_logger = logging.getLogger(__name__)
+
 Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
 """What validation embeds: (I, …) input of the image side, (T, L) token ids, (T,) image of each text."""
 
 
-class TrainData(pl.LightningDataModule, ABC):
+class TrainDataModule(pl.LightningDataModule, ABC):
     """What both kinds share: the first rank trains a missing tokenizer while the others wait.
 
     Attributes:
@@ -59,7 +61,7 @@ class TrainData(pl.LightningDataModule, ABC):
         """All captions to train on."""
 
     @abstractmethod
-    def image_side(self) -> tuple[ImageSide, dict[str, Any]]:
+    def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:
         """Build the image side that takes these batches; and what its embeddings start from, as a fingerprint."""
 
     def prepare_data(self) -> None:
@@ -74,7 +76,7 @@ class TrainData(pl.LightningDataModule, ABC):
         """One empty step: the whole sample is embedded at once, see the module."""
         return [0]
 
-    def shuffle_told(self) -> str:
+    def shuffle_message(self) -> str:
         """How the pairs are shuffled and why, once the position of a resumed run is known."""
         assert self._batches is not None
         why = self._reason if self._batches.shuffle == self._chosen else "as before the run was resumed"
@@ -91,7 +93,7 @@ class TrainData(pl.LightningDataModule, ABC):
         }
 
 
-class CacheData(TrainData):
+class CacheDataModule(TrainDataModule):
     """Rows of the caches, and token ids beside them: no image is decoded."""
 
     def __init__(self, experiment: Experiment):
@@ -115,9 +117,9 @@ class CacheData(TrainData):
         """All captions of the training cache."""
         return self.train.iter_captions()
 
-    def image_side(self) -> tuple[ImageSide, dict[str, Any]]:
+    def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:
         """The cached rows, behind a head if there is one."""
-        side = ImageSide(None, width=self.train.dim, head=self._experiment.image_tower.head)
+        side = ImageEncoder(None, width=self.train.dim, head=self._experiment.image_tower.head)
         return side, self.train.fingerprint["image_tower"]
 
     def prepare_data(self) -> None:
@@ -127,7 +129,7 @@ class CacheData(TrainData):
         token_ids(self.train, load_tokenizer(path, self._experiment.tokenizer))
         self._noise()
 
-    def train_dataloader(self) -> TrainBatches:
+    def train_dataloader(self) -> CacheLoader:
         """This rank's part of the global batches."""
         assert self.trainer is not None
         if self._batches is None:
@@ -136,7 +138,7 @@ class CacheData(TrainData):
             chosen, self._reason = self.trainer.strategy.broadcast(choose_shuffle(self.train))
             self._chosen = chosen if shuffle == "auto" else shuffle
             labels = self.train.labels if self._experiment.loss.same == "label" else None
-            self._batches = TrainBatches(
+            self._batches = CacheLoader(
                 self.train,
                 token_ids(self.train, self.tokenizer),
                 labels=labels,
@@ -178,7 +180,7 @@ class CacheData(TrainData):
         return self.val.gather(np.arange(rows)), self.tokenizer(captions), image_of_text
 
 
-class PictureData(TrainData):
+class ImageDataModule(TrainDataModule):
     """Images, decoded while the tower learns."""
 
     def __init__(self, experiment: Experiment):
@@ -191,13 +193,13 @@ class PictureData(TrainData):
         self.train = open_source(experiment.data.train)
         self.val = open_source(experiment.data.val) if experiment.data.val is not None else None
         self.count = sum(1 for several in self.train.captions() if several)
-        self._side: tuple[ImageSide, dict[str, Any]] | None = None
+        self._side: tuple[ImageEncoder, dict[str, Any]] | None = None
 
     def captions(self) -> Iterable[str]:
         """All captions of the training source."""
         return itertools.chain.from_iterable(self.train.captions())
 
-    def image_side(self) -> tuple[ImageSide, dict[str, Any]]:
+    def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:
         """The whole tower, from its pretrained weights or from random ones."""
         if self._side is None:
             config = self._experiment.image_tower
@@ -209,7 +211,7 @@ class PictureData(TrainData):
                     "what the tower is to start from, or set mode: scratch"
                 )
             tower = ImageTower(config, trainable=True)
-            side = ImageSide(tower, width=tower.embedding_width, head=config.head)
+            side = ImageEncoder(tower, width=tower.embedding_width, head=config.head)
             # Random weights are no part of what a run started from: the seed is.
             started = tower.fingerprint() | ({"weights": None} if self._experiment.mode == "scratch" else {})
             # A position counts the rows of this listing and of no other.
@@ -217,7 +219,7 @@ class PictureData(TrainData):
             self._side = side, identity
         return self._side
 
-    def train_dataloader(self) -> PictureBatches:
+    def train_dataloader(self) -> ImageLoader:
         """This rank's part of the global batches."""
         if self._batches is None:
             self._batches = self._open_batches()
@@ -231,11 +233,9 @@ class PictureData(TrainData):
         skipped, self._batches.skipped = self._batches.skipped, Counter()
         if skipped and is_first_process():
             reasons = "; ".join(f"{count} {reason}" for reason, count in skipped.most_common(5))
-            print(
+            _logger.warning(
                 f"{skipped.total():,} of {self._batches.seen:,} images (of this process) could not be used and others "
-                f"took their places: {reasons}",
-                file=sys.stderr,
-                flush=True,
+                f"took their places: {reasons}"
             )
 
     def val_sample(self) -> Sample:
@@ -256,7 +256,7 @@ class PictureData(TrainData):
         image_of_text = np.repeat(np.arange(len(captions[:wanted])), [len(several) for several in captions[:wanted]])
         return np.concatenate(pixels)[:wanted], self.tokenizer(texts), image_of_text
 
-    def _open_batches(self) -> PictureBatches:
+    def _open_batches(self) -> ImageLoader:
         assert self.trainer is not None
         tower, config = self._tower(), self._experiment.data
         decoder = Decoder(
@@ -270,10 +270,10 @@ class PictureData(TrainData):
         )
         shuffle = self._experiment.train.shuffle
         # One choice for all ranks: their machines may differ in the memory that is free.
-        here = choose_picture_shuffle(self.train, self._experiment.train.devices)
+        here = choose_image_shuffle(self.train, self._experiment.train.devices)
         chosen, self._reason = self.trainer.strategy.broadcast(here)
         self._chosen = chosen if shuffle == "auto" else shuffle
-        return PictureBatches(
+        return ImageLoader(
             self.train,
             self.tokenizer,
             decoder,
@@ -295,7 +295,7 @@ class PictureData(TrainData):
         return UnitPixels(self.val, units, tower.transform(), size, most, tower.draft())
 
     def _tower(self) -> ImageTower:
-        tower = self.image_side()[0].tower
+        tower = self.image_encoder()[0].tower
         assert tower is not None
         return tower
 
@@ -305,10 +305,10 @@ class PictureData(TrainData):
         return min(16, machine.cores_per_rank(self._experiment.train.devices))
 
 
-def open_data(experiment: Experiment) -> CacheData | PictureData:
+def open_data(experiment: Experiment) -> CacheDataModule | ImageDataModule:
     """Open what the experiment's mode reads.
 
     Raises:
         UserError: it is missing, or does not fit.
     """
-    return CacheData(experiment) if experiment.mode == "locked" else PictureData(experiment)
+    return CacheDataModule(experiment) if experiment.mode == "locked" else ImageDataModule(experiment)

@@ -4,8 +4,8 @@ Knows the experiment; what is read is `siglit.training.data`, commands and files
 the image side and the batches that come in, nothing else. Shapes: B pairs per rank, L tokens, D embedding width.
 """
 
+import logging
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -18,18 +18,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from siglit.config import Experiment, plain
-from siglit.data.batches import Batch
+from siglit.data.epoch_loader import Batch
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode
 from siglit.evaluation.retrieval import retrieval_metrics
 from siglit.loss import Negatives, sigmoid_loss, softmax_loss
 from siglit.loss.exchange import gather_rows
-from siglit.models.image_tower import ImageSide
+from siglit.models.image_tower import ImageEncoder
 from siglit.models.text_tower import TextTower
-from siglit.training.data import Sample, TrainData
+from siglit.training.data import Sample, TrainDataModule
 from siglit.training.fsdp import shard, unsharded
 from siglit.training.monitor import Clock, is_logged
-from siglit.training.optim import build_optimizer, parameter_groups, rate
+from siglit.training.optim import build_optimizer, lr_multiplier, parameter_groups
+
+_logger = logging.getLogger(__name__)
 
 _WATCHED = ("positive_logit", "negative_logit", "positive_share")
 """Statistics of the loss that are logged, see `sigmoid_loss`."""
@@ -38,7 +40,7 @@ _WATCHED = ("positive_logit", "negative_logit", "positive_share")
 class SigLiT(pl.LightningModule):
     """Two towers that learn to meet under the sigmoid loss; locked, the image tower is the rows of its cache."""
 
-    image_tower: ImageSide
+    image_tower: ImageEncoder
     text_tower: TextTower
 
     def __init__(self, experiment: Experiment, total_steps: int):
@@ -73,9 +75,9 @@ class SigLiT(pl.LightningModule):
             if self.device_mesh is not None:
                 shard(self, self.device_mesh["data_parallel"])
 
-    def build(self, data: TrainData) -> None:
+    def build(self, data: TrainDataModule) -> None:
         """Build the towers for each other and for the tokenizer."""
-        self.image_tower, identity = data.image_side()
+        self.image_tower, identity = data.image_encoder()
         built: dict[str, Any] = {
             "vocab_size": data.tokenizer.vocab_size,
             "length": data.tokenizer.length,
@@ -103,7 +105,7 @@ class SigLiT(pl.LightningModule):
         """Take rates and decay from the experiment, also where a checkpoint has others; tell of the text tower."""
         self._ask_optimizer()
         if self.trainer.is_global_zero and self.text_tower.told:
-            print(self.text_tower.told, file=sys.stderr, flush=True)
+            _logger.info(self.text_tower.told)
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         """Loss of this rank's part of the global batch."""
@@ -235,7 +237,7 @@ class SigLiT(pl.LightningModule):
         return image + [f"text_tower.{name}" for name in self.text_tower.unread]
 
     def _share_of_peak(self, step: int) -> float:
-        return rate(step, self._experiment.optim, self._total_steps, self._experiment.train.batch_size)
+        return lr_multiplier(step, self._experiment.optim, self._total_steps, self._experiment.train.batch_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with a run that was another.

@@ -73,7 +73,7 @@ class Clock:
         return shares
 
 
-class Watch(pl.Callback):
+class TrainingMonitor(pl.Callback):
     """Logs how a run is doing, and stops it when a loss or the weights are no longer finite.
 
     On the steps that Lightning logs, and on no other:
@@ -84,7 +84,7 @@ class Watch(pl.Callback):
     - `time/data` (waiting for the batch), `time/towers` (forward and backward), `time/loss` and `time/optimizer` (with
       clipping), shares of this one step, which waits for the device at their borders. Gradients of our losses are
       computed in their forward, so it is the whole loss that counts as such;
-    - `train/peak_share`: FLOP/s of the towers as a share of the hardware's peak, where that is known (`peak_flops`).
+    - `train/mfu`: FLOP/s of the towers as a share of the hardware's peak, where that is known (`peak_flops`).
 
     The module has a `clock` and an `embed(batch)`. Times are those of the first rank.
     """
@@ -163,7 +163,7 @@ class Watch(pl.Callback):
         self._mark = now, steps
         figures: dict[str, Any] = {**self._norms, "train/examples_per_second": rate}
         if self._peak is not None and self._flops is not None:
-            figures["train/peak_share"] = rate * self._flops / (trainer.world_size * self._peak)
+            figures["train/mfu"] = rate * self._flops / (trainer.world_size * self._peak)
         for name, parameters in _towers(pl_module).items():
             after = [p.detach() for p in parameters]
             before = self._before.pop(name)

@@ -128,7 +128,7 @@ def state_bytes(groups: Sequence[Mapping[str, Any]], config: OptimConfig) -> int
     return sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
 
 
-def rate(step: int, config: OptimConfig, total_steps: int, batch_size: int) -> float:
+def lr_multiplier(step: int, config: OptimConfig, total_steps: int, batch_size: int) -> float:
     """Share of the peak learning rate at a step.
 
     A linear warm-up from 0, then a cosine to 0 at `total_steps`, the peak, or 1 / sqrt(1 + steps / timescale) counted

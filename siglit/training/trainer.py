@@ -18,7 +18,7 @@ from siglit.training.callbacks import Record, StepSeed, TrainProgress
 from siglit.training.checkpointing import AtomicFiles, Checkpoints
 from siglit.training.fsdp import Sharded
 from siglit.training.metrics_csv import MetricsTable
-from siglit.training.monitor import Watch
+from siglit.training.monitor import TrainingMonitor
 
 
 def build_trainer(
@@ -53,7 +53,7 @@ def build_trainer(
         callbacks=[
             record,
             StepSeed(experiment.seed),
-            Watch(train.batch_size, folder / "checkpoints"),
+            TrainingMonitor(train.batch_size, folder / "checkpoints"),
             TrainProgress(train.batch_size, steps),
             Checkpoints(folder / "checkpoints" / checkpoints.LAST, every, steps, signals),
         ],

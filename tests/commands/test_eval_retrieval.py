@@ -55,7 +55,7 @@ def test_all_that_can_be_asked_for(run_of):
     assert written["folds"] == pytest.approx({name: np.mean([part[name] for part in parts]) for name in expected})
     assert written["of"] == trained.origin()
     assert [probe["nprobe"] for probe in written["index"]["sweep"]] == [1, 2]
-    kept = trained.index_path().with_name(f"{trained.index_path().stem}-IVF2-Flat.faiss")
+    kept = trained.ensure_exact_index().with_name(f"{trained.ensure_exact_index().stem}-IVF2-Flat.faiss")
     assert written["index"]["file"] == str(kept)
     assert written["index"]["bytes_per_vector"] == kept.stat().st_size / 12
     table = str(result).splitlines()
@@ -97,15 +97,15 @@ def test_the_index_is_written_once(run_of, trained_folder):
 def test_another_cache_or_head_has_another_index(run_of, trained_folder):
     """An index of other rows would find wrong images without a word."""
     files = {
-        open_trained(parse("eval-retrieval")).index_path(),
-        open_trained(parse("eval-retrieval", "--eval.split", "train")).index_path(),
+        open_trained(parse("eval-retrieval")).ensure_exact_index(),
+        open_trained(parse("eval-retrieval", "--eval.split", "train")).ensure_exact_index(),
     }
     words = ["--image_tower.head", "24", "--output_dir", "runs/head"]
     for more in ([], ["--train.resume", "true", "--train.steps", "9", "--train.resume_changed", "true"]):
         siglit.train(parse("train", *words, *more))
         trained = open_trained(parse("eval-retrieval", *words))
-        assert trained.index_path().exists()
-        files.add(trained.index_path())
+        assert trained.ensure_exact_index().exists()
+        files.add(trained.ensure_exact_index())
     assert len(files) == 4
     assert len(list((trained_folder / "runs/head").glob("*.faiss"))) == 2
 

@@ -95,7 +95,7 @@ def small(tmp_path):
 )
 def test_predicted_peak_is_within_15_percent_of_the_measured_one(small, words):
     """The kernel's high-water mark of resident memory over two real training steps in a process of its own."""
-    from siglit.planning.memory import footprint
+    from siglit.planning.memory import estimate_memory
 
     # Otherwise malloc keeps what was freed for later, up to as much again: what it wastes is not what a step needs.
     done = subprocess.run(
@@ -109,7 +109,7 @@ def test_predicted_peak_is_within_15_percent_of_the_measured_one(small, words):
     assert done.returncode == 0, done.stderr
     measured = int(done.stdout.split()[-1])
     experiment = parse("train", *words, config=str(small))
-    counted = footprint(experiment, device="cpu", precision=experiment.train.precision)
+    counted = estimate_memory(experiment, device="cpu", precision=experiment.train.precision)
     predicted = counted.peak(experiment.train.micro_batch_size)
     assert measured > 50 * 2**20  # or the process itself would be what is measured
     assert predicted == pytest.approx(measured, rel=0.15), (
@@ -121,12 +121,12 @@ def test_counts_are_those_of_the_real_module(small):
     """Parameters, and the state after a real optimiser step, of a module with numbers."""
     import torch
 
-    from siglit.planning.memory import RandomData, footprint
+    from siglit.planning.memory import RandomData, estimate_memory
     from siglit.training.module import SigLiT
 
     for name in ("lion", "adamw", "adafactor"):
         experiment = parse("train", "--optim.name", name, "--mode", "scratch", config=str(small))
-        counted = footprint(experiment, device="cpu", precision="32-true")
+        counted = estimate_memory(experiment, device="cpu", precision="32-true")
         module = SigLiT(experiment, 10)
         module.build(RandomData(experiment))
         for parameter in module.parameters():
@@ -141,10 +141,10 @@ def test_counts_are_those_of_the_real_module(small):
 
 
 def test_the_proposed_micro_batch_fits_and_twice_as_many_pairs_do_not(small):
-    from siglit.planning.memory import footprint
+    from siglit.planning.memory import estimate_memory
 
     experiment = parse("train", config=str(small))
-    counted = footprint(experiment, device="cpu", precision="32-true")
+    counted = estimate_memory(experiment, device="cpu", precision="32-true")
     assert counted.largest_micro_batch(counted.peak(None)) == 128
     budget = counted.peak(32) + 1000
     assert counted.largest_micro_batch(budget) == 32

@@ -12,9 +12,9 @@ import torch
 import siglit
 from siglit.cache import EmbeddingCache
 from siglit.data import shuffle
-from siglit.data.batches import row_hash
+from siglit.data.epoch_loader import row_hash
 from siglit.errors import UserError
-from siglit.models.image_tower import ImageSide
+from siglit.models.image_tower import ImageEncoder
 from siglit.models.text_tower import TextTower
 from siglit.runs.launch import check_slurm_tasks
 from siglit.runs.trained import open_trained
@@ -104,7 +104,7 @@ def gradients(experiment, batch):
     """{name: gradient} of one step of the module in float64, without a trainer's optimiser."""
     torch.manual_seed(0)
     module = SigLiT(experiment, 100)
-    module.image_tower = ImageSide(None, width=16, head=None)
+    module.image_tower = ImageEncoder(None, width=16, head=None)
     module.text_tower = TextTower(experiment.text_tower, vocab_size=64, length=8, eos_id=1, pad_id=1, dim=16)
     module.double()
     module._trainer = SimpleNamespace(global_step=0, _logger_connector=SimpleNamespace(should_update_logs=False))

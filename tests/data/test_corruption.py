@@ -7,8 +7,8 @@ import torch
 from siglit.cache import EmbeddingCache, finish, write_shard
 from siglit.config import DataConfig, SourceSpec
 from siglit.data import shuffle
-from siglit.data.batches import TrainBatches
 from siglit.data.corruption import Corruption, corruption_of, noise_pixels, noise_pool
+from siglit.data.epoch_loader import CacheLoader
 from siglit.errors import UserError
 
 KINDS = ("image", "text", "alignment")
@@ -54,7 +54,7 @@ def small_blocks(monkeypatch):
 
 
 def loader(cache, ids, corruption, **arguments):
-    return TrainBatches(cache, ids, batch_size=BATCH, seed=0, corruption=corruption, noise=POOL, **arguments)
+    return CacheLoader(cache, ids, batch_size=BATCH, seed=0, corruption=corruption, noise=POOL, **arguments)
 
 
 def one_pass(batches):
@@ -181,7 +181,7 @@ def test_passes_are_spoilt_differently(cache, ids):
 
 @pytest.mark.parametrize("order", ["rows", "blocks"])
 def test_no_corruption_and_a_share_of_nothing_change_no_byte(cache, ids, order):
-    plain = one_pass(TrainBatches(cache, ids, batch_size=BATCH, seed=0, shuffle=order))
+    plain = one_pass(CacheLoader(cache, ids, batch_size=BATCH, seed=0, shuffle=order))
     for corruption in (None, spoil(*KINDS, share=0.0)):
         found = one_pass(loader(cache, ids, corruption, shuffle=order))
         assert {n: (a.dtype, a.tobytes()) for n, a in found.items()} == {

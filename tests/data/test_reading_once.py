@@ -14,7 +14,7 @@ from siglit.data import listings
 from siglit.data.decoding import UnitPixels, pixel_batches
 from siglit.data.sources import open_source
 from siglit.embedding import _stretch
-from tests.data.test_pictures import COUNT, loader, png, small, to_pixels, write_parquet, write_webdataset
+from tests.data.test_image_loader import COUNT, loader, png, small, to_pixels, write_parquet, write_webdataset
 
 __all__ = ["small"]  # the fixture
 

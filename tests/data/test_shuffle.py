@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from siglit.data import shuffle
-from siglit.data.shuffle import BlockShuffle, RowShuffle, Share, choose_captions, choose_picture_shuffle, choose_shuffle
+from siglit.data.shuffle import BlockShuffle, RowShuffle, Share, choose_captions, choose_image_shuffle, choose_shuffle
 
 
 def offsets(rows, every=3):
@@ -166,7 +166,7 @@ def test_every_process_of_a_machine_holds_the_images(monkeypatch, processes, cho
             return 1000
 
     monkeypatch.setattr(shuffle, "_free_memory", lambda: 5000)
-    assert choose_picture_shuffle(Source(), processes)[0] == chosen
+    assert choose_image_shuffle(Source(), processes)[0] == chosen
 
 
 def test_the_free_memory_is_the_machines():

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from siglit.loss import Negatives, sigmoid_loss, softmax_loss
-from siglit.loss.exchange import Visits, gather_rows, world
-from tests.loss.reference import EXCHANGES, Watch, assert_equal, batch, leaves, sigmoid, value_and_gradients
+from siglit.loss.exchange import BlockExchange, gather_rows, world
+from tests.loss.reference import EXCHANGES, TrainingMonitor, assert_equal, batch, leaves, sigmoid, value_and_gradients
 
 SIZES = (1, 2, 3, 4)
 
@@ -14,7 +14,7 @@ SIZES = (1, 2, 3, 4)
 def walk(rank, size, exchange):
     """Origins seen, whether each block was the origin's, and what came home of 10^(worker's rank) given to each."""
     rows, ids = torch.full((2, 3), float(rank)), torch.tensor([rank, rank + 100])
-    visits, origins, right = Visits([rows, ids], exchange), [], True
+    visits, origins, right = BlockExchange([rows, ids], exchange), [], True
     for origin, (block, of_block) in visits:
         origins.append(origin)
         right &= bool((block == origin).all()) and of_block.tolist() == [origin, origin + 100]
@@ -35,7 +35,7 @@ def test_every_block_comes_by_once_and_brings_home_the_sum_of_what_it_was_given(
 @pytest.mark.parametrize("exchange", [*EXCHANGES, None])
 def test_one_process_is_visited_by_itself(exchange):
     rows, earned = torch.zeros(2, 3), torch.ones(2, 3)
-    visits = Visits([rows], exchange)
+    visits = BlockExchange([rows], exchange)
     for origin, (block,) in visits:
         assert (origin, block.data_ptr()) == (0, rows.data_ptr())
         visits.give(earned)
@@ -134,37 +134,37 @@ def test_ranks_that_disagree_all_raise_at_once_and_say_what_each_brought(ranks, 
         assert message == messages[0]
 
 
-def peak(rank, size, exchange, n, image_side):
-    zimg, ztxt = (torch.ones(n, 64, requires_grad=on) for on in (image_side, True))
-    with Watch() as watch:
+def peak(rank, size, exchange, n, image_encoder):
+    zimg, ztxt = (torch.ones(n, 64, requires_grad=on) for on in (image_encoder, True))
+    with TrainingMonitor() as watch:
         loss = sigmoid_loss(zimg, ztxt, 7.0, -3.0, exchange=exchange, chunk_size=32)
     assert loss.requires_grad
     return watch.peak
 
 
-@pytest.mark.parametrize("image_side", [False, True], ids=["locked", "unlocked"])
+@pytest.mark.parametrize("image_encoder", [False, True], ids=["locked", "unlocked"])
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_memory_does_not_grow_with_the_number_of_ranks_but_for_gather(ranks, exchange, image_side):
+def test_memory_does_not_grow_with_the_number_of_ranks_but_for_gather(ranks, exchange, image_encoder):
     """The most bytes alive during a call, in blocks of B × D float32; a block of gradients is one too."""
     block = 128 * 64 * 4
-    blocks = [max(ranks.run(peak, size, exchange, 128, image_side)) / block for size in SIZES[1:]]
+    blocks = [max(ranks.run(peak, size, exchange, 128, image_encoder)) / block for size in SIZES[1:]]
     if exchange == "gather":
         assert blocks[2] > blocks[0] + 1.9
     else:
-        assert max(blocks) < (14 if image_side else 7), blocks
+        assert max(blocks) < (14 if image_encoder else 7), blocks
 
 
 def backward(rank, size, loss, exchange):
     """Operations of torch.distributed in forward and in backward, everything trainable."""
     zimg, ztxt, ids = batch(6, 4)
     inputs = leaves(zimg, ztxt, 7.0, -3.0)
-    with Watch() as forward:
+    with TrainingMonitor() as forward:
         if loss == "softmax":
             value = softmax_loss(*inputs[:3], exchange=exchange)
         else:
             masks = {"negatives": Negatives("hardest", 1), "image_ids": ids[0]} if loss == "masked" else {}
             value = sigmoid_loss(*inputs, exchange=exchange, **masks)
-    with Watch() as after:
+    with TrainingMonitor() as after:
         value.backward()
     assert after.names
     return [[name for name in watch.names if "c10d" in name] for watch in (forward, after)]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from siglit.loss import sigmoid_loss
-from siglit.loss.exchange import Visits
+from siglit.loss.exchange import BlockExchange
 from tests.loss.reference import (
     BIAS,
     EXCHANGES,
@@ -47,9 +47,9 @@ def losses_and_gradients(rank, size, mask, cases, control=None):
     """Of each case, this rank's loss and gradients of its images (if not locked), its texts, t and b."""
     zimg, ztxt, ids = batch(size * PAIRS, DIM)
     mine = slice(rank * PAIRS, (rank + 1) * PAIRS)
-    walk, change, results = Visits.__iter__, CONTROLS.get(control), []
+    walk, change, results = BlockExchange.__iter__, CONTROLS.get(control), []
     if change is not None:
-        Visits.__iter__ = lambda visits: iter(change(type("Walk", (), {"__iter__": lambda _: walk(visits)})()))
+        BlockExchange.__iter__ = lambda visits: iter(change(type("Walk", (), {"__iter__": lambda _: walk(visits)})()))
     try:
         for exchange, chunk, locked in cases:
             inputs = leaves(zimg[mine], ztxt[mine], SCALE, BIAS)
@@ -59,7 +59,7 @@ def losses_and_gradients(rank, size, mask, cases, control=None):
             loss.backward()
             results.append([loss.detach(), *(leaf.grad for leaf in inputs if leaf.requires_grad)])
     finally:
-        Visits.__iter__ = walk
+        BlockExchange.__iter__ = walk
     return results
 
 

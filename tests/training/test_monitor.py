@@ -16,10 +16,10 @@ import siglit
 from siglit.cache import EmbeddingCache
 from siglit.cli import main
 from siglit.commands.train import TrainProgress
-from siglit.data.batches import TrainBatches
+from siglit.data.epoch_loader import CacheLoader
 from siglit.runs.launch import quiet_lightning
 from siglit.training import monitor as watching
-from siglit.training.monitor import Clock, Watch
+from siglit.training.monitor import Clock, TrainingMonitor
 from tests.conftest import parse, run_siglit
 
 BATCH, STEPS = 5, 7
@@ -65,7 +65,7 @@ class Data(pl.LightningDataModule):
     def train_dataloader(self):
         return self.batches
 
-    def shuffle_told(self):
+    def shuffle_message(self):
         return ""
 
 
@@ -87,7 +87,7 @@ def fit(module, batches, folder, log_every, *others):
         gradient_clip_val=0.5,
         log_every_n_steps=log_every,
         logger=CSVLogger(folder, name="", version=""),
-        callbacks=[Watch(BATCH, folder / "checkpoints"), *others],
+        callbacks=[TrainingMonitor(BATCH, folder / "checkpoints"), *others],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -192,8 +192,10 @@ def test_a_step_that_is_not_logged_copies_nothing_times_nothing_and_reads_nothin
 def test_losses_do_not_pile_up_where_little_is_logged(batches, tmp_path, monkeypatch):
     monkeypatch.setattr(watching, "_UNREAD_AT_MOST", 2)
     held = []
-    real = Watch.check
-    monkeypatch.setattr(Watch, "check", lambda self, trainer: (held.append(len(self._unread)), real(self, trainer)))
+    real = TrainingMonitor.check
+    monkeypatch.setattr(
+        TrainingMonitor, "check", lambda self, trainer: (held.append(len(self._unread)), real(self, trainer))
+    )
     fit(Tiny(), batches, tmp_path, 100)
     assert held == [2, 2, 2, 1]
 
@@ -227,11 +229,11 @@ def test_the_share_of_the_peak_is_counted_without_a_trace(batches, tmp_path, mon
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in module.parameters())
     fit(Tiny(), batches, tmp_path / "unknown", 2)
-    assert "train/peak_share" not in rows_of(tmp_path / "unknown")[0]
+    assert "train/mfu" not in rows_of(tmp_path / "unknown")[0]
     monkeypatch.setattr(watching, "peak_flops", lambda device: 1e9)
     fit(module, batches, tmp_path / "known", 2)
     for row in rows_of(tmp_path / "known"):
-        assert row["train/peak_share"] == pytest.approx(row["train/examples_per_second"] * 72 / 1e9, rel=1e-5)
+        assert row["train/mfu"] == pytest.approx(row["train/examples_per_second"] * 72 / 1e9, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def poisoned(project, monkeypatch):
     siglit.precompute(parse("precompute"))
     cache = EmbeddingCache("cache/small/train")
     ids = np.zeros((cache.caption_offsets[-1], 8))
-    _, second = itertools.islice(TrainBatches(cache, ids, batch_size=16, seed=0), 2)
+    _, second = itertools.islice(CacheLoader(cache, ids, batch_size=16, seed=0), 2)
     shard, row = divmod(int(second["rows"][0]), 8)
     with h5py.File(sorted((project / "cache/small/train").glob("*.h5"))[shard], "r+") as file:
         file["embedding"][row] = np.nan

@@ -13,7 +13,14 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 from siglit.config import OptimConfig, TextTowerConfig, TrainConfig
 from siglit.errors import UserError
 from siglit.models.text_tower import TextTower
-from siglit.training.optim import build_optimizer, group_table, parameter_groups, rate, state_bytes, total_steps
+from siglit.training.optim import (
+    build_optimizer,
+    group_table,
+    lr_multiplier,
+    parameter_groups,
+    state_bytes,
+    total_steps,
+)
 
 KERNELS = {"wide.weight", "tall.weight", "small.weight", "conv.weight"}
 KERNELS |= {"attention.in_proj_weight", "attention.out_proj.weight"}
@@ -203,7 +210,7 @@ def test_twenty_steps_and_more_equal_big_visions(name, rule, steps, decay_pretra
     model = Model().double()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(model, config, MULTIPLIERS)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config, steps, 8))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_multiplier(step, config, steps, 8))
 
     expected = {n: p.detach().numpy().copy() for n, p in trained.items()}
     states = {n: {} for n in trained}
@@ -295,7 +302,7 @@ def test_state_bytes_are_those_of_the_state_after_a_step(name):
 
 
 def values(total, batch_size=8, **config):
-    return [rate(step, OptimConfig(**config), total, batch_size) for step in range(total + 1)]
+    return [lr_multiplier(step, OptimConfig(**config), total, batch_size) for step in range(total + 1)]
 
 
 def test_cosine_rises_in_a_line_and_falls_to_zero():
@@ -303,7 +310,7 @@ def test_cosine_rises_in_a_line_and_falls_to_zero():
     assert found[:11] == pytest.approx([step / 10 for step in range(11)])
     assert found[10:] == pytest.approx([(1 + math.cos(math.pi * done / 40)) / 2 for done in range(41)])
     assert (found[0], found[10], found[30], found[50]) == pytest.approx((0, 1, 0.5, 0))
-    assert rate(70, OptimConfig(warmup_steps=10), 50, 8) == pytest.approx(0)
+    assert lr_multiplier(70, OptimConfig(warmup_steps=10), 50, 8) == pytest.approx(0)
 
 
 def test_constant_stays_at_the_peak_until_it_cools_down():
@@ -354,7 +361,7 @@ def test_ramps_in_examples_equal_those_in_steps():
 )
 def test_schedules_that_contradict_themselves_are_refused_in_one_line(config, told):
     with pytest.raises(UserError, match=told) as error:
-        rate(0, OptimConfig(**config), 10, 8)
+        lr_multiplier(0, OptimConfig(**config), 10, 8)
     assert "\n" not in str(error.value)
 
 

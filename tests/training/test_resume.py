@@ -18,7 +18,7 @@ from siglit.errors import UserError
 from siglit.models.text_tower import TextTower
 from siglit.runs import checkpoints
 from siglit.runtime.signals import Terminated
-from siglit.training.data import CacheData
+from siglit.training.data import CacheDataModule
 from siglit.training.module import SigLiT
 from tests.conftest import ROOT, parse, run_siglit
 from tests.runtime.test_signals import ROUNDS, gone
@@ -325,7 +325,7 @@ def test_a_signal_before_the_first_step_ends_at_once(number, kind, folder, whole
     shutil.copytree(whole(), folder)
     before = (folder / "checkpoints/last.ckpt").read_bytes()
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(CacheData, "prepare_data", lambda self: signal.raise_signal(number))
+    monkeypatch.setattr(CacheDataModule, "prepare_data", lambda self: signal.raise_signal(number))
     with pytest.raises(KeyboardInterrupt) as stopped:
         siglit.train(experiment("stopped", "locked", "--train.resume", "true"))
     assert type(stopped.value) is kind

@@ -4,7 +4,7 @@ Knows caches and token ids, not towers; the order is drawn in `shuffle.py`. `pic
 Shapes: B pairs per rank, G = B · W pairs over W ranks, D embedding width, S × S pixels, L tokens, M captions.
 """
 
-import sys
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -18,6 +18,8 @@ from siglit.data.corruption import Corruption
 from siglit.data.prefetch import Prefetched
 from siglit.data.shuffle import Arrays, BlockShuffle, RowShuffle, Share, choose_captions
 from siglit.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 _SHUFFLES: dict[str, type[RowShuffle] | type[BlockShuffle]] = {"rows": RowShuffle, "blocks": BlockShuffle}
 
@@ -38,7 +40,7 @@ class Batch(TypedDict):
     no label."""
 
 
-class Passes(ABC):
+class EpochLoader(ABC):
     """Endless passes over captioned images; one iteration is one pass.
 
     Pass e visits the rows in an order drawn from (seed, e) and pairs each with one of its captions, drawn from (seed,
@@ -69,7 +71,7 @@ class Passes(ABC):
         world_size: int,
         corruption: Corruption | None = None,
     ):
-        """Take what `TrainBatches` takes; `name` is what the images come from, for messages.
+        """Take what `CacheLoader` takes; `name` is what the images come from, for messages.
 
         Raises:
             UserError: the batch cannot be divided among the ranks, or there are fewer captioned images than that.
@@ -152,7 +154,7 @@ class Passes(ABC):
         }
 
 
-class TrainBatches(Passes):
+class CacheLoader(EpochLoader):
     """Passes over the captioned rows of a cache."""
 
     def __init__(
@@ -221,10 +223,8 @@ class TrainBatches(Passes):
         """
         saved, here = state.get("cache.digest"), self._cache.digest
         if saved is None and self._share.rank == 0:
-            print(
-                f"the checkpoint does not record the cache it was trained on: {self._cache.path} is taken for it",
-                file=sys.stderr,
-                flush=True,
+            _logger.warning(
+                f"the checkpoint does not record the cache it was trained on: {self._cache.path} is taken for it"
             )
         if saved not in (None, here):
             raise UserError(

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from siglit.config import ImageTowerConfig, SourceSpec
-from siglit.data import pictures
+from siglit.data import image_loader
 from siglit.data.corruption import Corruption
 from siglit.data.decoding import Decoder, UnitPixels, pixel_batches
-from siglit.data.pictures import PictureBatches
+from siglit.data.image_loader import ImageLoader
 from siglit.data.sources import open_source
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
@@ -38,9 +38,9 @@ FORMATS = ("csv", "parquet", "webdataset")
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Units of 5, windows of 3 units, jobs of 3: batches, windows and jobs end anywhere in one another."""
-    monkeypatch.setattr(pictures, "UNIT_SAMPLES", 5)
-    monkeypatch.setattr(pictures, "WINDOW_UNITS", 3)
-    monkeypatch.setattr(pictures, "CHUNK", 3)
+    monkeypatch.setattr(image_loader, "UNIT_SAMPLES", 5)
+    monkeypatch.setattr(image_loader, "WINDOW_UNITS", 3)
+    monkeypatch.setattr(image_loader, "CHUNK", 3)
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ def loader(
     source, batch_size=12, seed=0, workers=0, max_skipped=1.0, crop=None, flip=False, transform=to_pixels, **more
 ):
     decoder = Decoder(transform, SIZE, 1000, crop=crop, flip=flip)
-    return PictureBatches(
+    return ImageLoader(
         source, Tokens(), decoder, batch_size=batch_size, seed=seed, workers=workers, max_skipped=max_skipped, **more
     )
 
@@ -356,7 +356,7 @@ def test_an_unusable_image_is_replaced_by_a_pair_that_belongs_together(broken):
 
 def test_stand_ins_come_from_the_window(broken, monkeypatch):
     """And from the first samples of it, so that no more than those outlive it."""
-    monkeypatch.setattr(pictures, "SPARES", 4)
+    monkeypatch.setattr(image_loader, "SPARES", 4)
     (batch,) = loader(broken, batch_size=len(CAPTIONED))
     numbers, counts = np.unique(batch["ids"][:, 0].numpy(), return_counts=True)
     assert 1 <= (counts > 1).sum() <= 4
@@ -404,12 +404,12 @@ def test_no_window_stays_when_a_pass_is_over(source, monkeypatch, workers):
     """Nor the thread that reads them, while the loader waits for its next pass."""
     alive = weakref.WeakSet()
 
-    class Window(pictures._Window):
+    class Window(image_loader._Window):
         def __init__(self, *args):
             alive.add(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(pictures, "_Window", Window)
+    monkeypatch.setattr(image_loader, "_Window", Window)
     batches = loader(source, shuffle="blocks", workers=workers)
     list(batches)
     assert not alive
@@ -421,14 +421,14 @@ def test_two_windows_at_most_are_in_memory(sources, fmt, monkeypatch):
     """Counted whenever one begins to be read; each is bounded by its units, and holds this rank's share of them."""
     alive, counts = weakref.WeakSet(), []
 
-    class Window(pictures._Window):
+    class Window(image_loader._Window):
         def __init__(self, *args):
             alive.add(self)
             counts.append(len(alive))
             super().__init__(*args)
             sizes.append(len(self._samples))
 
-    class Slow(pictures.Prefetched):
+    class Slow(image_loader.Prefetched):
         """The thread begins the next window before the one it made is in the taker's hand."""
 
         def __next__(self):
@@ -437,9 +437,9 @@ def test_two_windows_at_most_are_in_memory(sources, fmt, monkeypatch):
             return window
 
     sizes = []
-    monkeypatch.setattr(pictures, "Prefetched", Slow)
-    monkeypatch.setattr(pictures, "_Window", Window)
-    monkeypatch.setattr(pictures, "SPARES", 2)
+    monkeypatch.setattr(image_loader, "Prefetched", Slow)
+    monkeypatch.setattr(image_loader, "_Window", Window)
+    monkeypatch.setattr(image_loader, "SPARES", 2)
     for batch in itertools.islice(endless(loader(sources[fmt], shuffle="blocks", rank=1, world_size=2)), 9):
         time.sleep(0.02)
         assert len(batch["rows"]) == 6
@@ -473,7 +473,7 @@ def test_images_of_a_table_are_read_unit_by_unit(source, monkeypatch):
 def test_at_most_three_batches_are_in_memory(source, monkeypatch):
     """One in the taker's hand, one ready, and one that is made as soon as that is taken."""
     alive, counts = weakref.WeakSet(), []
-    original = pictures.PictureBatches._batch
+    original = image_loader.ImageLoader._batch
 
     def counted(self, *args):
         counts.append(len(alive) + 1)
@@ -481,7 +481,7 @@ def test_at_most_three_batches_are_in_memory(source, monkeypatch):
         alive.add(batch["image"])
         return batch
 
-    monkeypatch.setattr(pictures.PictureBatches, "_batch", counted)
+    monkeypatch.setattr(image_loader.ImageLoader, "_batch", counted)
     for taken, batch in enumerate(itertools.islice(iter(loader(source, batch_size=4)), 8), start=1):
         assert eventually(lambda taken=taken: len(counts) == taken + 1)
         time.sleep(0.03)
@@ -502,7 +502,7 @@ def test_pixels_are_those_of_precompute(tmp_path, tower_weights):
     made = pixel_batches(UnitPixels(source, source.units(20), transform, 7, 10_000, draft), 0, False)
     wanted = {sample.key: pixels for batch in made for sample, pixels in zip(batch.samples, batch.pixels, strict=True)}
     decoder = Decoder(transform, tower.image_size, 10_000, draft)
-    batches = PictureBatches(source, Tokens(), decoder, batch_size=len(CAPTIONED), seed=0, workers=0, max_skipped=0)
+    batches = ImageLoader(source, Tokens(), decoder, batch_size=len(CAPTIONED), seed=0, workers=0, max_skipped=0)
     (batch,) = batches
     for key, pixels in zip(batches.keys(batch["rows"].tolist()), batch["image"], strict=True):
         assert torch.equal(pixels, wanted[key])
@@ -557,7 +557,7 @@ def test_a_user_error_of_a_worker_stays_one(source, workers):
 @pytest.mark.parametrize("good", [0, 2])
 def test_an_error_of_the_source_comes_out_as_it_is(tmp_path, monkeypatch, workers, good):
     """In its place: the batches before it are handed out. No worker waits for the traceback to be forgotten."""
-    monkeypatch.setattr(pictures, "WINDOW_UNITS", 1)
+    monkeypatch.setattr(image_loader, "WINDOW_UNITS", 1)
     source = open_source(write_webdataset(tmp_path, [png(number) for number in range(COUNT)]))
     batches = loader(source, batch_size=4, shuffle="blocks", workers=workers)
     order = np.random.default_rng((0, 0, 0)).permutation(5)
@@ -607,14 +607,14 @@ import torch
 from siglit.config import SourceSpec
 from siglit.data import decoding
 from siglit.data.decoding import Decoder
-from siglit.data.pictures import PictureBatches
+from siglit.data.image_loader import ImageLoader
 from siglit.data.sources import open_source
 
 decoding._WORKER_GRACE = 1000.0
 source = open_source(SourceSpec("csv", {spec.path!r}, label_column="label"))
 shrink = lambda image: torch.zeros(3, 4, 4, dtype=torch.uint8)
 tokens = lambda texts: np.zeros((len(texts), 2), np.int32)
-batches = PictureBatches(source, tokens, Decoder(shrink, 4, 1000), batch_size=4, seed=0, workers=2, max_skipped=0)
+batches = ImageLoader(source, tokens, Decoder(shrink, 4, 1000), batch_size=4, seed=0, workers=2, max_skipped=0)
 tell = lambda: print(*(child.pid for child in multiprocessing.active_children()))
 {last_words}
 """

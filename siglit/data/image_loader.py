@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from siglit.cache import find_duplicate, hash_keys
-from siglit.data.batches import Batch, Passes, image_ids, row_hash
 from siglit.data.corruption import Corruption, noise_pixels
 from siglit.data.decoding import Decoded, Decoder, Decoding, Job
+from siglit.data.epoch_loader import Batch, EpochLoader, image_ids, row_hash
 from siglit.data.images import BadImage
 from siglit.data.prefetch import Prefetched
 from siglit.data.shuffle import choose_captions
@@ -38,7 +38,7 @@ _FEW = 10
 """Unusable images that are no reason to stop yet, whatever their share."""
 
 
-class PictureBatches(Passes):
+class ImageLoader(EpochLoader):
     """Passes over the captioned samples of a source, their images decoded and augmented in worker processes.
 
     `shuffle: rows` keeps all samples in memory (where their image is a file, or lies in a tar, its place; else its

@@ -10,7 +10,7 @@ import torch
 
 from siglit.cache import EmbeddingCache, finish, write_shard
 from siglit.data import shuffle
-from siglit.data.batches import TrainBatches
+from siglit.data.epoch_loader import CacheLoader
 from siglit.errors import UserError
 
 ROWS, DIM, LENGTH = 53, 6, 4
@@ -42,7 +42,7 @@ def ids(cache):
 
 
 def loader(cache, ids, batch_size=8, seed=0, **ranks):
-    return TrainBatches(cache, ids, batch_size=batch_size, seed=seed, **ranks)
+    return CacheLoader(cache, ids, batch_size=batch_size, seed=seed, **ranks)
 
 
 def taken(batches):

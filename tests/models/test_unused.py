@@ -33,7 +33,7 @@ from siglit.models import image_tower, text_tower
 from siglit.models.image_tower import ImageTower
 from siglit.models.pretrained_text import _class_of
 from siglit.models.text_tower import TextTower
-from siglit.models.unread import freeze_unread, graph_only
+from siglit.models.unused import freeze_unread, graph_only
 from siglit.planning.memory import RandomData
 from siglit.runs.launch import quiet_lightning
 from siglit.training.fsdp import shard
