@@ -1,15 +1,15 @@
-# One target per check; CI runs the same ones. `make quickstart` and `make test` need nothing but Python ≥ 3.11.
+# One target per check; CI runs the same ones. `make quickstart`, `make test` and `make wheel` need only Python ≥ 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
 # torch and torchvision must come from one index; a stray wheel folder would break the pair.
 PIP := PIP_FIND_LINKS= $(BIN)/pip install --quiet --disable-pip-version-check
-# One thread each, as several run side by side.
+# One thread for each test process, because several run at the same time.
 TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST := $(TEST) $(BIN)/python -m pytest -n auto
-# Among versions that nobody has tried together, what one package deprecates in another is listed and does not fail.
-LISTED := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
+# With versions that have not been tested together, deprecation warnings between packages are listed and do not fail.
+WARN := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
-.PHONY: quickstart test test-slow test-all test-latest test-oldest check lint format types imports lock
+.PHONY: quickstart test test-slow test-all test-latest test-oldest wheel check lint format types imports lock
 
 quickstart: .venv/run
 	$(BIN)/siglit quickstart
@@ -23,17 +23,25 @@ test-slow: .venv/test
 test-all: .venv/test
 	$(PYTEST)
 
-# The newest release of everything, in an environment of its own.
+# The newest release of every package, in a separate environment.
 test-latest:
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	PIP_FIND_LINKS= .venv-latest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]'
-	$(TEST) .venv-latest/bin/python -m pytest -n auto $(LISTED)
+	$(TEST) .venv-latest/bin/python -m pytest -n auto $(WARN)
 
-# The lowest versions that pyproject.toml admits, which have wheels for Python 3.11.
+# The lowest versions that pyproject.toml allows; they have wheels for Python 3.11.
 test-oldest: .venv/uv
 	test -x .venv-oldest/bin/python || $(BIN)/uv venv --quiet --python 3.11 .venv-oldest
 	$(BIN)/uv pip install --quiet --upgrade --python .venv-oldest --resolution lowest-direct -e '.[test]'
-	$(TEST) .venv-oldest/bin/python -m pytest -n auto $(LISTED)
+	$(TEST) .venv-oldest/bin/python -m pytest -n auto $(WARN)
+
+# The wheel alone, in an empty environment outside the checkout: every file that a user needs is in it.
+wheel:
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; export PIP_FIND_LINKS=; \
+	$(PYTHON) -m venv "$$folder/env"; \
+	"$$folder/env/bin/pip" wheel --quiet --no-deps --wheel-dir "$$folder" .; \
+	"$$folder/env/bin/pip" install --quiet --constraint constraints.txt "$$folder"/siglit-*.whl; \
+	cd "$$folder"; env/bin/siglit quickstart
 
 check: lint types imports test-all
 
@@ -51,13 +59,13 @@ format: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Resolves every package anew, for all extras and all Pythons, into the versions that the other targets install.
+# Resolves every package again, for all extras and all Python versions; the other targets install these versions.
 lock: .venv/uv
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
 		--no-emit-index-url --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
 
 .venv/run: pyproject.toml constraints.txt
-	@echo "installing siglit and its packages into .venv (some minutes the first time)"
+	@echo "installing siglit and its dependencies into .venv (takes a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -c constraints.txt -e .
 	touch $@

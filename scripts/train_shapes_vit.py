@@ -2,11 +2,11 @@
 
     python scripts/train_shapes_vit.py --out siglit/assets/shapes_vit.safetensors --minutes 32
 
-The tower learns from attributes, never from sentences: linear heads on its pooled embedding name the layout, the number
-of objects and the colour, shape and size of each; linear heads on its patch tokens name the same of the object that
-lies there. Scenes are drawn afresh all the time, from seeds that the quickstart set never uses.
-Measured: 273,024 images in 32 minutes on 2 cores that other work shared; the pooled heads then named every scene of the
-last batch of 128 (whole scenes 1.00 in siglit/assets/shapes_vit.json).
+The tower is trained on attributes, never on sentences: linear heads on its pooled embedding predict the layout, the
+number of objects and the colour, shape and size of each; linear heads on its patch tokens predict the same for the
+object at that place. Every scene is new, drawn from seeds that the quickstart set never uses.
+Measured: 273,024 images in 32 minutes on 2 cores shared with other processes; at the end the pooled heads were right
+about every scene of the last batch of 128 ("whole_scenes": 1.0 in siglit/assets/shapes_vit.json).
 """
 
 import argparse
@@ -61,7 +61,7 @@ def patch_targets(scene: shapes.Scene, placed: np.ndarray, patches: int = 8) -> 
 
 
 class Scenes(IterableDataset):
-    """Endless batches of freshly drawn scenes."""
+    """Endless batches of newly drawn scenes."""
 
     def __init__(self, batch: int, seed: int):
         self.batch, self.seed = batch, seed
@@ -74,12 +74,12 @@ class Scenes(IterableDataset):
             scenes = shapes.draw_scenes(self.batch, seed)
             pixels = np.stack([np.asarray(shapes.draw_image(s, (seed, i))) for i, s in enumerate(scenes)])
             patches = np.stack([patch_targets(s, shapes.arrange(s, (seed, i))) for i, s in enumerate(scenes)])
-            answers = torch.tensor([targets(scene) for scene in scenes])
-            yield torch.from_numpy(pixels).permute(0, 3, 1, 2), answers, torch.from_numpy(patches)
+            labels = torch.tensor([targets(scene) for scene in scenes])
+            yield torch.from_numpy(pixels).permute(0, 3, 1, 2), labels, torch.from_numpy(patches)
 
 
 def main() -> None:
-    """Train for the given time with a cosine schedule over it; print the accuracies as they come."""
+    """Train for the given time, with a cosine schedule over that time; print accuracies every 50 steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--minutes", type=float, default=32)
@@ -95,7 +95,7 @@ def main() -> None:
     model = nn.ModuleList([tower, heads, patch_heads])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.02, betas=(0.9, 0.98))
     start, step, examples = time.time(), 0, 0
-    for pixels, answers, patches in DataLoader(Scenes(args.batch, args.seed), batch_size=None, num_workers=1):
+    for pixels, labels, patches in DataLoader(Scenes(args.batch, args.seed), batch_size=None, num_workers=1):
         done = (time.time() - start) / (60 * args.minutes)
         if done >= 1:
             break
@@ -106,23 +106,23 @@ def main() -> None:
             tokens = tower.forward_features(pixels.float() / 127.5 - 1)
             embedding = tower.forward_head(tokens)
         outputs = [head(embedding.float()) for head in heads]
-        loss = sum(nn.functional.cross_entropy(o, a) for o, a in zip(outputs, answers.unbind(1), strict=True))
-        tokens, there = tokens.float().flatten(0, 1), patches.flatten(0, 1)
-        for head, answer in zip(patch_heads, there.unbind(1), strict=True):
-            loss = loss + nn.functional.cross_entropy(head(tokens), answer)
+        loss = sum(nn.functional.cross_entropy(o, a) for o, a in zip(outputs, labels.unbind(1), strict=True))
+        tokens, patch_labels = tokens.float().flatten(0, 1), patches.flatten(0, 1)
+        for head, label in zip(patch_heads, patch_labels.unbind(1), strict=True):
+            loss = loss + nn.functional.cross_entropy(head(tokens), label)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step, examples = step + 1, examples + len(pixels)
         if step % 50 == 0:
-            known = answers != _ABSENT
-            right = torch.stack([o.argmax(1) for o in outputs], 1).eq(answers)
-            share = (right & known).sum(0) / known.sum(0).clamp(min=1)
-            whole = (right | ~known).all(1).float().mean()
+            present = labels != _ABSENT
+            correct = torch.stack([o.argmax(1) for o in outputs], 1).eq(labels)
+            accuracy = (correct & present).sum(0) / present.sum(0).clamp(min=1)
+            whole = (correct | ~present).all(1).float().mean()
             print(
                 f"{time.time() - start:6.0f} s  step {step}  {examples} images  loss {loss.item():.3f}"
-                f"  whole scenes {whole:.3f}  by question {[f'{v:.2f}' for v in share.tolist()]}",
+                f"  whole scenes {whole:.3f}  by label {[f'{v:.2f}' for v in accuracy.tolist()]}",
                 flush=True,
             )
             save_file({k: v.half() for k, v in tower.state_dict().items()}, args.out)
