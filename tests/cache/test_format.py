@@ -144,18 +144,18 @@ def test_no_changed_byte_anywhere_passes_for_other_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("here", "asked", "text"),
+    ("actual", "expected", "text"),
     [
-        ({"a": {"model": "x"}}, {"a": {"model": "y"}}, ["a.model: 'x' here, 'y' asked for"]),
-        ({"a": 1}, {"a": 1, "b": None}, ["b: nothing here, None asked for"]),
-        ({"a": {"b": 1}}, {"a": 3}, ["a: {'b': 1} here, 3 asked for"]),
+        ({"a": {"model": "x"}}, {"a": {"model": "y"}}, ["a.model: 'x' here, 'y' expected"]),
+        ({"a": 1}, {"a": 1, "b": None}, ["b: nothing here, None expected"]),
+        ({"a": {"b": 1}}, {"a": 3}, ["a: {'b': 1} here, 3 expected"]),
         ({"a": (0.5, 0.5)}, {"a": [0.5, 0.5]}, []),
-        ({"a": 1}, {"a": True}, ["a: 1 here, True asked for"]),
-        ({"z": 1, "a": 1}, {"z": 2, "a": 2}, ["a: 1 here, 2 asked for", "z: 1 here, 2 asked for"]),
+        ({"a": 1}, {"a": True}, ["a: 1 here, True expected"]),
+        ({"z": 1, "a": 1}, {"z": 2, "a": 2}, ["a: 1 here, 2 expected", "z: 1 here, 2 expected"]),
     ],
 )
-def test_differing_fields_names_path_and_both_values(here, asked, text):
-    assert differing_fields(here, asked) == text
+def test_differing_fields_names_path_and_both_values(actual, expected, text):
+    assert differing_fields(actual, expected) == text
 
 
 def test_a_fingerprint_that_json_cannot_hold_is_refused():

@@ -76,7 +76,7 @@ def test_a_shards_identity_is_looked_at_once_and_near_its_beginning(tmp_path, mo
             found.append(super().find(*arguments))
             return found[-1]
 
-    monkeypatch.setattr("siglit.cache.reader.mmap.mmap", Traced)
+    monkeypatch.setattr("siglit.cache.shard_maps.mmap.mmap", Traced)
     cache = EmbeddingCache(tmp_path)
     assert found == []
     for _ in range(3):
@@ -163,6 +163,6 @@ def test_completing_a_cache_again_does_not_approve_a_flipped_bit(tmp_path):
     content[(start + end) // 2] ^= 1
     path.write_bytes(content)
     before = (tmp_path / "index.json").read_bytes()
-    with pytest.raises(CacheError, match=r"shard-000000.h5: bytes outside of its datasets.*verify --repair"):
+    with pytest.raises(CacheError, match=r"shard-000000.h5: bytes outside its datasets.*verify --repair"):
         finish(tmp_path, 3, FINGERPRINT)
     assert (tmp_path / "index.json").read_bytes() == before

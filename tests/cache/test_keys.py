@@ -76,5 +76,5 @@ def test_two_places_of_one_key_in_lists():
 
 @pytest.mark.parametrize("key", [1, "\udc80"])
 def test_a_key_that_is_no_text_is_named(tmp_path, key):
-    with pytest.raises(CacheError, match="key 1 is .*text that UTF-8 can hold was wanted"):
+    with pytest.raises(CacheError, match="key 1 is .*expected text that UTF-8 can encode"):
         hash_keys(["a", key])

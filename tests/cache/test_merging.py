@@ -42,7 +42,7 @@ def test_parts_become_one_in_order(tmp_path, together):
     np.testing.assert_array_equal(cache.gather(np.array([15, 0, 11]))[1:2], parts[0].gather(np.array([0])))
 
 
-def test_merging_goes_on_where_it_stopped(tmp_path):
+def test_merging_resumes_where_it_stopped(tmp_path):
     parts = [make(tmp_path / "a", 0, 10), make(tmp_path / "b", 10, 5)]
     merge(tmp_path / "whole", parts)
     merge(tmp_path / "out", parts)
@@ -64,9 +64,9 @@ def test_shards_keep_their_checksums(tmp_path):
 @pytest.mark.parametrize("together", [merge, lambda out, parts: concat(parts)])
 def test_other_towers_and_widths_are_refused(tmp_path, together):
     first = make(tmp_path / "a", 0, 4)
-    with pytest.raises(CacheError, match=r"tower: 'a' here, 'b'"):
+    with pytest.raises(CacheError, match=r"tower: 'b' here, 'a' expected"):
         together(tmp_path / "out", [first, make(tmp_path / "b", 4, 4, tower="b")])
-    with pytest.raises(CacheError, match="3 numbers.* 2 in"):
+    with pytest.raises(CacheError, match="width 3 in .* 2 in"):
         together(tmp_path / "out", [first, make(tmp_path / "c", 4, 4, dim=2)])
     assert not (tmp_path / "out").exists()
 

@@ -253,7 +253,7 @@ def test_a_cache_that_is_not_complete_says_so_and_lists_its_skipped_images(exper
     assert any('"pooling": "tower"' in line for line in out)
     code, out, _ = run(capsys, "verify", "cache/small")
     assert (code, len(out)) == (2, 1)
-    assert "not complete: 4 shards are there" in out[0]
+    assert "not complete: it has 4 shards" in out[0]
 
 
 def test_info_tells_the_versions_of_the_making(experiment, capsys):

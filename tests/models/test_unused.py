@@ -33,7 +33,7 @@ from siglit.models import image_tower, text_tower
 from siglit.models.image_tower import ImageTower
 from siglit.models.pretrained_text import _class_of
 from siglit.models.text_tower import TextTower
-from siglit.models.unused import freeze_unread, graph_only
+from siglit.models.unused import freeze_unused, graph_only
 from siglit.planning.memory import RandomData
 from siglit.runs.launch import quiet_lightning
 from siglit.training.fsdp import shard
@@ -120,19 +120,19 @@ def test_what_the_pooling_leaves_is_found_and_nothing_else(model, pooling):
     tower = ImageTower(vit(pooling, model), trainable=True)
     parameters = dict(tower.named_parameters())
     expected = {n for n in parameters if n.split(".")[1] in LEFT[model, pooling]}
-    assert {*tower.unread} == expected == {n for n, p in parameters.items() if not p.requires_grad}
-    assert len(tower.unread) == len(expected)
+    assert {*tower.unused} == expected == {n for n, p in parameters.items() if not p.requires_grad}
+    assert len(tower.unused) == len(expected)
     tower.requires_grad_(True)(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)).sum().backward()
     assert {n for n, p in parameters.items() if p.grad is None} == expected
     assert tower.training
-    assert ImageTower(vit(pooling, model)).unread == []
+    assert ImageTower(vit(pooling, model)).unused == []
     with torch.device("meta"):
-        assert {*ImageTower(vit(pooling, model), trainable=True).unread} == expected
+        assert {*ImageTower(vit(pooling, model), trainable=True).unused} == expected
 
 
 def test_layers_that_are_skipped_at_random_are_read():
     tower = ImageTower(vit("avg", drop_path_rate=0.9, patch_drop_rate=0.5), trainable=True)
-    assert {n.split(".")[1] for n in tower.unread} == {"attn_pool"}
+    assert {n.split(".")[1] for n in tower.unused} == {"attn_pool"}
 
 
 def test_a_forward_keeps_nothing_for_backward():
@@ -142,7 +142,7 @@ def test_a_forward_keeps_nothing_for_backward():
         output = (weight.exp() * weight).sum()
     with pytest.raises(AssertionError, match="no backward"):
         output.backward()
-    assert freeze_unread(nn.ParameterList([weight, torch.ones(2)]), output) == ["1"]
+    assert freeze_unused(nn.ParameterList([weight, torch.ones(2)]), output) == ["1"]
 
 
 class Hidden(torch.autograd.Function):
@@ -164,7 +164,7 @@ def test_what_the_graph_may_hide_is_not_frozen():
     """Reversible layers, such as Reformer's, get gradients that no graph shows."""
     hidden = nn.Linear(2, 2)
     output = Hidden.apply(torch.ones(1, 2, requires_grad=True), hidden).sum()
-    assert freeze_unread(hidden, output) == []
+    assert freeze_unused(hidden, output) == []
     assert hidden.weight.requires_grad
 
 
@@ -219,13 +219,13 @@ def test_what_nothing_reads_of_a_text_model_is_found(monkeypatch, kind, pooling)
     built = {"vocab_size": VOCABULARY, "length": 6, "eos_id": 3, "pad_id": 0, "dim": 8}
     tower = TextTower(TextTowerConfig(pretrained="model", pooling=pooling), **built)
     expected = TEXT.get(kind, set())
-    assert {*tower.unread} == expected == {n for n, p in tower.named_parameters() if not p.requires_grad}
+    assert {*tower.unused} == expected == {n for n, p in tower.named_parameters() if not p.requires_grad}
     assert expected <= tower.pretrained
     ids = captions("bert")
     tower.requires_grad_(True)(ids).sum().backward()
     assert {n for n, p in tower.named_parameters() if p.grad is None} == expected
     locked = TextTower(TextTowerConfig(pretrained="model", pooling=pooling, locked=True), **built)
-    assert locked.unread == []
+    assert locked.unused == []
 
 
 def test_a_text_model_with_an_unread_pooler_trains_on_two_ranks(ranks, tmp_path):
@@ -241,7 +241,7 @@ def test_the_towers_that_learn_from_the_start_read_everything():
     for config in (TextTowerConfig(width=16, depth=1, heads=2), TextTowerConfig(size="micro", embedding_width=8)):
         tower = TextTower(config, **built)
         tower(torch.randint(0, 20, (2, 6))).sum().backward()
-        assert [n for n, p in tower.named_parameters() if p.grad is None] == tower.unread == []
+        assert [n for n, p in tower.named_parameters() if p.grad is None] == tower.unused == []
 
 
 AVG = ["--mode", "scratch", "--image_tower.model", SIGLIP, "--image_tower.pooling", "avg", "--train.val_every", "3"]
@@ -251,7 +251,7 @@ def test_a_run_of_an_earlier_commit_goes_on(experiment, project, monkeypatch):
     """Its optimiser listed weights that are never read; it goes on as one that never did, bit for bit."""
     siglit.train(parse("train", *AVG))
     with monkeypatch.context() as patch:
-        patch.setattr(image_tower, "freeze_unread", lambda *_: [])
+        patch.setattr(image_tower, "freeze_unused", lambda *_: [])
         more = ["--tokenizer.path", "runs/small/tokenizer.model", "--output_dir", "runs/earlier"]
         stop_at(patch, 4)
         with pytest.raises(KeyboardInterrupt):

@@ -118,7 +118,7 @@ def test_a_signal_stops_at_once(slow, number, code, devices):
     _, err = process.communicate(timeout=20)
     assert time.monotonic() - begun < 10
     assert process.returncode == code, err
-    assert [line for line in err.splitlines() if "stopped" in line] == ["stopped; what was finished is kept"]
+    assert [line for line in err.splitlines() if "stopped" in line] == ["stopped; completed work is kept"]
     assert "Traceback" not in err
     assert gone(process.pid, 8)
     assert not (slow / "stopped/train/index.json").exists()
@@ -128,7 +128,7 @@ def test_a_signal_stops_at_once(slow, number, code, devices):
 def test_a_signal_that_meets_a_destructor_is_not_lost(number, kind, monkeypatch):
     """Python drops what a handler raises there; the block ends with it all the same, and nothing else is said."""
     dropped = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda told: dropped.append(told.exc_type))
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: dropped.append(report.exc_type))
 
     class Last:
         def __del__(self):
