@@ -125,7 +125,7 @@ class EmbeddingCache:
             rows: (k,) integers in [0, N), in any order, repeated or not.
 
         Returns:
-            (k, D) float16, the tower's outputs, not normalised.
+            (k, D) float16, the tower's outputs, not normalized.
 
         Raises:
             IndexError: a row is not in [0, N), or `rows` is not a list of integers.

@@ -85,7 +85,7 @@ class ImageTower(nn.Module):
 
     @override
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Embed (N, 3, H, W) uint8 pixels as (N, D), not normalised."""
+        """Embed (N, 3, H, W) uint8 pixels as (N, D), not normalized."""
         x = (pixels - self.mean) / self.std
         pooling = self.config.pooling
         if pooling == "tower":
@@ -191,7 +191,7 @@ class ImageEncoder(nn.Module):
 
     @override
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Embed (N, 3, H, W) uint8 pixels, or (N, width) rows of the cache, as (N, dim), not normalised."""
+        """Embed (N, 3, H, W) uint8 pixels, or (N, width) rows of the cache, as (N, dim), not normalized."""
         rows = images.float() if self.tower is None else self.tower(images)
         return rows if self.head is None else self.head(rows)
 

@@ -77,7 +77,7 @@ class TextTower(nn.Module):
         super().__init__()
         self._pooling, self._locked = config.pooling, config.locked
         self._special = {"eos_id": eos_id, "pad_id": pad_id}
-        self.head: nn.Linear | None = None  # a random tower has its head inside the model
+        self.model: nn.Module
         if config.pretrained is None:
             if config.locked:
                 raise UserError(
@@ -86,25 +86,30 @@ class TextTower(nn.Module):
             self.model = _random_model(
                 config, vocab_size=vocab_size, length=length, projection_size=dim, eos_id=eos_id, pad_id=pad_id
             )
+            self.head: nn.Linear | None = None  # the random model has its own
             self.architecture, self.pretrained, self.unused = None, frozenset(), []
             self.summary = _bottleneck_summary(self.model, vocab_size)
         else:
-            _refuse_sizes(config)
-            # The default device may be another one; transformers would need the package accelerate to load there.
-            with torch.device("cpu"):
-                model = rebuild_text_model(architecture) if architecture else load_text_model(config.pretrained)
-                width = check_text_model(model, config.pretrained, vocab_size=vocab_size, length=length)
-                self.model = model.requires_grad_(not config.locked)
-                self.unused = [f"model.{name}" for name in freeze_unused(model, self._sample(vocab_size, length))]
+            width = self._take_pretrained(config, config.pretrained, vocab_size, length, architecture)
             self.head = _head(width, dim)
-            self.architecture = architecture_of(model)
-            self.pretrained = frozenset(f"model.{name}" for name, _ in model.named_parameters())
-            count = sum(p.numel() for p in model.parameters())
-            self.summary = (
-                f"text tower {config.pretrained}: {type(model).__name__}, {_millions(count)} parameters, "
-                f"{'locked' if config.locked else 'unlocked'}, {config.pooling} pooling, new head {width:,} × {dim:,}"
-            )
+            self.summary = _pretrained_summary(config, self.model, width, dim)
         self.train()
+
+    def _take_pretrained(
+        self, config: TextTowerConfig, name: str, vocab_size: int, length: int, architecture: dict[str, Any] | None
+    ) -> int:
+        """Load or rebuild the pretrained model, and return its hidden width W."""
+        _refuse_sizes(config)
+        # The default device may be another one; transformers would need the package accelerate to load there.
+        with torch.device("cpu"):
+            model = load_text_model(name) if architecture is None else rebuild_text_model(architecture)
+            width = check_text_model(model, name, vocab_size=vocab_size, length=length)
+            self.model = model.requires_grad_(not config.locked)
+            unused = freeze_unused(model, self._sample(vocab_size, length))
+        self.architecture = architecture_of(model)
+        self.pretrained = frozenset(f"model.{each}" for each, _ in model.named_parameters())
+        self.unused = [f"model.{each}" for each in unused]
+        return width
 
     @override
     def train(self, mode: bool = True) -> "TextTower":
@@ -116,7 +121,7 @@ class TextTower(nn.Module):
 
     @override
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embed (N, L) token ids as (N, D), not normalised.
+        """Embed (N, L) token ids as (N, D), not normalized.
 
         A random tower reads padding as part of the text; a pretrained model gets a mask that hides it.
         """
@@ -186,6 +191,14 @@ def _bottleneck_summary(model: Any, vocab_size: int) -> str | None:
     return (
         f"token embedding {vocab_size:,} × {narrow:,} + {narrow:,} × {width:,} = {_millions(count)} parameters "
         f"instead of {_millions(vocab_size * width)}"
+    )
+
+
+def _pretrained_summary(config: TextTowerConfig, model: nn.Module, width: int, dim: int) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    return (
+        f"text tower {config.pretrained}: {type(model).__name__}, {_millions(count)} parameters, "
+        f"{'locked' if config.locked else 'unlocked'}, {config.pooling} pooling, new head {width:,} × {dim:,}"
     )
 
 

@@ -271,7 +271,7 @@ def test_no_cache_at_a_relative_path_names_the_working_directory(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, command, "cache/my/train")
     assert (code, out, len(err)) == (2, [], 1)
-    assert f"there is no cache at cache/my/train (the working directory is {tmp_path}); make it" in err[0]
+    assert f"there is no cache at cache/my/train (the working directory is {tmp_path}); create it" in err[0]
     with pytest.raises(CacheError, match=f"the working directory is {tmp_path}"):
         EmbeddingCache("cache/my/train")
     (tmp_path / "empty/train").mkdir(parents=True)
