@@ -1,4 +1,4 @@
-"""The reader: everything comes back as it went in, from anywhere, and a wrong cache is called wrong."""
+"""The reader: everything comes back as it was written, in any process, and a wrong cache is refused."""
 
 import gc
 import itertools
@@ -83,7 +83,7 @@ def test_everything_comes_back(folder):
     assert [array.dtype for array in (cache.caption_offsets, cache.caption_rows, cache.labels)] == [np.int64] * 3
 
 
-def test_what_nobody_gave_is_none(tmp_path):
+def test_what_was_not_written_is_none(tmp_path):
     write_shard(tmp_path, 0, embeddings=np.ones((2, 4)), keys=["a", "b"], captions=[[], []], fingerprint={})
     finish(tmp_path, 1, {})
     cache = EmbeddingCache(tmp_path)
@@ -258,7 +258,7 @@ if __name__ == "__main__":
 def test_a_finished_cache_may_lie_on_a_read_only_disk(folder, tmp_path):
     """Opened, gathered, verified, pickled and read in a spawned process: nothing in the folder is opened to write.
 
-    The kernel refuses it where permissions bind, HDF5's own calls included; an audit hook tells of what was tried.
+    The kernel refuses it where permissions bind, HDF5's own calls included; an audit hook reports every attempt.
     """
     (tmp_path / "read.py").write_text(READ_ONLY)
 

@@ -1,4 +1,4 @@
-"""The writer: a shard is committed whole or not at all, whatever happens; a cache is complete or says what it lacks."""
+"""The writer: a shard is committed whole or not at all; a cache is complete, or the message says what is missing."""
 
 import errno
 import json
@@ -33,18 +33,18 @@ def write(folder: Path, number: int, rows: int = 3, **changes) -> Path:
 
 
 def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path):
-    """SIGKILL at random moments: every committed shard is whole, and the next writer goes on from there."""
+    """SIGKILL at random moments: every committed shard is whole, and the next writer resumes."""
     program = textwrap.dedent("""
         import sys
         from pathlib import Path
         import numpy as np
         from siglit.cache import committed_shards, write_shard
         folder = Path(sys.argv[1])
-        for number in sorted(set(range(100_000)) - committed_shards(folder, {"made": "here"})):
+        for number in sorted(set(range(100_000)) - committed_shards(folder, {"by": "me"})):
             rng = np.random.default_rng(number)
             write_shard(folder, number, embeddings=rng.standard_normal((1500, 64), np.float32),
                         keys=[f"{number}-{row}" for row in range(1500)], captions=[["a", "b"]] * 1500,
-                        fingerprint={"made": "here"})
+                        fingerprint={"by": "me"})
     """)
     rng = np.random.default_rng()
     counts = [0]
@@ -54,7 +54,7 @@ def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path):
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.15))
             process.send_signal(signal.SIGKILL)
-        committed = committed_shards(tmp_path, {"made": "here"})
+        committed = committed_shards(tmp_path, {"by": "me"})
         counts.append(len(committed))
         assert committed == set(range(len(committed)))
         remove_unfinished(tmp_path)
@@ -62,7 +62,7 @@ def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path):
     assert all(before < after for before, after in pairwise(counts)), "a restart lost shards"
     with pytest.raises(CacheError, match="is not complete"):
         EmbeddingCache(tmp_path)
-    finish(tmp_path, counts[-1], {"made": "here"})
+    finish(tmp_path, counts[-1], {"by": "me"})
     cache = EmbeddingCache(tmp_path)
     assert len(cache) == 1500 * counts[-1]
     assert cache.verify() == []
@@ -193,7 +193,7 @@ def test_a_shard_is_never_replaced(tmp_path):
 
 
 def test_a_cache_that_gets_a_shard_again_is_not_complete(tmp_path):
-    """A shard that was deleted as damaged comes back: until `finish`, the old index must not vouch for it."""
+    """A shard that was deleted as damaged comes back: until `finish`, the old index must not be used for it."""
     for number in range(2):
         write(tmp_path, number)
     finish(tmp_path, 2, FINGERPRINT)

@@ -102,7 +102,7 @@ class TestWeights:
             self.check(model, config)
 
     def test_weights_of_another_resolution_are_resampled(self, tmp_path):
-        """As timm does for position embeddings: what is asked for by img_size is not an error."""
+        """As timm does for position embeddings: a size set by img_size is not an error."""
         model = source_model(img_size=64)
         torch.save(model.state_dict(), tmp_path / "w.pth")
         tower = ImageTower(replace(VIT, weights=str(tmp_path / "w.pth")))
