@@ -46,7 +46,7 @@ class CacheWriter:
         """Prepare; nothing is written before the `with` statement.
 
         Args:
-            folder: of the cache.
+            folder: the cache's folder.
             fingerprint: the settings that the embeddings were computed with; JSON.
             shard_size: rows per shard; the last one may have fewer.
 

@@ -47,7 +47,7 @@ def find_problems(
     """Read every byte and compare it with the index; empty if the cache is sound.
 
     Args:
-        folder: of the cache.
+        folder: the cache's folder.
         shards: what index.json says of every shard.
         fingerprint: that of the index.
         num_skipped: that of the index.

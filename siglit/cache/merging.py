@@ -32,7 +32,7 @@ def merge(folder: Path, parts: Sequence[EmbeddingCache]) -> EmbeddingCache:
     at a time, and its checksum is compared. Resumes a killed merge of the same parts.
 
     Args:
-        folder: of the merged cache; not one of the parts.
+        folder: the merged cache's folder; not one of the parts.
         parts: at least two caches.
 
     Returns:

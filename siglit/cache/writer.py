@@ -58,7 +58,7 @@ def write_shard(
     complete.
 
     Args:
-        folder: of the cache; created if it does not exist.
+        folder: the cache's folder; created if it does not exist.
         number: of the shard, from 0; not yet committed.
         embeddings: (n, D) floats, the tower's outputs; stored as float16. n may be 0.
         keys: n different strings.
@@ -155,7 +155,7 @@ def finish(folder: Path, units: int, fingerprint: Mapping[str, Any]) -> None:
     outside the datasets (some 60 kB of a shard), but not the embeddings: `EmbeddingCache.verify` checks those.
 
     Args:
-        folder: of the cache.
+        folder: the cache's folder.
         units: number of shards; they are numbered 0 … units − 1.
         fingerprint: the one that all of them must have.
 

@@ -1,6 +1,7 @@
 """Cores and memory that this process may use, within its affinity and its control groups.
 
 A container or a SLURM job gets a part of the machine, but `os.cpu_count` and /proc/meminfo report all of it.
+Knows nothing of GPUs.
 """
 
 import math

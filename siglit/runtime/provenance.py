@@ -1,4 +1,7 @@
-"""What a measured figure is stamped with: the commit, the software versions and the processor."""
+"""What a measured figure is stamped with: the commit, the software versions and the processor.
+
+Knows nothing of what was measured.
+"""
 
 import platform
 import subprocess

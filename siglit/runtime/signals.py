@@ -2,7 +2,7 @@
 
 Files on disk are whole at any moment (see `files.py`), so a process may stop without finishing anything. A process
 that does not unwind within 3 s of the signal, because it waits for others or for a library, is ended. Work that wants
-to complete its current step may hold back the first signal, and only the first.
+to complete its current step may hold back the first signal, and only the first. Knows nothing of that work.
 """
 
 import contextlib
