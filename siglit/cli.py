@@ -53,6 +53,7 @@ def _run(words: list[str], debug: bool) -> int:
         return _fail(_no_command(words), 2)
     from siglit.cache import CacheError
     from siglit.errors import UserError
+    from siglit.runtime.signals import STOPPED
 
     try:
         result = _call(name, words[len(name.split()) :])
@@ -66,7 +67,7 @@ def _run(words: list[str], debug: bool) -> int:
     except KeyboardInterrupt as stop:
         # Ctrl-C reaches all processes of a run.
         if _is_first_here():
-            print(str(stop) or "stopped; what was finished is kept", file=sys.stderr)
+            print(str(stop) or STOPPED, file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except SystemExit as stop:  # jsonargparse leaves this way after --help and --print_config
         return stop.code if isinstance(stop.code, int) else 1

@@ -241,4 +241,4 @@ def _precision(experiment: Experiment, fabric: Fabric) -> str:
 def _workers(experiment: Experiment) -> int:
     if experiment.data.workers is not None:
         return experiment.data.workers
-    return min(16, machine.cores_per_rank(experiment.cache.devices))
+    return machine.default_workers(experiment.cache.devices)

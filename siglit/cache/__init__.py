@@ -1,4 +1,4 @@
-"""The embedding cache: shards of image embeddings with their keys and captions, written once, mapped for ever.
+"""The embedding cache: shards of image embeddings with their keys and captions, written once, then memory-mapped.
 
 Knows files and arrays; knows nothing of towers, configurations or torch. The format is specified in cache/README.md.
 """

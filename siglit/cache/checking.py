@@ -1,6 +1,6 @@
-"""Judge a cache as a whole, and take its bad shards away so that they are made again.
+"""Check a cache as a whole, and delete its damaged shards so that precompute makes them again.
 
-Reads all of it; what makes a single shard whole is said in `format.py`.
+Reads all of it. The checks of a single shard are in `format.py`; knows nothing of how embeddings are computed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,9 +32,9 @@ class Problem:
     """One thing that is wrong with a cache."""
 
     text: str
-    """What is wrong, and what to do."""
+    """Message: what is wrong, and what to do."""
     shard: Path | None = None
-    """The shard to make again, if that mends it."""
+    """The shard to make again, if that fixes the problem."""
 
 
 def find_problems(
@@ -44,30 +44,38 @@ def find_problems(
     num_skipped: int,
     metadata_checksums: Sequence[str] | None,
 ) -> list[Problem]:
-    """Read every byte again and compare it with what the index says; empty if the cache is sound.
+    """Read every byte and compare it with the index; empty if the cache is sound.
 
-    Without `metadata_checksums`, which earlier versions did not write, bytes outside of the datasets are not compared.
+    Args:
+        folder: the cache's folder.
+        shards: what index.json says of every shard.
+        fingerprint: that of the index.
+        num_skipped: that of the index.
+        metadata_checksums: those of the index, one per shard; None where an earlier siglit wrote none: bytes outside
+            the datasets are then not compared.
     """
     problems, readable = [], []
     for number, shard in enumerate(shards):
         path = folder / shard.file
-        outside = metadata_checksums[number] if metadata_checksums else None
-        found = _of_shard(path, number, shard, fingerprint, outside)
-        readable += [] if found else [path]
-        problems += found
+        checksum = None if metadata_checksums is None else metadata_checksums[number]
+        of_shard = _problems_of_shard(path, number, shard, fingerprint, checksum)
+        readable += [] if of_shard else [path]
+        problems += of_shard
     if sum(shard.skipped for shard in shards) != num_skipped:
-        problems.append(Problem(f"{folder / INDEX_NAME}: counts of skipped images differ; {REMAKE_INDEX}"))
-    known = {shard.file for shard in shards}
+        problems.append(
+            Problem(f"{folder / INDEX_NAME}: counts of skipped images differ between index and shards; {REMAKE_INDEX}")
+        )
+    indexed = {shard.file for shard in shards}
     problems += [
-        Problem(f"{path} is not in {INDEX_NAME}; delete it if nobody is writing this cache", path)
+        Problem(f"{path} is not in {INDEX_NAME}; delete it if no process is writing this cache", path)
         for path in shard_files(folder).values()
-        if path.name not in known
+        if path.name not in indexed
     ]
-    return problems + _of_keys(folder, readable)
+    return problems + _problems_of_keys(folder, readable)
 
 
 def find_problems_without_index(folder: Path) -> list[Problem]:
-    """What is wrong with the shards that are there, each judged by what it says of itself."""
+    """Problems of the committed shards of a cache without index.json, each compared with its own attributes."""
     problems, readable = [], []
     for number, path in shard_files(folder).items():
         try:
@@ -76,35 +84,35 @@ def find_problems_without_index(folder: Path) -> list[Problem]:
         except CacheError as error:
             problems.append(Problem(str(error), path))
             continue
-        found = _of_shard(path, number, record, fingerprint, None)
-        readable += [] if found else [path]
-        problems += found
-    return problems + _of_keys(folder, readable)
+        of_shard = _problems_of_shard(path, number, record, fingerprint, None)
+        readable += [] if of_shard else [path]
+        problems += of_shard
+    return problems + _problems_of_keys(folder, readable)
 
 
 def no_cache(path: Path) -> str:
-    """What to say where there is no folder; a relative path with the folder that it starts from."""
+    """Message for a folder that does not exist; for a relative path it names the working directory."""
     start = "" if path.is_absolute() else f" (the working directory is {Path.cwd()})"
-    return f"there is no cache at {path}{start}; make it with `siglit precompute`, or correct the path"
+    return f"there is no cache at {path}{start}; create it with `siglit precompute`, or check the path"
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What the committed shards of a cache without index.json say of themselves."""
+    """What the committed shards of a cache without index.json contain, by their own attributes."""
 
     shards: list[ShardRecord]
     skipped: list[tuple[str, str]]
     """(key, reason) of every image that has no row."""
     created_by: list[str]
     fingerprint: dict[str, Any]
-    """The first shard's; empty if there is none."""
+    """That of the first shard; empty if there is no shard."""
 
 
 def read_unfinished(folder: Path) -> Unfinished:
     """Read the shards of a cache that is not complete.
 
     Raises:
-        CacheError: there is no such folder, or a shard cannot be read.
+        CacheError: the folder does not exist, or a shard cannot be read.
     """
     if not folder.is_dir():
         raise CacheError(no_cache(folder))
@@ -131,20 +139,20 @@ def shards_with_skipped(folder: Path) -> list[Path]:
     Raises:
         CacheError: a shard cannot be read.
     """
-    found = []
+    paths = []
     for path in shard_files(folder).values():
         with open_shard(path) as file:
             if describe_shard(file, path).skipped:
-                found.append(path)
-    return found
+                paths.append(path)
+    return paths
 
 
 def remove_shards(folder: Path, shards: Sequence[Path]) -> list[str]:
-    """Delete shards, and index.json before them, so that the cache never looks complete; return the names.
+    """Delete shards and return their names; index.json goes first, so that the cache never looks complete.
 
     Call it with the folder locked.
     """
-    if not shards and not (folder / INDEX_NAME).exists():
+    if len(shards) == 0 and not (folder / INDEX_NAME).exists():
         return []
     (folder / INDEX_NAME).unlink(missing_ok=True)
     for path in shards:
@@ -153,19 +161,19 @@ def remove_shards(folder: Path, shards: Sequence[Path]) -> list[str]:
     return [path.name for path in shards]
 
 
-def _of_shard(
-    path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any], outside: str | None
+def _problems_of_shard(
+    path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any], checksum: str | None
 ) -> list[Problem]:
     try:
-        texts = shard_problems(path, number, record, fingerprint, outside)
+        messages = shard_problems(path, number, record, fingerprint, checksum)
     except CacheError as error:
         return [Problem(str(error), path)]
-    return [Problem(f"{path}: {text}; {REMAKE_SHARD}", path) for text in texts]
+    return [Problem(f"{path}: {message}; {REMAKE_SHARD}", path) for message in messages]
 
 
-def _of_keys(folder: Path, paths: Sequence[Path]) -> list[Problem]:
+def _problems_of_keys(folder: Path, paths: Sequence[Path]) -> list[Problem]:
     duplicate = find_duplicate_key(paths)
-    if not duplicate:
+    if duplicate is None:
         return []
-    # Making the shards again would find the same keys again: the source is to be mended, so no shard is named.
-    return [Problem(f"{folder}: {duplicate}, but a key names one image; make the keys unique and {REMAKE}")]
+    # The source has to be fixed: shards made again would have the same keys, so no shard is named.
+    return [Problem(f"{folder}: {duplicate}, but keys must be unique; fix the source and {REMAKE}")]

@@ -1,7 +1,7 @@
-"""What a shard and its index look like, and the rules that decide whether one is whole.
+"""The layout of a shard and its index entry, and the checks of a single shard.
 
-Reads single shards with h5py and judges them; writes nothing and knows no cache as a whole. The bytes are specified in
-cache/README.md; a change here is a change there.
+Reads single shards with h5py; writes nothing and knows no cache as a whole. cache/README.md specifies the bytes and
+must change together with this file.
 Shapes: n rows (images) of a shard, D embedding width, m captions of a shard, s skipped images of a shard.
 """
 
@@ -38,18 +38,18 @@ DATASETS: dict[str, np.dtype[Any]] = {
     "skipped_reason_bytes": np.dtype("|u1"),
     "skipped_reason_offsets": np.dtype("<i8"),
 }
-"""Every dataset of a shard and its type, in the order in which they are written and enter the checksum."""
-_DESCRIBED_LENGTH = 200
+"""Every dataset of a shard and its type, in the order of the file and of the checksum."""
+_MAX_VALUE_LENGTH = 200
 _REMAKE_SHARD = "delete it and run `siglit precompute` again"
 
 
 class CacheError(ValueError):
-    """A cache, or what was to become one, is wrong; the text says what is, what was wanted and what to do."""
+    """A cache, or an argument for writing one, is wrong; the message says what is, what was expected and what to do."""
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What index.json keeps of one shard, so that it can be mapped without opening it as HDF5.
+    """What index.json says of one shard; enough to map it without opening it as HDF5.
 
     Attributes:
         file: name of the shard in its folder.
@@ -61,7 +61,7 @@ class ShardRecord:
         labelled: rows that have a label.
         with_lang: captions that have a language.
         checksum: `content_checksum` of its datasets.
-        datasets: name → [byte offset in the file or None where there are no bytes, *shape].
+        datasets: name → [byte offset in the file, *shape]; the offset is None where the dataset has no bytes.
     """
 
     file: str
@@ -82,25 +82,25 @@ def shard_name(number: int) -> str:
 
 
 def shard_files(folder: Path) -> dict[int, Path]:
-    """The committed shards in `folder`, number → path, ascending; unfinished files are not among them."""
-    found = ((re.fullmatch(r"shard-(\d{6,})\.h5", path.name), path) for path in folder.glob("shard-*.h5"))
+    """The committed shards in `folder`, number → path, ascending; temporary files are left out."""
+    candidates = ((re.fullmatch(r"shard-(\d{6,})\.h5", path.name), path) for path in folder.glob("shard-*.h5"))
     return dict(
-        sorted((int(match[1]), path) for match, path in found if match and shard_name(int(match[1])) == match[0])
+        sorted((int(match[1]), path) for match, path in candidates if match and shard_name(int(match[1])) == match[0])
     )
 
 
 def pack_strings(strings: Sequence[str], what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Put strings end to end as UTF-8.
+    """Concatenate strings as UTF-8.
 
     Args:
-        strings: k of them.
-        what: what they are, for the error.
+        strings: k strings.
+        what: noun for the error, such as "caption".
 
     Returns:
         (bytes,) uint8 and (k + 1,) int64 offsets; string i is bytes[offsets[i]:offsets[i + 1]].
 
     Raises:
-        CacheError: one is not a string, or not a string that UTF-8 can hold (a file name in another encoding).
+        CacheError: an item is not a string, or UTF-8 cannot encode it (a file name in another encoding).
     """
     encoded = []
     for position, string in enumerate(strings):
@@ -108,7 +108,7 @@ def pack_strings(strings: Sequence[str], what: str) -> tuple[np.ndarray, np.ndar
             encoded.append(string.encode())
         except (AttributeError, UnicodeEncodeError):
             raise CacheError(
-                f"{what} {position} is {string!r}, text that UTF-8 can hold was wanted; rename it"
+                f"{what} {position} is {string!r}; expected text that UTF-8 can encode. Rename it"
             ) from None
     offsets = np.zeros(len(encoded) + 1, DATASETS["key_offsets"])
     np.cumsum([len(item) for item in encoded], out=offsets[1:])
@@ -116,7 +116,7 @@ def pack_strings(strings: Sequence[str], what: str) -> tuple[np.ndarray, np.ndar
 
 
 def unpack_strings(blob: np.ndarray, offsets: np.ndarray) -> Iterator[str]:
-    """The strings that `pack_strings` was given, in order."""
+    """The inverse of `pack_strings`: the strings in order."""
     data = blob.tobytes()
     return (data[start:end].decode() for start, end in pairwise(offsets.tolist()))
 
@@ -124,7 +124,7 @@ def unpack_strings(blob: np.ndarray, offsets: np.ndarray) -> Iterator[str]:
 def content_checksum(arrays: Mapping[str, np.ndarray]) -> str:
     r"""SHA-256 over all datasets of a shard, as 64 hexadecimal digits.
 
-    Hashed are, for each of `DATASETS` in order, the ASCII line `name type shape\n` (`embedding <f2 8192x768`) and the
+    It covers, for each of `DATASETS` in order, the ASCII line `name type shape\n` (`embedding <f2 8192x768`) and the
     values, little-endian, in C order.
     """
     digest = hashlib.sha256()
@@ -136,7 +136,7 @@ def content_checksum(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def outside_datasets(record: ShardRecord) -> list[tuple[int, int]]:
-    """The stretches of a shard's file that belong to no dataset: HDF5's metadata, the attributes, and padding.
+    """Byte ranges of a shard's file that belong to no dataset: HDF5's metadata, the attributes, and padding.
 
     Returns:
         [(start, end), …] in bytes, ascending.
@@ -153,7 +153,7 @@ def outside_datasets(record: ShardRecord) -> list[tuple[int, int]]:
 
 
 def metadata_checksum(path: Path, record: ShardRecord) -> str:
-    """SHA-256, as 64 hexadecimal digits, over all bytes of a shard's file but those of its datasets."""
+    """SHA-256, as 64 hexadecimal digits, over all bytes of a shard's file outside its datasets."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for start, end in outside_datasets(record):
@@ -163,10 +163,10 @@ def metadata_checksum(path: Path, record: ShardRecord) -> str:
 
 
 def fingerprint_json(fingerprint: Mapping[str, Any]) -> str:
-    """The one way in which a fingerprint is written: JSON, keys sorted, ASCII, no spaces.
+    """The canonical form of a fingerprint: JSON with sorted keys, ASCII, no spaces.
 
     Raises:
-        CacheError: it holds something that JSON cannot.
+        CacheError: the fingerprint holds a value that JSON cannot represent.
     """
     try:
         return json.dumps(fingerprint, sort_keys=True, allow_nan=False, separators=(",", ":"))
@@ -176,44 +176,44 @@ def fingerprint_json(fingerprint: Mapping[str, Any]) -> str:
         ) from None
 
 
-def differing_fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+def differing_fields(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """Name the fields in which two fingerprints differ, nested ones by their path.
 
     Args:
-        a: the one that is here.
-        b: the one that was asked for.
+        actual: the fingerprint of a cache or shard.
+        expected: the fingerprint that it should have.
 
     Returns:
-        One text per field, such as "image_tower.model: 'x' here, 'y' asked for"; empty if they are equal. Tuples equal
-        lists, as both are the same JSON.
+        One message per field, such as "image_tower.model: 'x' here, 'y' expected"; empty if they are equal. Tuples
+        equal lists, as both are the same JSON.
     """
-    return list(_differences(json.loads(fingerprint_json(a)), json.loads(fingerprint_json(b)), ""))
+    return list(_differences(json.loads(fingerprint_json(actual)), json.loads(fingerprint_json(expected)), ""))
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for name in sorted(a.keys() | b.keys()):
-        here, asked = a.get(name), b.get(name)
-        if isinstance(here, dict) and isinstance(asked, dict):
-            yield from _differences(here, asked, f"{prefix}{name}.")
-        # Python holds 1 == True, JSON does not.
-        elif (name in a) != (name in b) or here != asked or isinstance(here, bool) != isinstance(asked, bool):
-            texts = [_described(side[name]) if name in side else "nothing" for side in (a, b)]
-            yield f"{prefix}{name}: {texts[0]} here, {texts[1]} asked for"
+def _differences(actual: Mapping[str, Any], expected: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name in sorted(actual.keys() | expected.keys()):
+        a, b = actual.get(name), expected.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{name}.")
+        # In Python 1 == True, in JSON it is not.
+        elif (name in actual) != (name in expected) or a != b or isinstance(a, bool) != isinstance(b, bool):
+            texts = [_shortened(side[name]) if name in side else "nothing" for side in (actual, expected)]
+            yield f"{prefix}{name}: {texts[0]} here, {texts[1]} expected"
 
 
-def _described(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= _DESCRIBED_LENGTH else text[:_DESCRIBED_LENGTH] + "…"
+    return text if len(text) <= _MAX_VALUE_LENGTH else text[:_MAX_VALUE_LENGTH] + "…"
 
 
 def open_shard(path: Path) -> h5py.File:
     """Open a committed shard for reading; the caller closes it.
 
     Raises:
-        CacheError: it is missing, no HDF5 file, not a shard, or of a newer version.
+        CacheError: the file is missing, not HDF5, not a shard, or of a newer version.
     """
     if not path.is_file():
-        raise CacheError(f"{path} is missing; run `siglit precompute` again, it makes the missing shards")
+        raise CacheError(f"{path} is missing; run `siglit precompute` again, which makes the missing shards")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -222,7 +222,7 @@ def open_shard(path: Path) -> h5py.File:
         name, version = file.attrs["format"], int(file.attrs["version"])
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         file.close()
-        raise CacheError(f"{path} is no shard of a cache ({error}); {_REMAKE_SHARD}") from None
+        raise CacheError(f"{path} is not a shard of a cache ({error}); {_REMAKE_SHARD}") from None
     if name != FORMAT_NAME or version > FORMAT_VERSION:
         file.close()
         raise CacheError(
@@ -233,10 +233,10 @@ def open_shard(path: Path) -> h5py.File:
 
 
 def shard_fingerprint(file: h5py.File) -> dict[str, Any]:
-    """The fingerprint that an open shard carries.
+    """The fingerprint in an open shard.
 
     Raises:
-        CacheError: it carries none.
+        CacheError: the attribute is missing or not JSON.
     """
     try:
         fingerprint: dict[str, Any] = json.loads(file.attrs["fingerprint"])
@@ -246,10 +246,10 @@ def shard_fingerprint(file: h5py.File) -> dict[str, Any]:
 
 
 def describe_shard(file: h5py.File, path: Path) -> ShardRecord:
-    """The index entry of an open shard, from what the file says of itself; the checksum is the stored one.
+    """The index entry of an open shard, from its datasets and attributes; the stored checksum is not verified.
 
     Raises:
-        CacheError: a dataset is missing, cannot be read, or is laid out so that it cannot be mapped.
+        CacheError: a dataset is missing, cannot be read, or has a layout that cannot be mapped.
     """
     try:
         labels, codes = file["label"][()], file["lang_code"][()]
@@ -270,68 +270,73 @@ def describe_shard(file: h5py.File, path: Path) -> ShardRecord:
             datasets={name: [dataset.id.get_offset(), *dataset.shape] for name, dataset in stored.items()},
         )
     except (IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise CacheError(f"{path} is no shard of a cache ({error}); {_REMAKE_SHARD}") from None
+        raise CacheError(f"{path} is not a shard of a cache ({error}); {_REMAKE_SHARD}") from None
 
 
 def shard_problems(
-    path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any], outside: str | None
+    path: Path, number: int, record: ShardRecord, fingerprint: Mapping[str, Any], checksum: str | None
 ) -> list[str]:
-    """What is wrong with a committed shard, one text per problem; empty if it is sound.
+    """What is wrong with a committed shard, one message per problem; empty if it is sound.
 
     Args:
-        path: where it is.
-        number: of the shard in the cache.
-        record: what the index says of it.
-        fingerprint: what the cache was made with.
-        outside: the `metadata_checksum` that it had when the cache was completed; None where that is not known.
+        path: its file.
+        number: its number in the cache.
+        record: its entry in the index.
+        fingerprint: the settings that the cache was made with.
+        checksum: its `metadata_checksum` when the cache was completed; None where that is not known.
 
     Raises:
-        CacheError: it is missing or no shard at all.
+        CacheError: the file is missing or not a shard.
     """
     with open_shard(path) as file:
         try:
-            there = describe_shard(file, path)
+            actual = describe_shard(file, path)
             arrays = {name: file[name][()] for name in DATASETS}
-            stated = int(file.attrs["number"]), differing_fields(shard_fingerprint(file), fingerprint)
+            stored_number = int(file.attrs["number"])
+            differences = differing_fields(shard_fingerprint(file), fingerprint)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             return [f"it cannot be read ({error})"]
-    if content_checksum(arrays) != there.checksum:
-        return [f"its data is damaged, it does not have the checksum {there.checksum[:12]}… that it states"]
-    differences = [name for name in vars(record) if getattr(record, name) != getattr(there, name)]
-    problems = [f"{name} is {getattr(there, name)}, the index says {getattr(record, name)}" for name in differences]
-    if outside not in (None, metadata_checksum(path, there)):
-        problems.append("bytes outside of its datasets are not those of when the cache was completed")
-    if stated[0] != number:
-        problems.append(f"it was written as shard {stated[0]}")
-    problems += [f"its settings differ from the index's: {text}" for text in stated[1]]
+    if content_checksum(arrays) != actual.checksum:
+        return [f"its data is damaged: it does not match the stored checksum {actual.checksum[:12]}…"]
+    problems = [
+        f"{name} is {getattr(actual, name)}, the index says {getattr(record, name)}"
+        for name in vars(record)
+        if getattr(record, name) != getattr(actual, name)
+    ]
+    if checksum not in (None, metadata_checksum(path, actual)):
+        problems.append("bytes outside its datasets have changed since the cache was completed")
+    if stored_number != number:
+        problems.append(f"it was written as shard {stored_number}")
+    problems += [f"its settings differ from the index's: {text}" for text in differences]
     return problems + _array_problems(arrays)
 
 
 def _array_problems(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """What contradicts itself in the datasets of a shard, one text per problem; empty if they are sound."""
+    """Contradictions within the datasets of a shard, one message per problem; empty if they are sound."""
     n, m = len(arrays["embedding"]), len(arrays["lang_code"])
     problems = []
     for text, count in (("key", n), ("caption", m), ("lang", None), ("skipped_key", None), ("skipped_reason", None)):
         offsets, blob = arrays[f"{text}_offsets"], arrays[f"{text}_bytes"]
         if not _partitions(offsets, len(blob)) or count not in (None, len(offsets) - 1):
-            problems.append(f"{text}_offsets do not divide {text}_bytes")
+            problems.append(f"{text}_offsets do not partition {text}_bytes")
             continue
         try:
             list(unpack_strings(blob, offsets))
         except UnicodeDecodeError:
             problems.append(f"{text}_bytes is not UTF-8")
     if len(arrays["caption_ptr"]) != n + 1 or not _partitions(arrays["caption_ptr"], m):
-        problems.append("caption_ptr does not divide the captions")
+        problems.append("caption_ptr does not partition the captions")
     if len(arrays["label"]) != n or (arrays["label"] < -1).any():
         problems.append("label has another length than embedding, or a value below -1")
     if (arrays["lang_code"] >= len(arrays["lang_offsets"]) - 1).any():
         problems.append("lang_code points outside the table of languages")
     if len(arrays["skipped_key_offsets"]) != len(arrays["skipped_reason_offsets"]):
-        problems.append("there is not one reason for every skipped key")
+        problems.append("the number of reasons differs from the number of skipped keys")
     if not np.isfinite(arrays["embedding"]).all():
         problems.append("embedding holds values that are not finite")
     return problems
 
 
 def _partitions(offsets: np.ndarray, length: int) -> bool:
+    """Whether the offsets begin with 0, never decrease and end with `length`."""
     return len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == length and bool((np.diff(offsets) >= 0).all())

@@ -1,6 +1,6 @@
-"""Whether a key stands for two images: over all shards of a cache, or in the next shard before it is committed.
+"""Find a key that two images share: over all shards of a cache, or in a shard before it is committed.
 
-Holds 64-bit hashes and compares keys as text only where hashes meet. Knows nothing of embeddings.
+Holds 64-bit hashes and compares keys as text only where hashes are equal. Knows nothing of embeddings.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from siglit.cache.format import CacheError, open_shard, pack_strings, shard_file
 
 
 class Duplicate(NamedTuple):
-    """One key in two places, each the number of a part and the position in it."""
+    """One key in two places; a place is the number of a part and the position in it."""
 
     key: str
     first: tuple[int, int]
@@ -22,34 +22,34 @@ class Duplicate(NamedTuple):
 
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
-    """(k,) uint64, a hash of each of k keys.
+    """(k,) uint64 hashes of k keys.
 
     Raises:
-        CacheError: as `pack_strings`.
+        CacheError: a key is not a string that UTF-8 can encode.
     """
     try:
         digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     except (AttributeError, UnicodeEncodeError):
-        pack_strings(keys, "key")  # names the one
+        pack_strings(keys, "key")  # raises the CacheError that names the key
         raise
     return np.frombuffer(digests, np.uint64)
 
 
 def find_duplicate(hashes: Sequence[np.ndarray], keys_of: Callable[[int], Sequence[str]]) -> Duplicate | None:
-    """Look for a key that occurs twice in several parts.
+    """Find a key that occurs twice within or across parts; None if all keys differ.
 
-    Holds another 8 bytes per key; 100 million keys are 1.6 GB with their hashes.
+    Allocates another 8 bytes per key; 100 million keys take 1.6 GB with their hashes.
 
     Args:
         hashes: `hash_keys` of every part.
-        keys_of: the keys of part i; called only for parts in which a hash is one of two.
+        keys_of: returns the keys of part i; called only for parts with a repeated hash.
     """
     joined = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
     joined.sort()
-    met = np.unique(joined[1:][joined[1:] == joined[:-1]])
+    repeated = np.unique(joined[1:][joined[1:] == joined[:-1]])
     seen: dict[str, tuple[int, int]] = {}
-    for part, own in enumerate(hashes if met.size else ()):
-        rows = np.flatnonzero(np.isin(own, met)).tolist()
+    for part, own in enumerate(hashes if repeated.size else ()):
+        rows = np.flatnonzero(np.isin(own, repeated)).tolist()
         keys = keys_of(part) if rows else ()
         for row in rows:
             if keys[row] in seen:
@@ -59,19 +59,19 @@ def find_duplicate(hashes: Sequence[np.ndarray], keys_of: Callable[[int], Sequen
 
 
 def find_duplicate_key(paths: Sequence[Path]) -> str | None:
-    """Look for a key that two rows of a cache share; as `find_duplicate`.
+    """Find a key that two rows of a cache share.
 
     Args:
-        paths: all its shards, readable.
+        paths: all shards of the cache, readable.
 
     Returns:
-        A text that names the key, both shards and both rows; None if all keys differ.
+        A clause that names the key, both shards and both rows; None if all keys differ.
     """
-    found = find_duplicate([hash_keys(shard_keys(path)) for path in paths], lambda part: shard_keys(paths[part]))
-    if found is None:
+    duplicate = find_duplicate([hash_keys(shard_keys(path)) for path in paths], lambda part: shard_keys(paths[part]))
+    if duplicate is None:
         return None
-    (a, row), (b, other) = found.first, found.second
-    return f"key {found.key!r} is in row {row} of {paths[a].name} and in row {other} of {paths[b].name}"
+    (a, row), (b, other) = duplicate.first, duplicate.second
+    return f"key {duplicate.key!r} is in row {row} of {paths[a].name} and in row {other} of {paths[b].name}"
 
 
 def shard_keys(path: Path) -> list[str]:
@@ -81,40 +81,40 @@ def shard_keys(path: Path) -> list[str]:
 
 
 class KnownKeys:
-    """The keys of the shards of an unfinished cache, to compare the next shard with before it is committed.
+    """The keys of all shards of an unfinished cache; the keys of the next shard are compared with them.
 
     Holds 8 bytes per key, 16 for moments. Reads the keys of shards that other processes commit, each once. Two
-    processes that commit at one moment do not see each other's shard; `finish` compares all.
+    processes that commit at the same time do not see each other's shard; `finish` compares all.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take the cache's folder; nothing is read before the first `add`."""
+        """Remember the cache's folder; nothing is read before the first `add`."""
         self._folder = Path(folder)
         self._shards: set[int] = set()
         self._runs: list[np.ndarray] = []
 
     def add(self, number: int, keys: Sequence[str]) -> None:
-        """Compare the keys of shard `number`, which is to be committed next, and remember them.
+        """Compare the keys of shard `number`, which is committed next, with all others, and remember them.
 
         Raises:
-            CacheError: another shard has one of them; the text names the key, both shards and both rows.
+            CacheError: another shard has one of the keys; the message names the key, both shards and both rows.
         """
         for other, path in shard_files(self._folder).items():
             if other not in self._shards and other != number:
                 self._remember(other, hash_keys(shard_keys(path)))
         hashes = hash_keys(keys)
-        met = np.zeros(len(hashes), bool)
+        known = np.zeros(len(hashes), bool)
         for run in self._runs:
-            met |= run[np.minimum(np.searchsorted(run, hashes), len(run) - 1)] == hashes
-        if met.any():
-            self._compare(number, {keys[row]: row for row in np.flatnonzero(met).tolist()})
+            known |= run[np.minimum(np.searchsorted(run, hashes), len(run) - 1)] == hashes
+        if known.any():
+            self._compare(number, {keys[row]: row for row in np.flatnonzero(known).tolist()})
         self._remember(number, hashes)
 
     def _remember(self, number: int, hashes: np.ndarray) -> None:
         self._shards.add(number)
-        if not len(hashes):
+        if len(hashes) == 0:
             return
-        # Sorted runs, each longer than the next: a key is sorted again as often as the total doubles, not per shard.
+        # Sorted runs, each longer than the next: a key is sorted again when the total doubles, not for every shard.
         run = np.sort(hashes)
         while self._runs and len(self._runs[-1]) <= len(run):
             run = np.concatenate([self._runs.pop(), run])
@@ -122,11 +122,12 @@ class KnownKeys:
         self._runs.append(run)
 
     def _compare(self, number: int, rows: dict[str, int]) -> None:
+        """Compare as text the keys whose hashes are known: {key: row in shard `number`}."""
         for other, path in shard_files(self._folder).items():
             for row, key in enumerate(shard_keys(path) if other != number else ()):
                 if key in rows:
                     raise CacheError(
                         f"{self._folder}: key {key!r} is in row {row} of {path.name} and in row {rows[key]} of "
-                        f"{shard_name(number)}, but a key names one image; make the keys of the source unique, delete "
+                        f"{shard_name(number)}, but keys must be unique; fix the source, delete "
                         f"{path.name} and run `siglit precompute` again"
                     )

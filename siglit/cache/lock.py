@@ -1,4 +1,4 @@
-"""One writer per cache folder: a lock that ends with the process that holds it, however that ends.
+"""One writer per cache folder: a lock that ends with the process that holds it, whatever ends that.
 
 Knows nothing of shards. Readers take no lock.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from siglit.cache.format import CacheError
-from siglit.runtime.files import explained
+from siglit.runtime.files import explain_write_error
 
 LOCK_NAME = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -23,10 +23,10 @@ _held: set[int] = set()
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Keep other writers out of a folder, which is made if it is not there.
+    """Hold the writer's lock of a folder, which is created if it does not exist.
 
     Raises:
-        CacheError: another process writes there; the text names it.
+        CacheError: another process holds the lock; the message names it.
         OSError: the folder cannot be written.
     """
     path = Path(folder) / LOCK_NAME
@@ -34,12 +34,12 @@ def exclusive(folder: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path)
     except OSError as error:
-        raise explained(error, path.parent, path.name, 0) from error
+        raise explain_write_error(error, path.parent, path.name, 0) from error
     _held.add(descriptor)
     try:
         yield
     finally:
-        # Unlinked while it is held: whoever waits for this file finds that it has lost its name, and takes a new one.
+        # Deleted while it is locked: a process that has just opened it sees that the name is gone and opens a new one.
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         _held.discard(descriptor)
@@ -47,6 +47,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int:
+    """Open and lock the file, write the holder into it, and return its descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -58,7 +59,7 @@ def _acquire(path: Path) -> int:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 who = holder or "another process"
                 raise CacheError(
-                    f"{path.parent} is being written by {who}; wait until it is done, or stop it"
+                    f"{path.parent} is being written by {who}; wait until that is done, or stop it"
                 ) from None
             if error.errno not in _NO_LOCKS:
                 raise
@@ -73,17 +74,18 @@ def _acquire(path: Path) -> int:
 
 
 def _still_named(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`, not deleted by its last holder."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-def _let_go_in_child() -> None:
-    # A forked worker that outlives its killed parent for some seconds would hold the lock on.
+def _release_in_child() -> None:
+    # Otherwise a forked worker that outlives its killed parent for some seconds would keep the lock.
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_release_in_child)

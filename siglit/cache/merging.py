@@ -1,11 +1,14 @@
-"""Several caches as one: copied together, or read together where they are.
+"""Several caches as one: copied into a new cache, or read together in place.
 
-Both ask for one fingerprint, but for the source, and for keys that are unique over all parts.
+The parts must have one fingerprint, apart from `source`, and keys that are unique over all of them. Knows nothing of
+towers.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import override
 
 from siglit.cache.checking import REMAKE_SHARD, Problem
 from siglit.cache.format import (
@@ -19,59 +22,61 @@ from siglit.cache.keys import find_duplicate_key
 from siglit.cache.lock import exclusive
 from siglit.cache.reader import EmbeddingCache
 from siglit.cache.writer import commit_arrays, committed_shards, finish, remove_unfinished
+from siglit.errors import plural
 
 
 def merge(folder: Path, parts: Sequence[EmbeddingCache]) -> EmbeddingCache:
     """Copy the shards of complete caches into one, in order; rows keep their bytes and shards their checksums.
 
-    The shards' numbers and fingerprints are in the files, so they are written anew and not linked; a shard is in memory
-    at a time, and its checksum is compared on the way. Goes on where a killed merge of the same parts stopped.
+    Files are rewritten and not linked, because they contain the shard's number and fingerprint. One shard is in memory
+    at a time, and its checksum is compared. Resumes a killed merge of the same parts.
 
     Args:
-        folder: where the merged cache goes; not one of the parts.
-        parts: at least two.
+        folder: the merged cache's folder; not one of the parts.
+        parts: at least two caches.
 
     Returns:
         The merged cache. Its fingerprint's source is {"merged": [source of every part]}.
 
     Raises:
-        CacheError: the parts do not fit each other, share a key, are damaged, or the folder holds something else.
-        OSError: it could not be written.
+        CacheError: fewer than two parts, they differ in fingerprint or width, share a key, or are damaged, or the
+            folder holds another cache.
+        OSError: the merged cache could not be written.
     """
     folder = Path(folder)
     fingerprint = _joint_fingerprint(parts)
     paths = [path for part in parts for path in part.shard_paths]
     duplicate = find_duplicate_key(paths)
-    if duplicate:
+    if duplicate is not None:
         names = ", ".join(str(part.path) for part in parts)
-        raise CacheError(f"{names}: {duplicate}, but a key names one image; merge caches of different images")
+        raise CacheError(f"{names}: {duplicate}, but keys must be unique; merge caches of different images")
     if any(folder.resolve() == part.path.resolve() for part in parts):
         raise CacheError(f"{folder} is one of the parts; merge into another folder")
     with exclusive(folder):
         remove_unfinished(folder)
-        there = committed_shards(folder, fingerprint)
+        committed = committed_shards(folder, fingerprint)
         for number, path in enumerate(paths):
-            if number not in there:
+            if number not in committed:
                 _copy_shard(path, folder, number, fingerprint)
         finish(folder, len(paths), fingerprint)
     return EmbeddingCache(folder)
 
 
 def concat(parts: Sequence[EmbeddingCache]) -> "ConcatenatedCache":
-    """Read several caches as one, where they are: rows and captions are numbered through the parts in order.
+    """Read several caches as one, in place; rows and captions are numbered through the parts in order.
 
     Raises:
-        CacheError: the fingerprints differ in more than the source, or the widths differ.
+        CacheError: fewer than two parts, or they differ in width or in a fingerprint field other than `source`.
     """
     return ConcatenatedCache(parts)
 
 
 class ConcatenatedCache(EmbeddingCache):
-    """Several complete caches with the interface of one. Keys are compared by `verify`, not when it is made.
+    """Several complete caches with the interface of one. `verify` compares the keys of the parts; opening does not.
 
     Attributes:
         parts: the caches, in order.
-        path: the folder of the first; for messages.
+        path: the folder of the first part; for messages.
     """
 
     def __init__(self, parts: Sequence[EmbeddingCache]) -> None:
@@ -79,44 +84,50 @@ class ConcatenatedCache(EmbeddingCache):
         self.parts = list(parts)
         self.created_by = sorted({text for part in parts for text in part.created_by})
         self.path, self._folder = parts[0].path, parts[0].path.absolute()
-        self._take(
+        self._set_shards(
             [shard for part in parts for shard in part.located_shards()],
             max(part.dim for part in parts if len(part) or not any(map(len, parts))),
             fingerprint,
         )
 
+    @override
     def find_problems(self) -> list[Problem]:
-        """What is wrong with any part, and keys that are in two of them."""
+        """The problems of each part; if there are none, a key that two parts share."""
         problems = [problem for part in self.parts for problem in part.find_problems()]
         duplicate = None if problems else find_duplicate_key(self.shard_paths)
-        return [*problems, Problem(f"{duplicate}, but a key names one image")] if duplicate else problems
+        return problems if duplicate is None else [Problem(f"{duplicate}, but keys must be unique")]
 
 
 def _joint_fingerprint(parts: Sequence[EmbeddingCache]) -> dict[str, Any]:
+    """The fingerprint of the parts together; refuses parts of different settings or widths."""
     if len(parts) < 2:
-        raise CacheError(f"{len(parts)} cache was given, two or more were wanted")
+        raise CacheError(f"got {plural(len(parts), 'cache')}; expected at least two")
     filled = [part for part in parts if len(part)]
     for part in parts[1:]:
-        pair = [{k: v for k, v in cache.fingerprint.items() if k != "source"} for cache in (parts[0], part)]
-        differences = differing_fields(*pair)
+        actual, expected = ({k: v for k, v in cache.fingerprint.items() if k != "source"} for cache in (part, parts[0]))
+        differences = differing_fields(actual, expected)
         if differences:
             raise CacheError(
-                f"{parts[0].path} and {part.path} were not made alike: {'; '.join(differences)} (there); "
-                "put together only what one tower made"
+                f"{part.path} was made with other settings than {parts[0].path}: {'; '.join(differences)}; "
+                "combine only caches of one tower"
             )
     for part in filled[1:]:
         if part.dim != filled[0].dim:
-            raise CacheError(f"rows have {filled[0].dim} numbers in {filled[0].path}, {part.dim} in {part.path}")
+            raise CacheError(
+                f"embeddings have width {filled[0].dim} in {filled[0].path}, {part.dim} in {part.path}; "
+                "combine only caches of one tower"
+            )
     return {**parts[0].fingerprint, "source": {"merged": [part.fingerprint.get("source") for part in parts]}}
 
 
 def _copy_shard(path: Path, folder: Path, number: int, fingerprint: dict[str, Any]) -> None:
+    """Commit the data of the shard at `path` as shard `number` of the cache in `folder`."""
     with open_shard(path) as file:
         try:
             arrays = {name: file[name][()] for name in DATASETS}
-            stated, created_by = str(file.attrs["checksum"]), str(file.attrs.get("created_by", ""))
+            checksum, created_by = str(file.attrs["checksum"]), str(file.attrs.get("created_by", ""))
         except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise CacheError(f"{path} cannot be read ({error}); {REMAKE_SHARD}") from None
-    if content_checksum(arrays) != stated:
+    if content_checksum(arrays) != checksum:
         raise CacheError(f"{path}: its data is damaged; {REMAKE_SHARD}, then merge again")
     commit_arrays(folder, number, arrays, fingerprint, created_by)

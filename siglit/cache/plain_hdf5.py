@@ -1,6 +1,6 @@
-"""Read somebody's plain HDF5 file of embeddings, block by block: named datasets with a row for every image.
+"""Read a user's plain HDF5 file of embeddings, block by block: named datasets with one row per image.
 
-Knows no cache; it is here because h5py is.
+Knows nothing of caches; it is in this package because only this package imports h5py.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,18 @@ from siglit.cache.format import CacheError
 
 
 class PlainHdf5:
-    """Datasets of one file, side by side.
+    """Datasets of one file, read row by row together.
+
+    Attributes:
+        path: the file.
+        rows: n.
 
     Raises:
-        CacheError: it cannot be read, or a dataset is missing or has another number of rows.
+        CacheError: the file is not readable as HDF5, a dataset is missing, or the datasets differ in rows.
     """
 
     def __init__(self, path: Path, names: list[str]) -> None:
-        """Look at the datasets `names`, of which the first has all the rows (n, …)."""
+        """Check that the datasets `names` exist and have the same number of rows, (n, …)."""
         self.path, self._names = path, names
         with self._file() as file:
             missing = [name for name in names if not isinstance(file.get(name), h5py.Dataset)]
@@ -29,11 +33,11 @@ class PlainHdf5:
                 raise CacheError(f"{path} has no dataset {missing[0]!r}; it has {', '.join(file)}")
             shapes = {name: file[name].shape for name in names}
         if len({shape[:1] for shape in shapes.values()}) != 1:
-            raise CacheError(f"{path}: the datasets differ in rows: {shapes}")
+            raise CacheError(f"{path}: the datasets have different numbers of rows: {shapes}")
         self.rows: int = shapes[names[0]][0]
 
     def names(self) -> list[str]:
-        """All datasets at the top of the file."""
+        """Names of all datasets at the top level of the file."""
         with self._file() as file:
             return [name for name in file if isinstance(file[name], h5py.Dataset)]
 

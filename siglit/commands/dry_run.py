@@ -19,13 +19,13 @@ class DryRun:
     """The table of parameters, those that are never read, and the schedule in words."""
 
     table: str
-    unread: str
+    unused: str
     """Empty where every parameter is read."""
     schedule: str
 
     def __str__(self) -> str:
         """All of it."""
-        return "\n\n".join(part for part in (self.table, self.unread, self.schedule) if part)
+        return "\n\n".join(part for part in (self.table, self.unused, self.schedule) if part)
 
 
 def dry_run(experiment: Experiment) -> DryRun:
@@ -54,16 +54,16 @@ def dry_run(experiment: Experiment) -> DryRun:
     passes = steps * train.batch_size / data.count
     return DryRun(
         table,
-        _unread(module),
+        _unused(module),
         f"{steps:,} steps of {train.batch_size:,} pairs = {steps * train.batch_size:,} examples, {passes:,.2f} passes "
         f"over {data.count:,} images; mode {experiment.mode}\nlearning rate at step {rates}",
     )
 
 
-def _unread(module: SigLiT) -> str:
+def _unused(module: SigLiT) -> str:
     """List what the towers never read, a line for each of them."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    names = module.unread()
+    names = module.unused()
     if not names:
         return ""
     count = sum(parameters[name].numel() for name in names)

@@ -18,7 +18,7 @@ from siglit.data import class_folders, listings
 from siglit.data.listings import IMAGE_EXTENSIONS, Columns, Row
 from siglit.data.tables import HubTable, ParquetTable, Table
 from siglit.errors import UserError
-from siglit.runtime.files import MAX_BYTES, check_size, open_regular, read_regular
+from siglit.runtime.files import MAX_BYTES, check_size, file_hash, read_regular
 from siglit.runtime.paths import expand, files_of
 
 _SAMPLE_BYTES = 400
@@ -179,8 +179,7 @@ def _listing_identity(spec: SourceSpec, path: Path) -> dict[str, Any]:
     if spec.format == "class_folders":
         return _identity(spec, []) | class_folders.identity(path)
     try:
-        with open_regular(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_hash(path, "sha256")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Correct path.") from error
     return _identity(spec, [path]) | {"sha256": digest}

@@ -4,7 +4,6 @@ Arrays and files in, numbers out; knows nothing of caches and towers. Rows are u
 Shapes: N images, T texts, D embedding width, K answers.
 """
 
-import hashlib
 import json
 import re
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from siglit.runtime.files import atomic_write
+from siglit.runtime.files import atomic_write, file_hash
 from siglit.runtime.progress import Meter
 
 _QUERIES_AT_ONCE = 16_384
@@ -135,7 +134,7 @@ def kept_or_built(zimg: np.ndarray, factory: str, path: Path) -> Built:
     try:
         note = json.loads(_note(path).read_text(encoding="utf-8"))
         # faiss is shown no file but the very one that it wrote.
-        kept = _read(path) if note["factory"] == factory and note["blake2b"] == _hash(path) else None
+        kept = _read(path) if note["factory"] == factory and note["blake2b"] == file_hash(path) else None
         if kept is not None and (kept.ntotal, kept.d) == zimg.shape:
             return Built(factory, _on_gpus(kept), kept, float(note["seconds"]), path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
@@ -176,7 +175,7 @@ def build(zimg: np.ndarray, factory: str, path: Path) -> Built:
     kept = index if index is made else faiss.index_gpu_to_cpu(index)
     _note(path).unlink(missing_ok=True)
     _write(kept, path)
-    note = {"factory": factory, "seconds": seconds, "blake2b": _hash(path)}
+    note = {"factory": factory, "seconds": seconds, "blake2b": file_hash(path)}
     with atomic_write(_note(path)) as file:
         file.write(json.dumps(note).encode())
     return Built(factory, index, kept, seconds, path)
@@ -265,11 +264,6 @@ def _shared(found: np.ndarray, exact: np.ndarray) -> float:
     """Share of the rows of `exact` that stand in the same line of `found`, in any order; both (T, K)."""
     hits = sum(int((found == exact[:, place : place + 1]).any(1).sum()) for place in range(exact.shape[1]))
     return hits / exact.size
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _note(path: Path) -> Path:

@@ -1,7 +1,8 @@
-"""The image tower: a timm model, its weights, its pooling and its transform; frozen, unless it is to be trained.
+"""The image tower: a timm model, its weights, its pooling and its transform; frozen unless it is trained.
 
-Knows nothing of caches or text. Pixels travel as uint8 and are normalised on the tower's device, a quarter of the
-bytes. Shapes: N images, H = W = image_size, T tokens, C tower width, D embedding width (C, or 2 C for `cls+avg`).
+Knows nothing of caches or text. Pixels arrive as uint8, a quarter of the bytes of float32, and are normalized on the
+tower's device.
+Shapes: N images, H = W = image_size, T tokens, C tower width, D embedding width (C, or 2 C for `cls+avg`).
 """
 
 import difflib
@@ -20,38 +21,41 @@ import torch
 from PIL import Image
 from timm.models._hub import load_state_dict_from_path
 from torch import nn
+from typing_extensions import override
 
 from siglit.config import ImageTowerConfig
-from siglit.errors import UserError
+from siglit.errors import UserError, first_line
 from siglit.models.hub import hub_or_cache
-from siglit.models.unused import freeze_unread, graph_only
+from siglit.models.unused import freeze_unused, graph_only
 from siglit.runtime.files import check_regular, open_regular
 from siglit.runtime.paths import expand
 
 _LOCAL = "local-dir:"
 _HUB = ("hf-hub:", "hf_hub:")
 _LOADING = ("pretrained", "checkpoint_path", "cache_dir")
-"""How arguments of timm.create_model begin that say where weights come from."""
+"""Prefixes of the arguments of timm.create_model that choose where weights come from."""
 _TOKEN_POOLINGS = ("cls", "avg", "map", "cls+avg")
 
 
 class ImageTower(nn.Module):
-    """A tower with its pooling: uint8 pixels in, embeddings out.
+    """A timm model with its pooling: uint8 pixels in, embeddings out.
 
     Attributes:
         pretrained: names of the parameters that came from weights, as in `named_parameters`.
-        unread: names of those that the pooling never reads; in a trainable tower they are frozen and listed.
+        unused: names of the parameters that the pooling never uses; they are frozen. Empty unless `trainable`.
     """
 
     def __init__(self, config: ImageTowerConfig, *, trainable: bool = False):
         """Build the timm model and load its weights.
 
         Args:
-            config: which tower, and what to load.
-            trainable: the parameters that it reads require gradients; otherwise it is frozen and in evaluation mode.
+            config: which model, and where its weights come from.
+            trainable: the parameters that the forward uses require gradients; otherwise all are frozen and the tower
+                is in evaluation mode.
 
         Raises:
-            UserError: the name is unknown, the weights cannot be had or do not fit, or the tower lacks the pooling.
+            UserError: the name is unknown, the weights cannot be loaded or do not fit, or the model does not support
+                image_tower.pooling or the image size.
         """
         super().__init__()
         self.config = config
@@ -59,14 +63,14 @@ class ImageTower(nn.Module):
         self.backbone: Any = _build(config)
         _check_pooling(self.backbone, config)
         own = timm.data.resolve_model_data_config(self.backbone)
-        # timm's data config does not hear of an img_size given to create_model.
+        # timm's data config does not include an img_size passed to create_model.
         built_for = config.model_args.get("img_size") or own["input_size"][-1]
         self.image_size = int(config.image_size or (built_for if isinstance(built_for, int) else built_for[-1]))
         self.interpolation = config.interpolation or str(own["interpolation"])
         self.crop_pct = 1.0 if config.resize == "squash" else float(own["crop_pct"])
         mean, std = config.mean or list(own["mean"]), config.std or list(own["std"])
         if len(mean) != 3 or len(std) != 3:
-            raise UserError(f"image_tower.mean and std need a number for each of 3 channels, got {mean} and {std}")
+            raise UserError(f"image_tower.mean and std need one number for each of 3 channels, got {mean} and {std}")
         self.mean: torch.Tensor
         self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
@@ -74,13 +78,14 @@ class ImageTower(nn.Module):
         self.eval().requires_grad_(trainable)
         row = self._probe()
         self.embedding_width = row.shape[1]
-        self.unread = freeze_unread(self, row)
+        self.unused = freeze_unused(self, row)
         self.train(trainable)
         loaded = config.pretrained or config.weights is not None
         self.pretrained = frozenset(name for name, _ in self.named_parameters()) if loaded else frozenset[str]()
 
+    @override
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Embed (N, 3, H, W) uint8 pixels as (N, D), not normalised."""
+        """Embed (N, 3, H, W) uint8 pixels as (N, D), not normalized."""
         x = (pixels - self.mean) / self.std
         pooling = self.config.pooling
         if pooling == "tower":
@@ -97,7 +102,11 @@ class ImageTower(nn.Module):
         return torch.cat(parts, dim=1)
 
     def transform(self, *, squash: bool = False) -> Callable[[Image.Image], torch.Tensor]:
-        """Return the function from an RGB picture to (3, H, W) uint8 pixels; `squash` it whatever the config says."""
+        """Return the function from an RGB image to (3, H, W) uint8 pixels.
+
+        Args:
+            squash: resize without cropping even where image_tower.resize says otherwise.
+        """
         squash = squash or self.config.resize == "squash"
         return timm.data.create_transform(
             input_size=(3, self.image_size, self.image_size),
@@ -108,14 +117,14 @@ class ImageTower(nn.Module):
         )
 
     def draft(self) -> int | None:
-        """Side in pixels that a JPEG decoded at a reduced scale must keep: what `transform` scales its short side to.
+        """Pixels that the short side of a JPEG decoded at a reduced scale must keep: what `transform` resizes it to.
 
-        None where pictures are to be decoded in full.
+        None where images are decoded at full size.
         """
         return math.floor(self.image_size / self.crop_pct) if self.config.jpeg_draft else None
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything about the tower that decides the value of a row, weights included by hash."""
+        """Everything about the tower that determines an embedding; weights by their hash."""
         weights = hashlib.blake2b(digest_size=16)
         for name, value in sorted(self.backbone.state_dict().items()):
             weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -138,44 +147,51 @@ class ImageTower(nn.Module):
         }
 
     def _probe(self) -> torch.Tensor:
-        """Embed a blank image as (1, D)."""
+        """(1, D) embedding of a blank image; autograd keeps the graph but no activations."""
         blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
         try:
             with graph_only():
                 row: torch.Tensor = self(blank)
         except (AssertionError, RuntimeError) as error:
             raise UserError(
-                f"{self.config.model} does not take images of {self.image_size} pixels ({_first_line(error)}); "
+                f"{self.config.model} does not take images of {self.image_size} pixels ({first_line(error)}); "
                 "set image_tower.image_size, or image_tower.model_args.img_size"
             ) from error
         if row.ndim != 2:
             raise UserError(
-                f"{self.config.model} with pooling {self.config.pooling!r} gives {tuple(row.shape)} instead of one row "
-                "per image; choose another image_tower.pooling or set model_args.global_pool"
+                f"{self.config.model} with pooling {self.config.pooling!r} returns {tuple(row.shape)}, expected "
+                "(1, D), one row per image; choose another image_tower.pooling or set model_args.global_pool"
             )
         return row
 
 
 class ImageEncoder(nn.Module):
-    """What the loss sees of images: the tower, or the rows that a locked one left in the cache; then the head, if any.
+    """The image side of training: the tower, or rows of a locked tower from the cache; then the head, if any.
 
     Attributes:
-        dim: width of the embeddings.
+        dim: width of the output embeddings.
         pretrained: names of the parameters that came from weights, as in `named_parameters`.
-        unread: names of those that the tower never reads, and that are frozen for it.
+        unused: names of the parameters that the tower never uses; they are frozen.
     """
 
     def __init__(self, tower: ImageTower | None, *, width: int, head: int | None):
-        """Take a trainable tower, or None for rows of the cache; their width; the width of the head."""
+        """Put a head of random weights on a tower or on cached rows.
+
+        Args:
+            tower: trainable; None: the inputs are rows of the cache.
+            width: of the tower's embeddings or of the rows.
+            head: width of a linear head without a bias; None: no head.
+        """
         super().__init__()
         self.tower = tower
         self.head = nn.Linear(width, head, bias=False) if head else None
         self.dim = head or width
         self.pretrained = frozenset(f"tower.{name}" for name in tower.pretrained) if tower else frozenset[str]()
-        self.unread = [f"tower.{name}" for name in tower.unread] if tower else []
+        self.unused = [f"tower.{name}" for name in tower.unused] if tower else []
 
+    @override
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Embed (N, 3, H, W) uint8 pixels, or (N, width) rows of the cache, as (N, dim), not normalised."""
+        """Embed (N, 3, H, W) uint8 pixels, or (N, width) rows of the cache, as (N, dim), not normalized."""
         rows = images.float() if self.tower is None else self.tower(images)
         return rows if self.head is None else self.head(rows)
 
@@ -189,7 +205,7 @@ def _build(config: ImageTowerConfig) -> nn.Module:
         near = difflib.get_close_matches(config.model.split(".")[0], timm.list_models(), n=5)
         hint = f"names like it: {', '.join(near)}" if near else "see timm.list_models()"
         raise UserError(f"timm {timm.__version__} has no image_tower.model {config.model!r}; {hint}")
-    # timm lets missing tensors of a folder pass, as there is no head; `_load_weights` does not.
+    # timm accepts a folder that lacks tensors, because num_classes is 0; `_load_weights` refuses it.
     pretrained = config.pretrained and config.weights is None and folder is None
     by_hub = pretrained or name.startswith(_HUB)
     if folder is not None and Path(folder).is_dir():
@@ -204,7 +220,7 @@ def _build(config: ImageTowerConfig) -> nn.Module:
         raise UserError(f"{config.model} does not take image_tower.model_args {config.model_args}: {error}") from error
     except Exception as error:
         raise UserError(
-            f"cannot load {config.model} ({_first_line(error)}). Without access to the Hub give the weights as a file "
+            f"cannot load {config.model} ({first_line(error)}). Without access to the Hub give the weights as a file "
             "(image_tower.weights: FILE.safetensors) or a folder (image_tower.model: local-dir:FOLDER)"
         ) from error
     if config.weights is not None:
@@ -220,11 +236,11 @@ def _build(config: ImageTowerConfig) -> nn.Module:
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse weights by the back door: another file, address or loader than the fields of the experiment name."""
+    """Refuse model_args that load weights from a place that the experiment's other fields do not name."""
     for name in arguments:
         if name.startswith(_LOADING):
             raise UserError(
-                f"image_tower.model_args.{name} says where weights come from, and model_args are for the architecture; "
+                f"image_tower.model_args.{name} says where weights come from, but model_args are for the architecture; "
                 "use image_tower.weights, image_tower.model or image_tower.pretrained"
             )
 
@@ -237,44 +253,45 @@ def _load_weights(backbone: Any, path: str) -> None:
             return
         read = load_state_dict_from_path if Path(path).is_dir() else timm.models.load_state_dict
         state = read(path, weights_only=True)
-        # Released checkpoints come in several layouts; each timm architecture knows how to read its own.
+        # Released checkpoints come in several layouts; each timm architecture has a function that converts its own.
         adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
         state = adapt(state, backbone) if adapt else state
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"cannot read the weights {path} into the image tower: {_first_line(error)}") from error
+        raise UserError(f"cannot read the weights {path} into the image tower: {first_line(error)}") from error
     heads = backbone.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     state = {k: v for k, v in state.items() if k.rsplit(".", 1)[0] not in heads}
-    wanted = backbone.state_dict()
+    expected = backbone.state_dict()
     problems = {
-        "missing": [k for k in wanted if k not in state],
-        "not of this model": [k for k in state if k not in wanted],
+        "missing": [k for k in expected if k not in state],
+        "not of this model": [k for k in state if k not in expected],
         "of another shape": [
-            f"{k} {tuple(state[k].shape)}, not {tuple(v.shape)}"
-            for k, v in wanted.items()
+            f"{k} {tuple(state[k].shape)}, expected {tuple(v.shape)}"
+            for k, v in expected.items()
             if k in state and state[k].shape != v.shape
         ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{len(v)} {k}: {', '.join(v[:3])}{' …' * (len(v) > 3)}" for k, v in problems.items() if v)
+        listed = [f"{len(v)} {k}: {', '.join(v[:3])}{' …' if len(v) > 3 else ''}" for k, v in problems.items() if v]
         raise UserError(
-            f"the weights {path} do not fit the image tower; {told}. Check image_tower.model and model_args"
+            f"the weights {path} do not fit the image tower; {'; '.join(listed)}. "
+            "Check image_tower.model and model_args"
         )
     backbone.load_state_dict(state)
 
 
 def _check_depth(backbone: Any, path: str) -> None:
-    """Refuse a .npz of another depth: timm reads as many blocks as the tower has and leaves the rest."""
+    """Refuse a .npz of another depth: timm would read as many blocks as the tower has and ignore the rest."""
     with np.load(path) as arrays:
         numbered = {m[1] for name in arrays.files if (m := re.search(r"Transformer/encoderblock_(\d+)/", name))}
         stacked = [n for n in arrays.files if n.endswith("Transformer/encoderblock/LayerNorm_0/scale")]
         depth = arrays[stacked[0]].shape[0] if stacked else len(numbered)
     if depth and depth != len(backbone.blocks):
         raise UserError(
-            f"the weights {path} do not fit the image tower; they have {depth} blocks, not {len(backbone.blocks)}. "
-            "Check image_tower.model and model_args"
+            f"the weights {path} do not fit the image tower; they have {depth} blocks, expected "
+            f"{len(backbone.blocks)}. Check image_tower.model and model_args"
         )
 
 
@@ -283,13 +300,9 @@ def _check_pooling(backbone: nn.Module, config: ImageTowerConfig) -> None:
         return
     if not hasattr(backbone, "num_prefix_tokens"):
         raise UserError(f"{config.model} has no tokens to pool; image_tower.pooling must be 'tower'")
-    # A register token stands in the same place; num_prefix_tokens counts both.
+    # num_prefix_tokens counts register tokens too, so it does not show whether there is a class token.
     holder = getattr(backbone, "embeds", backbone)
     if config.pooling in ("cls", "cls+avg") and getattr(holder, "cls_token", None) is None:
         raise UserError(f"{config.model} has no class token; image_tower.pooling can be 'tower' or 'avg'")
     if config.pooling == "map" and getattr(backbone, "attn_pool", None) is None:
         raise UserError(f"{config.model} has no MAP head; image_tower.pooling can be 'tower', 'cls' or 'avg'")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,6 +1,7 @@
-"""Pretrained text models of transformers: found and loaded safely, rebuilt from a description, masked and pooled.
+"""Pretrained text models of transformers: loaded safely, rebuilt from a description, masked and pooled.
 
-Knows nothing of heads, images or training. Shapes: N captions, L tokens, W hidden width.
+Knows nothing of heads, images or training.
+Shapes: N captions, L tokens, W hidden width.
 """
 
 import inspect
@@ -15,17 +16,17 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig
 from transformers.utils import logging
 
-from siglit.errors import UserError
+from siglit.errors import UserError, first_line
 from siglit.models.hub import hub_or_cache
 from siglit.runtime.files import check_regular
 from siglit.runtime.paths import expand
 
 
 def load_text_model(name: str) -> nn.Module:
-    """Load a text encoder and its weights in float32, by folder or Hub name, without running code that lies there.
+    """Load a text encoder and its weights in float32, by folder or Hub name, without running code from there.
 
     Raises:
-        UserError: it cannot be had or read, is no text encoder, or its file lacks weights.
+        UserError: the model cannot be found or read, is not a text encoder, or its file lacks weights.
     """
     folder = expand(name, "text_tower.pretrained")
     try:
@@ -36,10 +37,10 @@ def load_text_model(name: str) -> nn.Module:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             _check_kernels(config, name)
             model_class, options = _class_of(config, name)
-            model, found = model_class.from_pretrained(
+            model, loading = model_class.from_pretrained(
                 folder,
                 config=config,
-                dtype=torch.float32,  # else a file in half precision would give half-precision parameters
+                dtype=torch.float32,  # otherwise a file in half precision gives half-precision parameters
                 weights_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -49,20 +50,20 @@ def load_text_model(name: str) -> nn.Module:
         raise
     except Exception as error:
         raise UserError(
-            f"cannot load text_tower.pretrained {name!r} ({_first_line(error)}). Without access to the Hub give a "
+            f"cannot load text_tower.pretrained {name!r} ({first_line(error)}). Without access to the Hub give a "
             "folder with config.json and model.safetensors"
         ) from error
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(
             f"the weights of text_tower.pretrained {name!r} lack {', '.join(missing[:3])}{more} of "
-            f"{model_class.__name__}; give the folder of a whole model"
+            f"{model_class.__name__}; give the folder of a complete model"
         )
     return model
 
 
 def rebuild_text_model(architecture: dict[str, Any]) -> nn.Module:
-    """Build the model that `architecture_of` described, with random weights."""
+    """Build a model with random weights from what `architecture_of` returned."""
     config = CONFIG_MAPPING[architecture["model_type"]].from_dict(architecture)
     _check_kernels(config, architecture["model_type"])
     model_class, options = _class_of(config, architecture["model_type"])
@@ -70,38 +71,38 @@ def rebuild_text_model(architecture: dict[str, Any]) -> nn.Module:
 
 
 def _check_kernels(config: Any, name: str) -> None:
-    """Refuse a configuration that has transformers fetch and run code for attention, which the package kernels does."""
+    """Refuse a configuration that makes transformers download and run attention code (by the package `kernels`)."""
     for key, value in vars(config).items():
-        if hasattr(value, "to_json_string"):  # of a model of several parts
+        if hasattr(value, "to_json_string"):  # a part of a composite model
             _check_kernels(value, name)
         elif "implementation" in key and "/" in str(value):
             raise UserError(
-                f"text_tower.pretrained {name!r}: config.json has {key} {value}, code from elsewhere; take it out"
+                f"text_tower.pretrained {name!r}: config.json has {key} {value}, code from elsewhere; remove that entry"
             )
 
 
 def architecture_of(model: Any) -> dict[str, Any]:
-    """Describe a model in JSON's types, for `rebuild_text_model`; neither where it was found nor who saved it."""
-    told = json.loads(model.config.to_json_string(use_diff=False))
-    return {k: v for k, v in told.items() if k not in ("_name_or_path", "transformers_version")}
+    """Describe a model in JSON's types for `rebuild_text_model`, without its path or transformers' version."""
+    architecture = json.loads(model.config.to_json_string(use_diff=False))
+    return {k: v for k, v in architecture.items() if k not in ("_name_or_path", "transformers_version")}
 
 
 def check_text_model(model: Any, name: str, *, vocab_size: int, length: int) -> int:
     """Run the model once on L tokens and return its hidden width W.
 
     Raises:
-        UserError: it is no text encoder, reads fewer tokens, or knows fewer ids than the tokenizer has.
+        UserError: the model is not a text encoder, has fewer than L positions, or fewer ids than the tokenizer.
     """
     if _width(model, min(length, 2)) is None:
         raise UserError(
-            f"text_tower.pretrained {name!r} is no text encoder: {type(model).__name__} gives no state per token; "
+            f"text_tower.pretrained {name!r} is not a text encoder: {type(model).__name__} returns no state per token; "
             "choose one such as BERT, MiniLM or XLM-R"
         )
     rows = len(model.get_input_embeddings().weight)
     if vocab_size > rows:
         raise UserError(
             f"the tokenizer has {vocab_size:,} ids, but text_tower.pretrained {name!r} has embeddings for {rows:,}; "
-            "leave tokenizer.path out to take the tokenizer of the model"
+            "remove tokenizer.path to use the model's own tokenizer"
         )
     width = _width(model, length)
     if width is None:
@@ -114,10 +115,10 @@ def check_text_model(model: Any, name: str, *, vocab_size: int, length: int) -> 
 
 
 def text_mask(ids: torch.Tensor, *, eos_id: int, pad_id: int) -> torch.Tensor:
-    """Return (N, L) int64, 1 where (N, L) ids are text and 0 where they are padding.
+    """Return an (N, L) int64 mask of (N, L) ids: 1 for text, 0 for padding.
 
-    Where padding is the end-of-sentence token, its first one ends the text and belongs to it. The first token counts
-    in any case: no attention and no mean can be had of nothing.
+    Where the padding token is the end-of-sentence token, the first one belongs to the text. The first token is always
+    1: attention and mean are undefined over an empty text.
     """
     padding = ids == pad_id
     if eos_id == pad_id:
@@ -128,50 +129,46 @@ def text_mask(ids: torch.Tensor, *, eos_id: int, pad_id: int) -> torch.Tensor:
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Pool (N, L, W) token states as (N, W): the mean over the mask, the first token, or the last one of the mask."""
+    """Pool (N, L, W) token states as (N, W): mean over the mask, first token (cls), or last token of the mask."""
     if pooling == "cls":
         return states[:, 0]
     if pooling == "last":
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
         return states[torch.arange(len(states), device=states.device), last]
     assert pooling == "mean"
-    weights = mask.unsqueeze(2).float()  # sums in float32, also under autocast
+    weights = mask.unsqueeze(2).float()  # float32 sums, also under autocast
     return (states * weights).sum(1) / weights.sum(1)
 
 
 def _class_of(config: Any, name: str) -> tuple[Any, dict[str, Any]]:
-    """Return the model's class and its options: the encoder alone of T5 and its like, no pooler that nobody reads."""
+    """Return the model's class and its options: the encoder alone of T5 and the like, without an unused pooler."""
     encoders = MODEL_FOR_TEXT_ENCODING_MAPPING
     if type(config) not in encoders and (config.is_encoder_decoder or type(config) not in MODEL_MAPPING):
         raise UserError(
-            f"text_tower.pretrained {name!r} is no text encoder: transformers has none for {config.model_type!r}; "
+            f"text_tower.pretrained {name!r} is not a text encoder: transformers has none for {config.model_type!r}; "
             "choose one such as BERT, MiniLM, XLM-R or T5"
         )
-    config.use_cache = False  # of a model that also writes
+    config.use_cache = False  # set by models that can also generate
     model_class = (encoders if type(config) in encoders else MODEL_MAPPING)[type(config)]
     with_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return model_class, {"add_pooling_layer": False} if with_pooler else {}
 
 
 def _width(model: Any, length: int) -> int | None:
-    """W, or None where the model does not give one state for each of `length` tokens."""
+    """W, or None where the model does not return one state for each of `length` tokens."""
     pad = getattr(model.config, "pad_token_id", None)
     ids = torch.full((1, length), 1 if pad == 0 else 0)
     try:
         with torch.no_grad():
             states = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    except Exception:  # whatever a model of another kind makes of token ids
+    except Exception:  # whatever a model of another kind does with token ids
         return None
     return states.shape[2] if states.ndim == 3 and states.shape[1] == length else None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting on weights: those left over do not matter, missing ones are refused."""
+    """Silence transformers' reports on weights: superfluous ones do not matter, missing ones raise a UserError."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """The text tower: transformers' SigLIP text model from random weights, or a pretrained text model with a new head.
 
-Knows nothing of images but the width of their embeddings. Shapes: N captions, L tokens, D embedding width; of the
-token embedding: V ids, K bottleneck, W hidden width.
+Knows nothing of images but the width of their embeddings.
+Shapes: N captions, L tokens, D embedding width, W hidden width; of the token embedding: V ids, K bottleneck width.
 Source: big_vision's text transformer; the layers, last-token pooling and head are `transformers.SiglipTextModel`'s.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import SiglipTextConfig, SiglipTextModel
+from typing_extensions import override
 
 from siglit.config import TextTowerConfig
 from siglit.errors import UserError
@@ -21,7 +22,7 @@ from siglit.models.pretrained_text import (
     rebuild_text_model,
     text_mask,
 )
-from siglit.models.unused import freeze_unread, graph_only
+from siglit.models.unused import freeze_unused, graph_only
 
 # width, depth, heads; `L12` is the Large width with 12 layers of arXiv:2303.15343, section 4.4.
 PRESETS = {
@@ -35,16 +36,16 @@ PRESETS = {
 
 
 class TextTower(nn.Module):
-    """Token ids in, embeddings of the image tower's width out."""
+    """Token ids in, embeddings as wide as the image tower's out."""
 
     pretrained: frozenset[str]
     """Names of the parameters that came from pretrained weights; the head is never one of them."""
-    unread: list[str]
-    """Names of the parameters of the pretrained model that nothing reads, and that are frozen for it."""
-    told: str | None
-    """What is worth telling of the tower before training: what a bottleneck saves, what a pretrained model is."""
+    unused: list[str]
+    """Names of the parameters of the pretrained model that the forward never uses; they are frozen."""
+    summary: str | None
+    """One line to log before training: what a bottleneck saves, or which pretrained model this is."""
     architecture: dict[str, Any] | None
-    """The pretrained model in JSON's types, for a tower that is to be built without its folder; None: not needed."""
+    """The pretrained model in JSON's types, to rebuild the tower without the model's folder; None: random weights."""
 
     def __init__(
         self,
@@ -57,66 +58,76 @@ class TextTower(nn.Module):
         dim: int,
         architecture: dict[str, Any] | None = None,
     ):
-        """Build the tower with random weights, or load the pretrained model and give it a head with random weights.
+        """Build the tower with random weights, or a pretrained model with a head of random weights.
 
         Args:
             config: size preset and overrides, or the pretrained model.
-            vocab_size: ids of the tokenizer.
-            length: tokens per caption L; captions are always padded to it.
+            vocab_size: number of ids of the tokenizer.
+            length: tokens per caption, L; captions are always padded to it.
             eos_id: end-of-sentence id of the tokenizer.
             pad_id: padding id of the tokenizer.
-            dim: width of the output D, that of the image embeddings.
-            architecture: that of an earlier tower; then nothing is loaded, the pretrained model's weights are random.
+            dim: width of the output, D, equal to that of the image embeddings.
+            architecture: attribute `architecture` of an earlier tower; the pretrained model is then rebuilt from it
+                with random weights, and nothing is loaded.
 
         Raises:
-            UserError: the width cannot be divided among the heads, fields contradict each other, or the pretrained
-                model cannot be loaded or does not fit the tokenizer.
+            UserError: the width is not divisible by the heads, fields contradict each other, or the pretrained model
+                cannot be loaded or does not fit the tokenizer.
         """
         super().__init__()
         self._pooling, self._locked = config.pooling, config.locked
         self._special = {"eos_id": eos_id, "pad_id": pad_id}
-        self.head: nn.Linear | None = None  # a random tower has its own, within the model
+        self.model: nn.Module
         if config.pretrained is None:
             if config.locked:
-                raise UserError("text_tower.locked is set, but random weights are to learn; set text_tower.pretrained")
+                raise UserError(
+                    "text_tower.locked is set, but random weights must be trained; set text_tower.pretrained"
+                )
             self.model = _random_model(
                 config, vocab_size=vocab_size, length=length, projection_size=dim, eos_id=eos_id, pad_id=pad_id
             )
-            self.architecture, self.pretrained, self.unread = None, frozenset(), []
-            self.told = _bottleneck_told(self.model, vocab_size)
+            self.head: nn.Linear | None = None  # the random model has its own
+            self.architecture, self.pretrained, self.unused = None, frozenset(), []
+            self.summary = _bottleneck_summary(self.model, vocab_size)
         else:
-            _refuse_sizes(config)
-            # Where a tower is built on a device right away: transformers would need accelerate for it.
-            with torch.device("cpu"):
-                model = rebuild_text_model(architecture) if architecture else load_text_model(config.pretrained)
-                width = check_text_model(model, config.pretrained, vocab_size=vocab_size, length=length)
-                self.model = model.requires_grad_(not config.locked)
-                self.unread = [f"model.{name}" for name in freeze_unread(model, self._sample(vocab_size, length))]
+            width = self._take_pretrained(config, config.pretrained, vocab_size, length, architecture)
             self.head = _head(width, dim)
-            self.architecture = architecture_of(model)
-            self.pretrained = frozenset(f"model.{name}" for name, _ in model.named_parameters())
-            count = sum(p.numel() for p in model.parameters())
-            self.told = (
-                f"text tower {config.pretrained}: {type(model).__name__}, {_millions(count)} parameters, "
-                f"{'locked' if config.locked else 'learning'}, {config.pooling} pooling, new head {width:,} × {dim:,}"
-            )
+            self.summary = _pretrained_summary(config, self.model, width, dim)
         self.train()
 
+    def _take_pretrained(
+        self, config: TextTowerConfig, name: str, vocab_size: int, length: int, architecture: dict[str, Any] | None
+    ) -> int:
+        """Load or rebuild the pretrained model, and return its hidden width W."""
+        _refuse_sizes(config)
+        # The default device may be another one; transformers would need the package accelerate to load there.
+        with torch.device("cpu"):
+            model = load_text_model(name) if architecture is None else rebuild_text_model(architecture)
+            width = check_text_model(model, name, vocab_size=vocab_size, length=length)
+            self.model = model.requires_grad_(not config.locked)
+            unused = freeze_unused(model, self._sample(vocab_size, length))
+        self.architecture = architecture_of(model)
+        self.pretrained = frozenset(f"model.{each}" for each, _ in model.named_parameters())
+        self.unused = [f"model.{each}" for each in unused]
+        return width
+
+    @override
     def train(self, mode: bool = True) -> "TextTower":
-        """Set training mode; a locked model stays in evaluation mode, without dropout."""
+        """Set training mode; a locked model stays in evaluation mode, so without dropout."""
         super().train(mode)
         if self._locked:
             self.model.eval()
         return self
 
+    @override
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embed (N, L) token ids as (N, D), not normalised.
+        """Embed (N, L) token ids as (N, D), not normalized.
 
-        A random tower sees no mask, as padding is part of the text for it; a pretrained model sees the text alone.
+        A random tower reads padding as part of the text; a pretrained model gets a mask that hides it.
         """
         if self.head is None:
             return self.model(input_ids=ids).pooler_output
-        # Of a locked model autograd keeps nothing: none of its parameters asks for a gradient.
+        # Autograd stores nothing of a locked model, as none of its parameters requires a gradient.
         return self.head(self._pooled(ids))
 
     def _pooled(self, ids: torch.Tensor) -> torch.Tensor:
@@ -126,7 +137,7 @@ class TextTower(nn.Module):
         return pool(states, mask, self._pooling)
 
     def _sample(self, vocab_size: int, length: int) -> torch.Tensor:
-        """Pool a full caption and a short one, without what backward would need."""
+        """(2, W) pooled states of a full and a short caption; autograd keeps the graph but no activations."""
         ids = torch.arange(2 * length).view(2, length) % vocab_size
         ids[1, length // 2 :] = self._special["pad_id"]
         with graph_only():
@@ -139,7 +150,7 @@ def _random_model(
     width, depth, heads = PRESETS[config.size]
     width, depth, heads = config.width or width, config.depth or depth, config.heads or heads
     if width % heads:
-        raise UserError(f"a text tower of width {width} cannot have {heads} heads: {width} / {heads} is not whole")
+        raise UserError(f"text_tower.width {width} is not divisible by text_tower.heads {heads}; change one of them")
     model = SiglipTextModel(
         SiglipTextConfig(
             vocab_size=vocab_size,
@@ -160,10 +171,10 @@ def _random_model(
 
 
 def _bottleneck(vocab_size: int, narrow: int, width: int) -> nn.Sequential:
-    """Token embedding V × K, then K × W, without a bias (arXiv:2303.15343, section 4.3).
+    """Token embedding V × K followed by a linear map K × W without a bias (arXiv:2303.15343, section 4.3).
 
-    Each table starts like an embedding of its own output width; the product then has the variance 1 / W of the usual
-    table (that of flax and transformers).
+    Each matrix is initialized like an embedding of its own output width, so that their product has the variance 1 / W
+    of a plain embedding table (the one of flax and transformers).
     """
     table, up = nn.Embedding(vocab_size, narrow), nn.Linear(narrow, width, bias=False)
     nn.init.normal_(table.weight, std=narrow**-0.5)
@@ -171,7 +182,7 @@ def _bottleneck(vocab_size: int, narrow: int, width: int) -> nn.Sequential:
     return nn.Sequential(table, up)
 
 
-def _bottleneck_told(model: Any, vocab_size: int) -> str | None:
+def _bottleneck_summary(model: Any, vocab_size: int) -> str | None:
     embedding = model.embeddings.token_embedding
     if isinstance(embedding, nn.Embedding):
         return None
@@ -183,8 +194,16 @@ def _bottleneck_told(model: Any, vocab_size: int) -> str | None:
     )
 
 
+def _pretrained_summary(config: TextTowerConfig, model: nn.Module, width: int, dim: int) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    return (
+        f"text tower {config.pretrained}: {type(model).__name__}, {_millions(count)} parameters, "
+        f"{'locked' if config.locked else 'unlocked'}, {config.pooling} pooling, new head {width:,} × {dim:,}"
+    )
+
+
 def _head(width: int, dim: int) -> nn.Linear:
-    """Linear map with a bias, as behind big_vision's text towers, its pretrained BERT included; same start."""
+    """Linear map with a bias, initialized like the head of big_vision's text towers, including its pretrained BERT."""
     head = nn.Linear(width, dim)
     nn.init.normal_(head.weight, std=width**-0.5)
     nn.init.zeros_(head.bias)

@@ -1,8 +1,8 @@
-"""Text to token ids: SentencePiece (loaded or trained) or a transformers tokenizer, behind one small interface.
+"""Text to token ids: SentencePiece (loaded or trained) or a transformers tokenizer, behind one interface.
 
-Knows nothing of towers. Ids come as (N, L) int32, always padded to L: the text tower reads padding as text.
-SentencePiece convention (SigLIP's): lower-case, end-of-sentence appended, padding with end-of-sentence, truncation
-keeps it.
+Knows nothing of towers. Ids are (N, L) int32, always padded to L, as the text tower reads padding as text.
+SentencePiece follows SigLIP: text in lower case, then end-of-sentence, which is also the padding and which truncation
+keeps.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ import numpy as np
 import sentencepiece
 
 from siglit.config import TokenizerConfig
-from siglit.errors import UserError
+from siglit.errors import UserError, first_line
 from siglit.models.hub import hub_or_cache
 from siglit.runtime.files import check_regular, read_regular
 from siglit.runtime.paths import expand
 
 
 class Tokenizer(Protocol):
-    """What batches and the text tower need to know of a tokenizer."""
+    """What batches and the text tower need of a tokenizer: ids, their number V, length L, special ids, a hash."""
 
     vocab_size: int
     length: int
@@ -41,13 +41,13 @@ class SentencePieceTokenizer:
     """A SentencePiece model with SigLIP's conventions."""
 
     def __init__(self, model: bytes, length: int, lowercase: bool):
-        """Read a serialised SentencePiece model.
+        """Read a serialized SentencePiece model.
 
         Raises:
-            UserError: the bytes are not a SentencePiece model, or it has no end-of-sentence piece.
+            UserError: the bytes are not a SentencePiece model, or the model has no end-of-sentence piece.
         """
         try:
-            # Zero bytes would pass for no model given.
+            # SentencePiece takes an empty model for a missing argument.
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
         except RuntimeError as error:
             raise UserError("this is not a SentencePiece model; give one, or train one") from error
@@ -55,7 +55,7 @@ class SentencePieceTokenizer:
         self.vocab_size = self._pieces.vocab_size()
         self.eos_id = self.pad_id = self._pieces.eos_id()
         if self.eos_id < 0:
-            raise UserError("the SentencePiece model has no end-of-sentence piece (eos_id); train one that has")
+            raise UserError("the SentencePiece model has no end-of-sentence piece (eos_id); train one that has it")
         self.fingerprint = _digest(hashlib.blake2b(model).hexdigest(), length, lowercase)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -72,10 +72,15 @@ class TransformersTokenizer:
     """A tokenizer of the transformers library, by folder or Hub name."""
 
     def __init__(self, name: str, length: int, lowercase: bool | None = None):
-        """Load the tokenizer; `lowercase` None leaves case to it.
+        """Load the tokenizer.
+
+        Args:
+            name: folder or Hub name.
+            length: tokens per text, L.
+            lowercase: whether to lower-case the text first; None leaves it to the tokenizer.
 
         Raises:
-            UserError: there is no such tokenizer, or it has no padding token.
+            UserError: the tokenizer cannot be loaded, or it has no padding token.
         """
         from transformers import AutoTokenizer
 
@@ -86,16 +91,15 @@ class TransformersTokenizer:
             with nullcontext() if is_here else hub_or_cache():
                 self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise UserError(
-                f"cannot load the tokenizer {name!r} ({reason}). "
+                f"cannot load the tokenizer {name!r} ({first_line(error)}). "
                 "Without access to the Hub give a folder or a SentencePiece .model as tokenizer.path, or a folder as "
                 "text_tower.pretrained"
             ) from error
         eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
         eos = eos if eos is not None else self._tokenizer.sep_token_id
         if pad is None:
-            raise UserError(f"the tokenizer {name!r} has no padding token; choose one that has")
+            raise UserError(f"the tokenizer {name!r} has no padding token; choose one that has it")
         self.length, self._lowercase = length, lowercase
         self.vocab_size = len(self._tokenizer)
         self.pad_id, self.eos_id = pad, eos if eos is not None else pad
@@ -104,14 +108,14 @@ class TransformersTokenizer:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Encode N texts as (N, L) int32."""
         texts = [t.lower() for t in texts] if self._lowercase else list(texts)
-        # On the right, whatever side the tokenizer likes: its model's positions start with the text.
+        # On the right, whatever the tokenizer's default: the model's positions start with the text.
         encoded = self._tokenizer(
             texts, padding="max_length", padding_side="right", truncation=True, max_length=self.length
         )
         return np.asarray(encoded["input_ids"], dtype=np.int32)
 
     def _rules(self) -> str:
-        """All that decides the ids: two tokenizers can share a vocabulary and cut words in other places."""
+        """Everything that determines the ids: two tokenizers with one vocabulary may split words differently."""
         fast = getattr(self._tokenizer, "backend_tokenizer", None)
         rules = fast.to_str() if fast is not None else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
         return f"{rules} {self._tokenizer.truncation_side} {self.pad_id}"
@@ -121,7 +125,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
     """Load a SentencePiece `.model` file, or a transformers tokenizer by folder or name.
 
     Raises:
-        UserError: it cannot be found, read or used.
+        UserError: the tokenizer cannot be found or read, or lacks end-of-sentence or padding.
     """
     path = expand(path, "tokenizer.path")
     if not path.endswith(".model"):
@@ -129,7 +133,9 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
     try:
         model = read_regular(path)
     except FileNotFoundError as error:
-        raise UserError(f"there is no tokenizer {path}; train one with `siglit tokenizer train`") from error
+        raise UserError(
+            f"there is no tokenizer {path}; check `tokenizer.path`, or train one with `siglit tokenizer train`"
+        ) from error
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     try:
@@ -139,24 +145,24 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
 
 
 def lowercases(config: TokenizerConfig) -> bool:
-    """Tell whether a SentencePiece tokenizer lower-cases the text first: SigLIP's way unless told otherwise."""
+    """Whether SentencePiece reads the text in lower case, as SigLIP does; only tokenizer.lowercase false says no."""
     return config.lowercase is not False
 
 
 def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> bytes:
-    """Train a byte-pair SentencePiece model; returns its serialised form.
+    """Train a byte-pair SentencePiece model and return it serialized.
 
-    Byte pairs and not unigrams: on a few thousand captions of few words the unigram trainer keeps half of the words in
-    pieces (seen: 17 pieces for "a photo of an airplane" after ten distinct captions, 6 with byte pairs).
+    Byte pairs and not unigrams: on a few thousand short captions the unigram trainer leaves half of the words in pieces
+    (17 pieces for "a photo of an airplane" after ten distinct captions, 6 with byte pairs).
 
     The vocabulary has padding 0, end-of-sentence 1 and unknown 2, no begin-of-sentence, and falls back to bytes, so
-    that every text can be written. It is smaller than asked for where the captions do not support more pieces.
+    that every text can be encoded. It is smaller than tokenizer.vocab_size where the captions do not support more.
 
     Raises:
-        UserError: there is no caption to learn from, or the vocabulary is too small for the characters.
+        UserError: there is no caption with text, or tokenizer.vocab_size is too small for the characters.
     """
     lower = str.lower if lowercases(config) else str
-    # Of blank captions alone, some versions of the trainer make a vocabulary of bytes.
+    # From blank captions alone, some versions of the trainer build a vocabulary of bytes.
     sentences = (lower(c).replace("\n", " ") for c in captions if c.strip())
     first = next(sentences, None)
     if first is None:
@@ -171,7 +177,7 @@ def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> byt
             hard_vocab_limit=False,
             character_coverage=config.character_coverage,
             byte_fallback=True,
-            # Beyond this many sentences a vocabulary of this size does not change; reading them all costs memory.
+            # A vocabulary of this size does not change beyond this many sentences; reading them all costs memory.
             input_sentence_size=2_000_000,
             shuffle_input_sentence=True,
             pad_id=0,
@@ -182,14 +188,14 @@ def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> byt
             minloglevel=2,
         )
     except RuntimeError as error:
-        needed = re.search(r"required_chars\. (\d+) vs (\d+)", str(error))
-        if needed:
+        minimum = re.search(r"required_chars\. (\d+) vs (\d+)", str(error))
+        if minimum:
             raise UserError(
                 f"tokenizer.vocab_size is {config.vocab_size}, but the characters of the captions alone need "
-                f"{needed[2]} pieces; raise it, or lower tokenizer.character_coverage"
+                f"{minimum[2]} pieces; raise it, or lower tokenizer.character_coverage"
             ) from error
         raise UserError(
-            f"cannot train a tokenizer of {config.vocab_size} pieces: {str(error).strip().splitlines()[-1][-200:]}"
+            f"cannot train a tokenizer with {config.vocab_size} pieces: {str(error).strip().splitlines()[-1][-200:]}"
         ) from error
     return model.getvalue()
 

@@ -6,7 +6,6 @@ Knows neither data nor files; reading and the exchange between devices are left 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +14,7 @@ import torch
 from siglit.config import Experiment
 from siglit.data.epoch_loader import Batch
 from siglit.planning.memory import RandomData
+from siglit.runtime.provenance import processor
 from siglit.training.module import SigLiT
 
 _LONG_ENOUGH = 1.0
@@ -131,7 +131,4 @@ def _now() -> float:
 def _hardware(accelerator: str) -> str:
     if accelerator == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{torch.get_num_threads()} threads of {model}"
+    return f"{torch.get_num_threads()} threads of {processor()}"

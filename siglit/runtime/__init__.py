@@ -1,1 +1,1 @@
-"""The process and its machine: files, paths, progress, signals, cores, versions."""
+"""The process and its machine: files, paths, progress, signals, cores, versions. Knows nothing of siglit's data."""

@@ -1,8 +1,8 @@
-"""Files that are written whole or not at all, and read only where they are plain files.
+"""Files that are written whole or not at all, and read only if they are regular files; hashes of files.
 
-Knows nothing of what is in them. A temporary file is `NAME.tmp-RANDOM` beside its NAME and locked (flock) as long as
-its writer lives; so a leftover of a killed writer can be told from the file of a live one, on this machine and on the
-others that share the folder, whatever their process ids are.
+Knows nothing of their content. A temporary file is called `NAME.tmp-RANDOM`, lies beside NAME and is locked (flock)
+while its writer lives. The lock distinguishes the leftover of a killed writer from the file of a live one, on this
+machine and on others that share the folder, whatever their process ids are.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ import stat
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 MAX_BYTES = 1 << 30
-"""Largest file that is read whole, 1 GiB: an image, a text in a tar, a tokenizer, a list of class names."""
+"""Largest file that is read into memory, 1 GiB: an image, a text in a tar, a tokenizer, a list of class names."""
 MAX_LISTING_BYTES = 64 << 30
-"""Largest listing, 64 GiB: its rows are kept in memory, more than the file takes."""
+"""Largest listing, 64 GiB; its rows take more memory than the file takes disk."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -37,23 +37,24 @@ _KINDS = (
 
 @contextlib.contextmanager
 def atomic_write(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
-    """Give a file to write to, which takes the place of `path` when the block ends, durably; none if it raises.
+    """Yield a temporary file that replaces `path`, durably, when the block ends; if the block raises, nothing changes.
 
-    A temporary file, fsync, rename, fsync of the folder. Whoever writes by name writes to the file's `name`. A kill
-    leaves the temporary file, which the next writer of `path` deletes; it deletes nothing that goes by another name.
+    The steps are: write, fsync, rename, fsync of the folder. A library that opens files by name is given the yielded
+    file's `name`. A killed writer leaves its temporary file, which the next writer of `path` deletes; it deletes no
+    file of another name.
 
     Args:
-        path: in a folder that is there.
-        keep: the name that what was at `path` before is given, immediately before it is replaced.
+        path: file in an existing folder.
+        keep: where the previous file at `path` is moved immediately before it is replaced.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = Path(path)
-    _remove_unlocked(path.with_name(name) for name in _names(path.parent) if _is_own(name, path.name))
+    _remove_unlocked(path.with_name(name) for name in _temporary_names(path.parent) if _belongs_to(name, path.name))
     file = _open_temporary(path)
     try:
-        # Open, and with it locked, until it has its name.
+        # It stays open, and therefore locked, until it has its final name.
         with file:
             yield file
             file.flush()
@@ -71,37 +72,37 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all, durably.
 
     Raises:
-        OSError: it could not be written; the text says why in words.
+        OSError: the file could not be written; the message says why and what to do.
     """
     try:
         with atomic_write(path) as file:
             file.write(data)
     except OSError as error:
-        raise explained(error, path.parent, path.name, len(data)) from error
+        raise explain_write_error(error, path.parent, path.name, len(data)) from error
 
 
-def explained(error: OSError, folder: Path, name: str, size: int) -> OSError:
-    """Put an error of the disk, keeping its type, in words that say what to do."""
+def explain_write_error(error: OSError, folder: Path, name: str, size: int) -> OSError:
+    """Return an error of the same type whose message says what to do about the failed write of `size` bytes."""
     reason = error.strerror or str(error)
-    advice = "see to that and run again"
+    advice = "fix this and rerun"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
         reason = f"the disk or your quota is full ({free / 1e6:.1f} MB free)"
-        advice = "make room and run again"
+        advice = "free some space and rerun"
     elif error.errno == errno.EFBIG:
-        reason, advice = "files may not become that large here", "raise `ulimit -f` or make smaller shards"
-    text = f"{name} ({size / 1e6:.1f} MB) could not be written into {folder}: {reason}; {advice}, nothing is lost"
-    return OSError(error.errno, text)
+        reason, advice = "the process may not write files that large", "raise `ulimit -f` or write smaller files"
+    problem = f"{name} ({size / 1e6:.1f} MB) could not be written into {folder}: {reason}"
+    return OSError(error.errno, f"{problem}; {advice}; completed work is kept")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a value as JSON, UTF-8 with an indent of 2, whole or not at all."""
     with atomic_write(path) as file:
         file.write(f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the file names in a folder durable: creations, renames and deletions."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -110,48 +111,49 @@ def fsync_folder(folder: Path) -> None:
 
 
 def leftovers(folder: Path, names: str) -> list[Path]:
-    """Temporary files of the files that the pattern `names` matches, of live writers and of killed ones.
+    """Temporary files, of live and of killed writers, of the files that the glob pattern `names` matches.
 
-    As `atomic_write` names them, or as earlier versions did: NAME.tmp.PID-RANDOM, NAME.tmp, STEM.PID.tmp, STEM.tmp.
+    They are named as by `atomic_write`, or as by earlier versions: NAME.tmp.PID-RANDOM, NAME.tmp, STEM.PID.tmp,
+    STEM.tmp.
     """
     stem = os.path.splitext(names)[0]
     patterns = (f"{names}.tmp-*", f"{names}.tmp.*", f"{names}.tmp", f"{stem}.[0-9]*.tmp", f"{stem}.tmp")
-    found = [name for name in _names(folder) if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    return [Path(folder) / name for name in sorted(found)]
+    matches = (name for name in _temporary_names(folder) if any(fnmatch.fnmatchcase(name, each) for each in patterns))
+    return [Path(folder) / name for name in sorted(matches)]
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Delete the `leftovers` that no live writer holds; where the file system has no locks, none."""
+    """Delete the `leftovers` that no live writer has locked; none where the file system has no locks."""
     _remove_unlocked(leftovers(folder, names))
 
 
 def _remove_unlocked(paths: Iterable[Path]) -> None:
     for path in paths:
-        # r+: some network file systems lock a file only for who may write it.
+        # r+: some network file systems grant a lock only to a writer.
         with contextlib.suppress(OSError), open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
 
-def _names(folder: Path) -> list[str]:
+def _temporary_names(folder: Path) -> list[str]:
     try:
         return [name for name in os.listdir(folder) if ".tmp" in name]
-    except OSError:  # not there, or not to be listed: then whoever writes says so
+    except OSError:  # missing or not readable: the following write reports it
         return []
 
 
-def _is_own(name: str, target: str) -> bool:
-    """Whether `_open_temporary` makes such names for the target; in a folder of results, others may be somebody's."""
+def _belongs_to(name: str, target: str) -> bool:
+    """Whether `_open_temporary` chooses such names for the target; a user's file may have a similar one."""
     return name.startswith(target) and re.fullmatch(r"\.tmp-[0-9a-f]{16}", name[len(target) :]) is not None
 
 
 def open_regular(path: Path | str) -> BufferedReader:
-    """Open a file for reading unless it is something that could be read forever, or waited for.
+    """Open a regular file for reading; refuse pipes, devices and sockets, which could be read or waited for for ever.
 
     Raises:
-        OSError: there is none, it cannot be read, or it is a folder, pipe, device or socket; `strerror` says which.
+        OSError: there is no such file, it cannot be read, or it is not a regular file; `strerror` says which.
     """
-    # Without O_NONBLOCK a pipe would be waited for before anyone could look at what it is.
+    # Without O_NONBLOCK, opening a pipe waits for its writer before its kind can be checked.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check_kind(os.fstat(descriptor).st_mode, path)
@@ -162,10 +164,10 @@ def open_regular(path: Path | str) -> BufferedReader:
 
 
 def check_regular(path: Path | str) -> None:
-    """Look at a file, or at all that lie in a folder, before a library opens them by name.
+    """Check a file, or all files directly in a folder, before a library opens them by name; subfolders are skipped.
 
     Raises:
-        OSError: it is not there, or is neither a regular file nor a folder of such, folders in it left aside.
+        OSError: the path does not exist, or it or a file in it is not a regular file; `strerror` says which.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISDIR(mode):
@@ -173,16 +175,16 @@ def check_regular(path: Path | str) -> None:
         return
     for name in sorted(os.listdir(path)):
         inner = os.path.join(path, name)
-        # A link that leads nowhere is no file to anybody.
+        # A broken link cannot be opened by a library either.
         if os.path.exists(inner) and not os.path.isdir(inner):
             _check_kind(os.stat(inner).st_mode, inner, f"{name} in it")
 
 
 def read_regular(path: Path | str, limit: int = MAX_BYTES) -> bytes:
-    """Return what is in a regular file of at most `limit` bytes.
+    """Content of a regular file of at most `limit` bytes.
 
     Raises:
-        OSError: as `open_regular`, or it is larger.
+        OSError: as `open_regular`, or the file is larger than `limit`.
     """
     with open_regular(path) as file:
         check_size(os.fstat(file.fileno()).st_size, limit, path)
@@ -190,10 +192,10 @@ def read_regular(path: Path | str, limit: int = MAX_BYTES) -> bytes:
 
 
 def check_size(size: int, limit: int, path: Path | str) -> None:
-    """Refuse to read more than `limit` bytes at one go.
+    """Refuse to read more than `limit` bytes at once.
 
     Raises:
-        OSError: it is more.
+        OSError: `size` is more than `limit`.
     """
     if size > limit:
         raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than {limit:,}", str(path))
@@ -201,25 +203,30 @@ def check_size(size: int, limit: int, path: Path | str) -> None:
 
 def _check_kind(mode: int, path: Path | str, subject: str = "it") -> None:
     if not stat.S_ISREG(mode):
-        what = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        raise OSError(code, f"{subject} is {what}, not a regular file", str(path))
+        raise OSError(code, f"{subject} is {kind}, not a regular file", str(path))
 
 
 def _open_temporary(path: Path) -> BinaryIO:
     while True:
         temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
-        # Readable too: where a file system has no fallocate, glibc's stand-in for it reads what is there.
-        file = open(temporary, "x+b")  # noqa: SIM115 - its writer closes it
-        with contextlib.suppress(OSError):  # no locks here: then nobody deletes leftovers either
+        # Readable too: where a file system has no fallocate, glibc's replacement for it reads the file.
+        file = open(temporary, "x+b")  # noqa: SIM115 - the writer closes it
+        with contextlib.suppress(OSError):  # no locks: then no leftovers are deleted either
             fcntl.flock(file, fcntl.LOCK_EX)
-        # Who deletes leftovers may have come between the two lines.
+        # Another process may have deleted it as a leftover before it was locked.
         if temporary.exists():
             return file
         file.close()
 
 
-def file_hash(path: str) -> str:
-    """BLAKE2b of a file's bytes."""
+def file_hash(path: Path | str, algorithm: Literal["blake2b", "sha256"] = "blake2b") -> str:
+    """Hash of a file's bytes in hexadecimal: BLAKE2b of 16 bytes (32 digits) or SHA-256 (64 digits).
+
+    Raises:
+        OSError: as `open_regular`.
+    """
     with open_regular(path) as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        new = hashlib.sha256 if algorithm == "sha256" else lambda: hashlib.blake2b(digest_size=16)
+        return hashlib.file_digest(file, new).hexdigest()

@@ -1,4 +1,7 @@
-"""Paths as people write them: `~`, ${VARIABLES}, globs, brace ranges and comma lists."""
+"""Paths as people write them: `~`, ${VARIABLES}, globs, brace ranges and comma lists.
+
+Knows nothing of what the files hold.
+"""
 
 import glob
 import os
@@ -12,13 +15,17 @@ from siglit.runtime.files import check_regular
 
 
 def expand(text: str, option: str) -> str:
-    """Expand ~, $NAME and ${NAME}; unlike os.path.expandvars, an unset variable is an error."""
+    """Expand ~, $NAME and ${NAME} in the value of an option.
+
+    Raises:
+        UserError: a variable is not set (os.path.expandvars would leave it as it is).
+    """
 
     def variable(match: re.Match[str]) -> str:
         name = match[1] or match[2]
         if name not in os.environ:
             raise UserError(
-                f"{option} is {text}, but the environment variable {name} is not set. Set it, or write it out."
+                f"{option} is {text}, but the environment variable {name} is not set. Set it, or write the path out."
             )
         return os.environ[name]
 
@@ -26,8 +33,16 @@ def expand(text: str, option: str) -> str:
 
 
 def files_of(pattern: str, suffix: str) -> list[Path]:
-    """Files a path, folder, glob, brace range or comma list means, each once, in natural order (2 before 10)."""
-    found: dict[str, None] = {}
+    """Files that a path, folder, glob, brace range or comma list names, each once, in natural order (2 before 10).
+
+    Args:
+        pattern: as in the configuration.
+        suffix: ending of the files that a folder stands for, such as ".tar".
+
+    Raises:
+        UserError: a part of the pattern matches no regular file, a variable is not set, or braces do not match.
+    """
+    files: dict[str, None] = {}
     expanded = expand(pattern, "path")
     # A comma within braces separates alternatives, not patterns.
     parts = [expanded] if os.path.exists(expanded) else re.split(r",(?![^{]*\})", expanded)
@@ -37,23 +52,24 @@ def files_of(pattern: str, suffix: str) -> list[Path]:
         except ValueError as error:
             raise UserError(f"path {pattern} has braces that do not match: {error}") from error
         for name in names:
-            wanted = os.path.join(glob.escape(name), f"*{suffix}") if os.path.isdir(name) else name
-            there = [wanted] if os.path.exists(wanted) else glob.glob(wanted, recursive=True)
-            matches = [match for match in there if os.path.isfile(match)]
+            query = os.path.join(glob.escape(name), f"*{suffix}") if os.path.isdir(name) else name
+            candidates = [query] if os.path.exists(query) else glob.glob(query, recursive=True)
+            matches = [match for match in candidates if os.path.isfile(match)]
             if not matches:
-                for match in there:
-                    _check_regular(match, pattern)
-                raise UserError(f"no file matches {wanted} (path {pattern}). Correct path.")
-            found.update(dict.fromkeys(matches))
-    return [Path(name) for name in sorted(found, key=lambda name: (_natural(name), name))]
+                for candidate in candidates:
+                    _check_regular(candidate, pattern)
+                raise UserError(f"no file matches {query} (path {pattern}). Check the path.")
+            files.update(dict.fromkeys(matches))
+    return [Path(name) for name in sorted(files, key=lambda name: (_natural(name), name))]
 
 
 def _check_regular(path: str, pattern: str) -> None:
     try:
         check_regular(path)
     except OSError as error:
-        raise UserError(f"{path} (path {pattern}) cannot be read: {error.strerror}. Correct path.") from error
+        raise UserError(f"{path} (path {pattern}) cannot be read: {error.strerror}. Check the path.") from error
 
 
 def _natural(name: str) -> list[str | int]:
+    """Sort key in which numbers compare as numbers."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]

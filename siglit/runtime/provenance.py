@@ -1,4 +1,7 @@
-"""What a figure has to say of itself: the commit, the versions and the processor that it was measured with."""
+"""What a measured figure is stamped with: the commit, the software versions and the processor.
+
+Knows nothing of what was measured.
+"""
 
 import platform
 import subprocess
@@ -10,19 +13,19 @@ _ROOT = Path(__file__).parent.parent.parent
 
 
 def commit() -> str | None:
-    """Short hash of the checkout that this package lies in, with + if it was changed; None outside of one."""
+    """Short hash of the checkout that holds this package, with + if it has changes; None outside of a checkout."""
     if not (_ROOT / ".git").exists():  # an installation may lie in the repository of another project
         return None
-    words = ["git", "-C", str(_ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
 
 
 def processor() -> str:
-    """Name of the CPU, as well as the system knows it."""
+    """Model name of the CPU, as precisely as the system states it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -33,10 +36,10 @@ def processor() -> str:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """{distribution: version} of those that are installed."""
-    found = {}
+    installed = {}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -1,8 +1,8 @@
-"""Stop when told to, and never outlive the first process of a run.
+"""Stop on SIGTERM and Ctrl-C, and never outlive the first process of a run.
 
-What has to be whole is whole at any moment (see siglit.cache), so nothing need be finished first: whoever does not
-unwind within some seconds, as a process that waits for others does not, is ended. Work that would rather come to the
-end of its step holds the first signal back, and only that.
+Files on disk are whole at any moment (see `files.py`), so a process may stop without finishing anything. A process
+that does not unwind within 3 s of the signal, because it waits for others or for a library, is ended. Work that wants
+to complete its current step may hold back the first signal, and only the first. Knows nothing of that work.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+STOPPED = "stopped; completed work is kept"
+"""What a process prints when a signal ends it and nothing more is known."""
 _PARENT = "SIGLIT_FIRST_PROCESS"
 _GRACE = 3.0
 _WATCH_EVERY = 0.5
@@ -23,59 +25,65 @@ _Hook = Callable[[Any], object]
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came. Not an Exception, so that no handler of errors swallows it."""
+    """SIGTERM was received. Not an Exception, so that no error handler swallows it."""
 
     exit_code = 128 + signal.SIGTERM
 
 
 class Signals:
-    """What came within `stopping_at_signals`.
+    """The signals received within `stopping_at_signals`.
 
     Attributes:
-        came: SIGTERM and SIGINT, in order.
-        raised: an exception for one of them was raised, wherever the program was then.
-        hold: the first one is only noted in `came`; whoever sets this looks there and ends. A second one ends at once.
+        received: SIGTERM and SIGINT, in order.
+        raised: whether a handler has raised an exception for one of them, wherever the program was then.
+        hold: the first signal is only recorded in `received`; the code that sets this checks it and ends. A second
+            signal ends the block at once.
     """
 
     def __init__(self) -> None:
-        """Nothing came yet."""
-        self.came: list[int] = []
+        """Record the handlers in force; install none."""
+        self.received: list[int] = []
         self.hold = self.raised = False
         self._numbers = [signal.SIGTERM]
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
             self._numbers.append(signal.SIGINT)
         self._before = {number: signal.getsignal(number) for number in self._numbers}
 
     def install(self) -> None:
-        """Handle the signals here, also where somebody else has begun to. Only in the main thread."""
+        """Set the handlers, also over those of another library. Call it in the main thread only."""
         for number in self._numbers:
             signal.signal(number, self._stop)
 
     def restore(self) -> None:
-        """Handle the signals as before."""
+        """Set the previous handlers again."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def exception(self, told: str = "") -> KeyboardInterrupt:
-        """What to leave with after the first signal (SIGTERM if it reached another process), and what to say then."""
-        number = self.came[0] if self.came else signal.SIGTERM
-        return (Terminated if number == signal.SIGTERM else KeyboardInterrupt)(*[told][: bool(told)])
+    def exception(self, message: str = "") -> KeyboardInterrupt:
+        """The exception to raise for the first signal, or for SIGTERM if another process received it.
+
+        Args:
+            message: what to print when the process ends; "": a general line.
+        """
+        number = self.received[0] if self.received else signal.SIGTERM
+        kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        return kind(message) if message else kind()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.came.append(number)
-        if not self.hold or len(self.came) > 1:
+        self.received.append(number)
+        if not self.hold or len(self.received) > 1:
             self.raised = True
             raise self.exception()
 
 
 @contextlib.contextmanager
 def stopping_at_signals() -> Iterator[Signals]:
-    """Raise `Terminated` at SIGTERM and KeyboardInterrupt at Ctrl-C, and see that both end the block.
+    """Raise `Terminated` on SIGTERM and KeyboardInterrupt on Ctrl-C, and make sure that either ends the block.
 
-    Python drops what is raised while it runs a destructor or what is to be done around a fork: then the block is ended
-    from outside, or, where it comes to its end within the grace, the exception is raised there; nothing is printed of
-    it. Within a callback of a C library the exception is lost too, and the library fails in a way of its own, which
-    then stands for it.
+    Python drops an exception that is raised within a destructor or a fork hook. It is then raised at the end of the
+    block, or, if the block does not end within 3 s, the process is ended; Python's report of the dropped exception is
+    suppressed. A callback of a C library loses the exception too, and the library fails with an error of its own; that
+    error is replaced by the exception of the signal.
 
     Does nothing outside of the main thread, where Python handles no signals.
     """
@@ -84,24 +92,24 @@ def stopping_at_signals() -> Iterator[Signals]:
         signals.install = lambda: None  # type: ignore[method-assign]
         yield signals
         return
-    # Python's own handlers run only between two instructions; the pipe is written from within a blocking call too.
+    # Python's handlers run only between two instructions; the pipe is written even during a blocking call.
     source, sink = os.pipe()
     os.set_blocking(sink, False)
-    left = threading.Event()
-    threading.Thread(target=_end_after_grace, args=(source, left, signals), daemon=True).start()
-    before_hook, sys.unraisablehook = sys.unraisablehook, _silent_about_signals(sys.unraisablehook)
+    block_ended = threading.Event()
+    threading.Thread(target=_end_after_grace, args=(source, block_ended, signals), daemon=True).start()
+    before_hook, sys.unraisablehook = sys.unraisablehook, _without_signal_reports(sys.unraisablehook)
     signals.install()
     before_sink = signal.set_wakeup_fd(sink)
     try:
         yield signals
-        if signals.came:
+        if signals.received:
             raise signals.exception()
     except Exception as error:
         if signals.raised:
             raise signals.exception() from error
         raise
     finally:
-        left.set()
+        block_ended.set()
         signal.set_wakeup_fd(before_sink)
         signals.restore()
         sys.unraisablehook = before_hook
@@ -110,10 +118,10 @@ def stopping_at_signals() -> Iterator[Signals]:
 
 @contextlib.contextmanager
 def ending_with_first_process(is_first: bool) -> Iterator[None]:
-    """Let the processes that this one starts in the block know it, or, in one of them, end when it has ended."""
+    """In the first process, pass its id to the processes started in the block; in another, end when the first ends."""
     if not is_first:
         parent = int(os.environ.get(_PARENT, os.getppid()))
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
         yield
         return
     os.environ[_PARENT] = str(os.getpid())
@@ -123,11 +131,11 @@ def ending_with_first_process(is_first: bool) -> Iterator[None]:
         os.environ.pop(_PARENT, None)
 
 
-def _silent_about_signals(hook: _Hook) -> _Hook:
+def _without_signal_reports(hook: _Hook) -> _Hook:
     return lambda dropped: None if issubclass(dropped.exc_type, KeyboardInterrupt) else hook(dropped)
 
 
-def _end_after_grace(source: int, left: threading.Event, signals: Signals) -> None:
+def _end_after_grace(source: int, block_ended: threading.Event, signals: Signals) -> None:
     held = 0
     with open(source, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
@@ -135,13 +143,13 @@ def _end_after_grace(source: int, left: threading.Event, signals: Signals) -> No
                 continue
             if signals.hold and not held:
                 held = number[0]
-            elif not left.wait(_GRACE):
+            elif not block_ended.wait(_GRACE):
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    print("stopped; what was finished is kept", file=sys.stderr, flush=True)
+                    print(STOPPED, file=sys.stderr, flush=True)
                 _end(128 + (held or number[0]))
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_WATCH_EVERY)
     _end(1)

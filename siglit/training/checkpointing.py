@@ -72,7 +72,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Let the ranks agree on whether to stop."""
-        self._stopping = trainer.strategy.reduce_boolean_decision(bool(self._signals.came), all=False)
+        self._stopping = trainer.strategy.reduce_boolean_decision(bool(self._signals.received), all=False)
         if self._stopping or trainer.global_step == self._total:
             # Not should_stop, which would also log a row that an undisturbed run has not.
             trainer.val_check_batch = 1

@@ -302,7 +302,7 @@ class ImageDataModule(TrainDataModule):
     def _workers(self) -> int:
         if self._experiment.data.workers is not None:
             return self._experiment.data.workers
-        return min(16, machine.cores_per_rank(self._experiment.train.devices))
+        return machine.default_workers(self._experiment.train.devices)
 
 
 def open_data(experiment: Experiment) -> CacheDataModule | ImageDataModule:

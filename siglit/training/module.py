@@ -104,8 +104,8 @@ class SigLiT(pl.LightningModule):
     def on_train_start(self) -> None:
         """Take rates and decay from the experiment, also where a checkpoint has others; tell of the text tower."""
         self._ask_optimizer()
-        if self.trainer.is_global_zero and self.text_tower.told:
-            _logger.info(self.text_tower.told)
+        if self.trainer.is_global_zero and self.text_tower.summary:
+            _logger.info(self.text_tower.summary)
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         """Loss of this rank's part of the global batch."""
@@ -231,10 +231,10 @@ class SigLiT(pl.LightningModule):
         image = {f"image_tower.{name}": config.image_lr_multiplier for name in self.image_tower.pretrained}
         return image | {f"text_tower.{name}": config.text_lr_multiplier for name in self.text_tower.pretrained}
 
-    def unread(self) -> list[str]:
+    def unused(self) -> list[str]:
         """Names of the parameters that the towers never read; they are frozen."""
-        image = [f"image_tower.{name}" for name in self.image_tower.unread]
-        return image + [f"text_tower.{name}" for name in self.text_tower.unread]
+        image = [f"image_tower.{name}" for name in self.image_tower.unused]
+        return image + [f"text_tower.{name}" for name in self.text_tower.unused]
 
     def _share_of_peak(self, step: int) -> float:
         return lr_multiplier(step, self._experiment.optim, self._total_steps, self._experiment.train.batch_size)
@@ -253,7 +253,7 @@ class SigLiT(pl.LightningModule):
                     f"cannot resume: the checkpoint was made with {told} {before}, the experiment asks for {now}; "
                     "change it back, or choose another --output_dir"
                 )
-        _leave_out(checkpoint, self.unread())
+        _drop_unused(checkpoint, self.unused())
         if made.get("learning") != self._learning():
             raise UserError(
                 "cannot resume: the checkpoint's optimiser has its parameters in other groups; set loss.name, "
@@ -267,22 +267,22 @@ class SigLiT(pl.LightningModule):
         checkpoint["siglit"] = self._description | {"learning": self._learning(), "experiment": experiment}
 
 
-def _leave_out(checkpoint: dict[str, Any], unread: list[str]) -> None:
+def _drop_unused(checkpoint: dict[str, Any], unused: list[str]) -> None:
     """Take parameters that are never read out of a checkpoint's optimiser: earlier commits put them into its groups.
 
     They never had a gradient, so it has no state of them and never changed them.
     """
     learning = checkpoint.get("siglit", {}).get("learning")
-    if not learning or not {*unread} & {name for names in learning for name in names}:
+    if not learning or not {*unused} & {name for names in learning for name in names}:
         return
     optimizer = checkpoint["optimizer_states"][0]
     kept = []
     for names, group in zip(learning, optimizer["param_groups"], strict=True):
-        numbers = [n for n, name in zip(group["params"], names, strict=True) if name not in unread]
+        numbers = [n for n, name in zip(group["params"], names, strict=True) if name not in unused]
         if numbers:
             kept.append({**group, "params": numbers})
     optimizer["param_groups"] = kept
-    learned = ([name for name in names if name not in unread] for names in learning)
+    learned = ([name for name in names if name not in unused] for names in learning)
     checkpoint["siglit"]["learning"] = [names for names in learned if names]
 
 

@@ -41,14 +41,14 @@ def test_an_exception_leaves_no_complete_cache(tmp_path):
         fill(tmp_path / "out", (ROWS, KEYS), shard_size=5, fails=True)
     with pytest.raises(CacheError, match="not complete"):
         EmbeddingCache(tmp_path / "out")
-    with pytest.raises(CacheError, match="holds shards already"):
+    with pytest.raises(CacheError, match="already holds shards"):
         fill(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("pieces", "text"),
     [
-        ([(ROWS, KEYS[:-1])], "differ in number"),
+        ([(ROWS, KEYS[:-1])], "the lengths differ"),
         ([(ROWS, KEYS), (ROWS[:, :3], [f"x{key}" for key in KEYS])], "one width"),
         ([], "no rows"),
         ([(ROWS, KEYS), (ROWS, KEYS)], "key 'k0'"),

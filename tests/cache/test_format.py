@@ -1,4 +1,4 @@
-"""The format: what cache/README.md says is what is on the disk, and a single changed byte of data is found."""
+"""The format: the files are as cache/README.md specifies, and a single changed byte of data is detected."""
 
 import hashlib
 import json
@@ -68,7 +68,7 @@ def test_plain_h5py_reads_what_the_readme_says(tmp_path):
 
 
 def test_checksum_is_the_one_of_the_readme(tmp_path):
-    """Computed here from the README alone: names, types and order are typed out."""
+    """Computed here from the README alone: names, types and order are written out."""
     write_two(tmp_path)
     layout = (
         "embedding <f2|key_bytes |u1|key_offsets <i8|caption_bytes |u1|caption_offsets <i8|caption_ptr <i8|label <i8"
@@ -107,7 +107,7 @@ def test_every_dataset_is_contiguous_aligned_and_where_the_index_says(tmp_path):
         np.testing.assert_array_equal(np.memmap(path, "<f2", "r", offset, tuple(shape)), embeddings)
 
 
-def test_any_changed_byte_of_any_dataset_is_found(tmp_path):
+def test_any_changed_byte_of_any_dataset_is_detected(tmp_path):
     write_two(tmp_path)
     cache = EmbeddingCache(tmp_path)
     assert cache.verify() == []
@@ -127,7 +127,7 @@ def test_any_changed_byte_of_any_dataset_is_found(tmp_path):
 
 
 def test_no_changed_byte_anywhere_passes_for_other_content(tmp_path):
-    """Outside the datasets too: it is found, or it changes nothing that is read (padding)."""
+    """Outside the datasets too: the change is detected, or it is in padding, which nothing reads."""
     write_two(tmp_path)
     cache = EmbeddingCache(tmp_path)
     path = tmp_path / "shard-000000.h5"
@@ -144,18 +144,18 @@ def test_no_changed_byte_anywhere_passes_for_other_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("here", "asked", "text"),
+    ("actual", "expected", "text"),
     [
-        ({"a": {"model": "x"}}, {"a": {"model": "y"}}, ["a.model: 'x' here, 'y' asked for"]),
-        ({"a": 1}, {"a": 1, "b": None}, ["b: nothing here, None asked for"]),
-        ({"a": {"b": 1}}, {"a": 3}, ["a: {'b': 1} here, 3 asked for"]),
+        ({"a": {"model": "x"}}, {"a": {"model": "y"}}, ["a.model: 'x' here, 'y' expected"]),
+        ({"a": 1}, {"a": 1, "b": None}, ["b: nothing here, None expected"]),
+        ({"a": {"b": 1}}, {"a": 3}, ["a: {'b': 1} here, 3 expected"]),
         ({"a": (0.5, 0.5)}, {"a": [0.5, 0.5]}, []),
-        ({"a": 1}, {"a": True}, ["a: 1 here, True asked for"]),
-        ({"z": 1, "a": 1}, {"z": 2, "a": 2}, ["a: 1 here, 2 asked for", "z: 1 here, 2 asked for"]),
+        ({"a": 1}, {"a": True}, ["a: 1 here, True expected"]),
+        ({"z": 1, "a": 1}, {"z": 2, "a": 2}, ["a: 1 here, 2 expected", "z: 1 here, 2 expected"]),
     ],
 )
-def test_differing_fields_names_path_and_both_values(here, asked, text):
-    assert differing_fields(here, asked) == text
+def test_differing_fields_names_path_and_both_values(actual, expected, text):
+    assert differing_fields(actual, expected) == text
 
 
 def test_a_fingerprint_that_json_cannot_hold_is_refused():
@@ -175,8 +175,8 @@ def test_a_string_that_utf8_cannot_hold_is_named(bad):
         pack_strings(["ok", bad], "caption")
 
 
-def test_keys_whose_hashes_meet_are_compared_as_text(tmp_path, monkeypatch):
-    """With a hash of one value for all, no different keys are called equal, and equal ones are found."""
+def test_keys_with_equal_hashes_are_compared_as_text(tmp_path, monkeypatch):
+    """With one hash for all keys, different keys stay different and equal ones are detected."""
     write_two(tmp_path)
     monkeypatch.setattr("siglit.cache.keys.hash_keys", lambda keys: np.zeros(len(keys), np.uint64))
     paths = list(shard_files(tmp_path).values())

@@ -1,4 +1,4 @@
-"""A shard is the one that the index was made of, down to its last byte; indices of earlier versions stay readable."""
+"""A shard is the one in the index, down to its last byte; indices of earlier versions stay readable."""
 
 import json
 import mmap
@@ -66,28 +66,28 @@ def test_shards_that_changed_places_are_refused(tmp_path):
         EmbeddingCache(tmp_path).key(0)
 
 
-def test_a_shards_identity_is_looked_at_once_and_near_its_beginning(tmp_path, monkeypatch):
-    """Three pages are read, and nothing at opening."""
+def test_a_shards_identity_is_checked_once_and_near_its_beginning(tmp_path, monkeypatch):
+    """It reads three pages; opening the cache reads none."""
     make(tmp_path)
-    found = []
+    offsets = []
 
     class Traced(mmap.mmap):
         def find(self, *arguments):
-            found.append(super().find(*arguments))
-            return found[-1]
+            offsets.append(super().find(*arguments))
+            return offsets[-1]
 
-    monkeypatch.setattr("siglit.cache.reader.mmap.mmap", Traced)
+    monkeypatch.setattr("siglit.cache.shard_maps.mmap.mmap", Traced)
     cache = EmbeddingCache(tmp_path)
-    assert found == []
+    assert offsets == []
     for _ in range(3):
         cache.gather(np.arange(12))
         cache.captions(11)
-    assert len(found) == 3
-    assert all(0 < place < 3 * 4096 - 64 for place in found)
+    assert len(offsets) == 3
+    assert all(0 < place < 3 * 4096 - 64 for place in offsets)
 
 
 def test_a_shard_that_has_its_attributes_elsewhere_is_read_too(tmp_path):
-    """Another writer may put them behind the datasets."""
+    """Another writer may put the attributes behind the datasets."""
     path = make(tmp_path).shard_paths[1]
     index = json.loads((tmp_path / "index.json").read_text())
     carried = index["shards"][1]["checksum"].encode()
@@ -97,7 +97,7 @@ def test_a_shard_that_has_its_attributes_elsewhere_is_read_too(tmp_path):
     assert EmbeddingCache(tmp_path).key(5) == "1-1"
 
 
-def test_verify_finds_a_flipped_bit_in_any_byte(tmp_path):
+def test_verify_detects_a_flipped_bit_in_any_byte(tmp_path):
     """The embedding and all bytes outside of the datasets: metadata, attributes, and the padding that HDF5 ignores."""
     cache = make(tmp_path, shards=1)
     path, record = cache.shard_paths[0], cache.located_shards()[0]
@@ -111,9 +111,9 @@ def test_verify_finds_a_flipped_bit_in_any_byte(tmp_path):
         data = bytearray(whole)
         data[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(data)
-        found = EmbeddingCache(tmp_path).verify()
-        assert found, place
-        assert all("shard-000000.h5" in text for text in found)
+        problems = EmbeddingCache(tmp_path).verify()
+        assert problems, place
+        assert all("shard-000000.h5" in text for text in problems)
     path.write_bytes(whole)
     assert EmbeddingCache(tmp_path).verify() == []
 
@@ -155,7 +155,7 @@ def test_versions_are_kept_and_never_compared(tmp_path):
 
 
 def test_completing_a_cache_again_does_not_approve_a_flipped_bit(tmp_path):
-    """Which `verify` would then no longer find."""
+    """`verify` would then no longer detect it."""
     cache = make(tmp_path)
     path = cache.shard_paths[0]
     content = bytearray(path.read_bytes())
@@ -163,6 +163,6 @@ def test_completing_a_cache_again_does_not_approve_a_flipped_bit(tmp_path):
     content[(start + end) // 2] ^= 1
     path.write_bytes(content)
     before = (tmp_path / "index.json").read_bytes()
-    with pytest.raises(CacheError, match=r"shard-000000.h5: bytes outside of its datasets.*verify --repair"):
+    with pytest.raises(CacheError, match=r"shard-000000.h5: bytes outside its datasets.*verify --repair"):
         finish(tmp_path, 3, FINGERPRINT)
     assert (tmp_path / "index.json").read_bytes() == before

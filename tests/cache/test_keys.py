@@ -1,4 +1,4 @@
-"""A key names one image: the second shard that has it is refused, whoever committed the first."""
+"""Keys are unique: a second shard with a key is refused, whichever process committed the first."""
 
 import tracemalloc
 
@@ -33,7 +33,7 @@ def test_shards_of_other_processes_and_earlier_runs_are_compared_too(tmp_path):
     known.add(8, ["c"])
 
 
-def test_hashes_that_meet_are_no_duplicate(tmp_path, monkeypatch):
+def test_equal_hashes_of_different_keys_are_no_duplicate(tmp_path, monkeypatch):
     monkeypatch.setattr("siglit.cache.keys.hash_keys", lambda keys: np.zeros(len(keys), np.uint64))
     write(tmp_path, 0)
     known = KnownKeys(tmp_path)
@@ -61,20 +61,20 @@ def test_many_shards_stay_at_eight_bytes_per_key(tmp_path, monkeypatch):
 
 def test_two_places_of_one_key_in_lists():
     parts = [["a", "b"], [], ["c"], ["d", "b"]]
-    asked = []
+    read_parts = []
 
     def keys_of(part):
-        asked.append(part)
+        read_parts.append(part)
         return parts[part]
 
-    found = find_duplicate([hash_keys(part) for part in parts], keys_of)
-    assert found == ("b", (0, 1), (3, 1))
-    assert asked == [0, 3]
+    duplicate = find_duplicate([hash_keys(part) for part in parts], keys_of)
+    assert duplicate == ("b", (0, 1), (3, 1))
+    assert read_parts == [0, 3]
     assert find_duplicate([hash_keys(part) for part in parts[:3]], keys_of) is None
     assert find_duplicate([], keys_of) is None
 
 
 @pytest.mark.parametrize("key", [1, "\udc80"])
 def test_a_key_that_is_no_text_is_named(tmp_path, key):
-    with pytest.raises(CacheError, match="key 1 is .*text that UTF-8 can hold was wanted"):
+    with pytest.raises(CacheError, match="key 1 is .*expected text that UTF-8 can encode"):
         hash_keys(["a", key])

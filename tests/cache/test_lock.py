@@ -1,4 +1,4 @@
-"""The lock: one writer at a time, named to the second one, gone with its holder."""
+"""The lock: one writer at a time, whom the second one's message names; it ends with its holder."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def test_a_second_writer_is_refused_with_the_first_ones_name(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_holder_lets_go(tmp_path):
+def test_a_killed_holder_releases_the_lock(tmp_path):
     with hold(tmp_path, "alone") as holder:
         assert holder.stdout.readline()
         with pytest.raises(CacheError, match=f"process {holder.pid}"), exclusive(tmp_path):
@@ -48,7 +48,7 @@ def test_a_killed_holder_lets_go(tmp_path):
             pass
 
 
-def test_a_forked_worker_does_not_hold_on(tmp_path):
+def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
     """A worker that outlives its killed parent must not keep the next run out."""
     with hold(tmp_path, "fork") as holder:
         pids = {int(holder.stdout.readline()) for _ in range(2)}

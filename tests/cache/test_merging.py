@@ -1,4 +1,4 @@
-"""Several caches as one: the same rows in order, copied or read in place; what does not fit is refused."""
+"""Several caches as one: the same rows in order, copied or read in place; parts that do not fit are refused."""
 
 import numpy as np
 import pytest
@@ -34,15 +34,15 @@ def test_parts_become_one_in_order(tmp_path, together):
     parts = [make(tmp_path / "a", 0, 10), make(tmp_path / "b", 10, 5), make(tmp_path / "c", 15, 1)]
     cache = together(tmp_path / "out", parts)
     whole = make(tmp_path / "whole", 0, 16)
-    got = content(cache)
-    assert got[0] == b"".join(content(part)[0] for part in parts)
-    assert got[1:] == content(whole)[1:]
+    result = content(cache)
+    assert result[0] == b"".join(content(part)[0] for part in parts)
+    assert result[1:] == content(whole)[1:]
     assert cache.fingerprint == {"tower": "a", "source": {"merged": ["0", "10", "15"]}}
     assert cache.verify() == []
     np.testing.assert_array_equal(cache.gather(np.array([15, 0, 11]))[1:2], parts[0].gather(np.array([0])))
 
 
-def test_merging_goes_on_where_it_stopped(tmp_path):
+def test_merging_resumes_where_it_stopped(tmp_path):
     parts = [make(tmp_path / "a", 0, 10), make(tmp_path / "b", 10, 5)]
     merge(tmp_path / "whole", parts)
     merge(tmp_path / "out", parts)
@@ -54,7 +54,7 @@ def test_merging_goes_on_where_it_stopped(tmp_path):
 
 
 def test_shards_keep_their_checksums(tmp_path):
-    """The data is not made again: the checksums, which cover it, stay."""
+    """The data is copied, so the checksums over it stay."""
     parts = [make(tmp_path / "a", 0, 4), make(tmp_path / "b", 4, 4)]
     merged = merge(tmp_path / "out", parts)
     checksums = [shard.checksum for part in parts for shard in part.located_shards()]
@@ -64,9 +64,9 @@ def test_shards_keep_their_checksums(tmp_path):
 @pytest.mark.parametrize("together", [merge, lambda out, parts: concat(parts)])
 def test_other_towers_and_widths_are_refused(tmp_path, together):
     first = make(tmp_path / "a", 0, 4)
-    with pytest.raises(CacheError, match=r"tower: 'a' here, 'b'"):
+    with pytest.raises(CacheError, match=r"tower: 'b' here, 'a' expected"):
         together(tmp_path / "out", [first, make(tmp_path / "b", 4, 4, tower="b")])
-    with pytest.raises(CacheError, match="3 numbers.* 2 in"):
+    with pytest.raises(CacheError, match="width 3 in .* 2 in"):
         together(tmp_path / "out", [first, make(tmp_path / "c", 4, 4, dim=2)])
     assert not (tmp_path / "out").exists()
 

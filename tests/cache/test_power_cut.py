@@ -1,4 +1,4 @@
-"""The machine stops at any moment: what was not yet synced is gone, and the next run still ends with the right cache.
+"""The machine stops at any moment: unsynced data is lost, and the next run still ends with the right cache.
 
 A file system may lose the content of a file until the file is fsynced, and a rename until its folder is.
 """
@@ -18,7 +18,7 @@ class PowerCut(BaseException):
 
 
 class Disk:
-    """Stands before the disk, stops at the `moment`-th sync or rename, and drops what was not synced by then."""
+    """Replaces fsync and rename, stops at the `moment`-th sync or rename, and drops what was not synced by then."""
 
     def __init__(self, monkeypatch, moment):
         self._fsync, self._replace = os.fsync, os.replace
@@ -83,7 +83,7 @@ def test_a_power_cut_at_any_moment(tmp_path, monkeypatch, moment):
     assert there == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
 
 
-def test_no_moment_was_left_out(tmp_path, monkeypatch):
+def test_no_moment_is_left_out(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         Disk(patch, 1 + 3 * (SHARDS + 1))
         fill(tmp_path / "whole")

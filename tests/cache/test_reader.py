@@ -1,4 +1,4 @@
-"""The reader: everything comes back as it went in, from anywhere, and a wrong cache is called wrong."""
+"""The reader: everything comes back as it was written, in any process, and a wrong cache is refused."""
 
 import gc
 import itertools
@@ -83,7 +83,7 @@ def test_everything_comes_back(folder):
     assert [array.dtype for array in (cache.caption_offsets, cache.caption_rows, cache.labels)] == [np.int64] * 3
 
 
-def test_what_nobody_gave_is_none(tmp_path):
+def test_what_was_not_written_is_none(tmp_path):
     write_shard(tmp_path, 0, embeddings=np.ones((2, 4)), keys=["a", "b"], captions=[[], []], fingerprint={})
     finish(tmp_path, 1, {})
     cache = EmbeddingCache(tmp_path)
@@ -258,7 +258,7 @@ if __name__ == "__main__":
 def test_a_finished_cache_may_lie_on_a_read_only_disk(folder, tmp_path):
     """Opened, gathered, verified, pickled and read in a spawned process: nothing in the folder is opened to write.
 
-    The kernel refuses it where permissions bind, HDF5's own calls included; an audit hook tells of what was tried.
+    The kernel refuses it where permissions bind, HDF5's own calls included; an audit hook reports every attempt.
     """
     (tmp_path / "read.py").write_text(READ_ONLY)
 
@@ -303,7 +303,7 @@ def test_a_cache_that_is_not_there_or_not_complete_says_so(tmp_path, folder):
     with pytest.raises(CacheError, match=r"there is no cache at .*absent"):
         EmbeddingCache(tmp_path / "absent")
     (folder / "index.json").unlink()
-    with pytest.raises(CacheError, match=r"not complete: 5 shards are there.*run `siglit precompute` again"):
+    with pytest.raises(CacheError, match=r"not complete: it has 5 shards, but no index.*run `siglit precompute` again"):
         EmbeddingCache(folder)
 
 
@@ -313,10 +313,10 @@ def test_a_cache_that_is_not_there_or_not_complete_says_so(tmp_path, folder):
         (lambda index: index.update(version=2), "format version 2, this siglit reads up to 1; update siglit"),
         (lambda index: index.update(format="other"), "not the index of a cache"),
         (lambda index: index.pop("shards"), "damaged.*delete it"),
-        (lambda index: index["shards"].pop(0), "its totals are not its shards"),
+        (lambda index: index["shards"].pop(0), "its totals are not the sums"),
         (lambda index: index["shards"][0].update(more=1), "damaged"),
         (lambda index: index["shards"][0]["datasets"].pop("label"), "damaged"),
-        (lambda index: index["shards"][0]["datasets"]["label"].__setitem__(0, 5000), "grid"),
+        (lambda index: index["shards"][0]["datasets"]["label"].__setitem__(0, 5000), "multiple of 4096 bytes"),
     ],
 )
 def test_a_wrong_index_is_refused(folder, change, text):
@@ -338,7 +338,7 @@ def test_a_cut_shard_is_refused_before_its_map_kills_the_process(folder):
     path = folder / "shard-000002.h5"
     os.truncate(path, path.stat().st_size // 2)
     cache = EmbeddingCache(folder)
-    with pytest.raises(CacheError, match=r"shard-000002\.h5 has \d+ bytes, \d+ when the cache was completed"):
+    with pytest.raises(CacheError, match=r"shard-000002\.h5 has \d+ bytes, but had \d+ when the cache was completed"):
         cache.gather(np.arange(9))
     assert any("shard-000002.h5" in problem for problem in cache.verify())
 
@@ -347,13 +347,13 @@ def test_another_fingerprint_is_named_by_field(folder):
     cache = EmbeddingCache(folder)
     cache.check_fingerprint(json.loads(json.dumps(FINGERPRINT)))
     other = {"image_tower": {"model": "vit_l", "hash": "ab"}, "transform": {"size": 256}, "source": "coco"}
-    with pytest.raises(CacheError, match=r"image_tower\.model: 'vit_b' here, 'vit_l' asked for; transform\.size: 224"):
+    with pytest.raises(CacheError, match=r"image_tower\.model: 'vit_b' here, 'vit_l' expected; transform\.size: 224"):
         cache.check_fingerprint(other)
     cache.check_fingerprint(other, ["source", "image_tower.hash"])
-    with pytest.raises(CacheError, match=r"transform\.size: 224 here, 256 asked for") as caught:
+    with pytest.raises(CacheError, match=r"transform\.size: 224 here, 256 expected") as caught:
         cache.check_fingerprint(other, ["source", "transform"])
     assert "vit_l" not in str(caught.value)
-    with pytest.raises(CacheError, match=r"image_tower\.model: 'vit_b' here, nothing asked for"):
+    with pytest.raises(CacheError, match=r"image_tower\.model: 'vit_b' here, nothing expected"):
         cache.check_fingerprint({}, ["image_tower.model"])
 
 
@@ -365,7 +365,7 @@ def test_verify_finds_what_the_index_gets_wrong(folder):
     (folder / "index.json").write_text(json.dumps(index))
     problems = "\n".join(EmbeddingCache(folder).verify())
     assert "shard-000000.h5: labelled is 3, the index says 0" in problems
-    assert "source: 'coco' here, 'other' asked for" in problems
+    assert "source: 'coco' here, 'other' expected" in problems
     assert "counts of skipped images differ" in problems
 
 

@@ -1,4 +1,4 @@
-"""The writer: a shard is committed whole or not at all, whatever happens; a cache is complete or says what it lacks."""
+"""The writer: a shard is committed whole or not at all; a cache is complete, or the message says what is missing."""
 
 import errno
 import json
@@ -33,18 +33,18 @@ def write(folder: Path, number: int, rows: int = 3, **changes) -> Path:
 
 
 def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path):
-    """SIGKILL at random moments: every committed shard is whole, and the next writer goes on from there."""
+    """SIGKILL at random moments: every committed shard is whole, and the next writer resumes."""
     program = textwrap.dedent("""
         import sys
         from pathlib import Path
         import numpy as np
         from siglit.cache import committed_shards, write_shard
         folder = Path(sys.argv[1])
-        for number in sorted(set(range(100_000)) - committed_shards(folder, {"made": "here"})):
+        for number in sorted(set(range(100_000)) - committed_shards(folder, {"by": "me"})):
             rng = np.random.default_rng(number)
             write_shard(folder, number, embeddings=rng.standard_normal((1500, 64), np.float32),
                         keys=[f"{number}-{row}" for row in range(1500)], captions=[["a", "b"]] * 1500,
-                        fingerprint={"made": "here"})
+                        fingerprint={"by": "me"})
     """)
     rng = np.random.default_rng()
     counts = [0]
@@ -54,7 +54,7 @@ def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path):
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.15))
             process.send_signal(signal.SIGKILL)
-        committed = committed_shards(tmp_path, {"made": "here"})
+        committed = committed_shards(tmp_path, {"by": "me"})
         counts.append(len(committed))
         assert committed == set(range(len(committed)))
         remove_unfinished(tmp_path)
@@ -62,7 +62,7 @@ def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path):
     assert all(before < after for before, after in pairwise(counts)), "a restart lost shards"
     with pytest.raises(CacheError, match="is not complete"):
         EmbeddingCache(tmp_path)
-    finish(tmp_path, counts[-1], {"made": "here"})
+    finish(tmp_path, counts[-1], {"by": "me"})
     cache = EmbeddingCache(tmp_path)
     assert len(cache) == 1500 * counts[-1]
     assert cache.verify() == []
@@ -187,19 +187,19 @@ def test_finish_twice_changes_nothing(tmp_path):
 
 def test_a_shard_is_never_replaced(tmp_path):
     before = write(tmp_path, 0).read_bytes()
-    with pytest.raises(CacheError, match="committed already"):
+    with pytest.raises(CacheError, match="already committed"):
         write(tmp_path, 0, embeddings=np.ones((3, 8)))
     assert (tmp_path / "shard-000000.h5").read_bytes() == before
 
 
 def test_a_cache_that_gets_a_shard_again_is_not_complete(tmp_path):
-    """A shard that was deleted as damaged comes back: until `finish`, the old index must not vouch for it."""
+    """A shard that was deleted as damaged comes back: until `finish`, the old index must not be used for it."""
     for number in range(2):
         write(tmp_path, number)
     finish(tmp_path, 2, FINGERPRINT)
     (tmp_path / "shard-000001.h5").unlink()
     write(tmp_path, 1, embeddings=np.ones((3, 8)))
-    with pytest.raises(CacheError, match="not complete: 2 shards are there"):
+    with pytest.raises(CacheError, match="not complete: it has 2 shards"):
         EmbeddingCache(tmp_path)
     finish(tmp_path, 2, FINGERPRINT)
     assert EmbeddingCache(tmp_path).verify() == []
@@ -209,7 +209,7 @@ def test_a_cache_that_gets_a_shard_again_is_not_complete(tmp_path):
 def test_another_fingerprint_is_refused_by_field(tmp_path, step):
     write(tmp_path, 0)
     other = {"image_tower": {"model": "vit_l"}, "size": 224}
-    with pytest.raises(CacheError, match=r"image_tower\.model: 'vit_b' here, 'vit_l' asked for") as caught:
+    with pytest.raises(CacheError, match=r"image_tower\.model: 'vit_b' here, 'vit_l' expected") as caught:
         committed_shards(tmp_path, other) if step == "resume" else finish(tmp_path, 1, other)
     assert "size" not in str(caught.value)
     assert "shard-000000.h5" in str(caught.value)
@@ -228,10 +228,10 @@ def test_no_folder_has_no_shards(tmp_path):
 def test_missing_and_superfluous_shards_are_named(tmp_path):
     for number in (0, 2):
         write(tmp_path, number)
-    with pytest.raises(CacheError, match=r"1 of 3 shards are missing, the first is shard-000001\.h5"):
+    with pytest.raises(CacheError, match=r"1 of 3 shards missing, the first is shard-000001\.h5"):
         finish(tmp_path, 3, FINGERPRINT)
     write(tmp_path, 1)
-    with pytest.raises(CacheError, match=r"3 shards, but its source makes 2 .*shard-000002\.h5"):
+    with pytest.raises(CacheError, match=r"3 shards, but its source needs 2 .*shard-000002\.h5"):
         finish(tmp_path, 2, FINGERPRINT)
     assert not (tmp_path / "index.json").exists()
 
@@ -247,7 +247,7 @@ def test_a_key_in_two_shards_is_named_with_both_places(tmp_path):
 def test_shards_of_different_width_are_named(tmp_path):
     write(tmp_path, 0)
     write(tmp_path, 1, embeddings=np.ones((3, 9)))
-    with pytest.raises(CacheError, match=r"8 numbers in shard-000000\.h5, 9 in shard-000001\.h5"):
+    with pytest.raises(CacheError, match=r"width 8 in shard-000000\.h5, 9 in shard-000001\.h5"):
         finish(tmp_path, 2, FINGERPRINT)
 
 
@@ -261,7 +261,7 @@ def test_a_cut_shard_is_named(tmp_path):
 def test_a_foreign_hdf5_file_is_named(tmp_path):
     with h5py.File(tmp_path / "shard-000000.h5", "w") as file:
         file["x"] = 1
-    with pytest.raises(CacheError, match="is no shard of a cache"):
+    with pytest.raises(CacheError, match="is not a shard of a cache"):
         committed_shards(tmp_path, FINGERPRINT)
 
 
@@ -276,15 +276,15 @@ def test_a_newer_shard_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"embeddings": np.array([[1.0], [1e5], [0]])}, r"'0-1' \(row 1\) holds 100000.0, finite values up to 65504"),
+        ({"embeddings": np.array([[1.0], [1e5], [0]])}, r"'0-1' \(row 1\) holds 100000.0; expected finite values"),
         ({"embeddings": np.array([[1.0], [0], [np.nan]], np.float32)}, r"'0-2' \(row 2\) holds nan"),
-        ({"embeddings": np.ones((2, 8))}, r"floats \(3, D\) were wanted"),
+        ({"embeddings": np.ones((2, 8))}, r"expected floats \(3, D\)"),
         ({"embeddings": np.ones((3, 8), np.int64)}, "floats"),
-        ({"embeddings": np.ones((3, 0))}, "rows without numbers"),
+        ({"embeddings": np.ones((3, 0))}, "rows have no values"),
         ({"keys": ["a", "b", "a"]}, "'a' is in row 0 and in row 2"),
         ({"captions": [["x"]] * 2}, "3 keys need as many lists of captions"),
         ({"captions": ["one", "two", "six"]}, "list of captions"),
-        ({"langs": [["en"]] * 3}, "languages as captions"),
+        ({"langs": [["en"]] * 3}, "one language per caption"),
         ({"labels": [1, 2]}, "2 labels for 3 rows"),
         ({"labels": [1, None, -7]}, "a label is -7"),
         ({"fingerprint": {"path": Path("x")}}, "JSON"),

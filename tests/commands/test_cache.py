@@ -253,7 +253,7 @@ def test_a_cache_that_is_not_complete_says_so_and_lists_its_skipped_images(exper
     assert any('"pooling": "tower"' in line for line in out)
     code, out, _ = run(capsys, "verify", "cache/small")
     assert (code, len(out)) == (2, 1)
-    assert "not complete: 4 shards are there" in out[0]
+    assert "not complete: it has 4 shards" in out[0]
 
 
 def test_info_tells_the_versions_of_the_making(experiment, capsys):
@@ -271,7 +271,7 @@ def test_no_cache_at_a_relative_path_names_the_working_directory(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, command, "cache/my/train")
     assert (code, out, len(err)) == (2, [], 1)
-    assert f"there is no cache at cache/my/train (the working directory is {tmp_path}); make it" in err[0]
+    assert f"there is no cache at cache/my/train (the working directory is {tmp_path}); create it" in err[0]
     with pytest.raises(CacheError, match=f"the working directory is {tmp_path}"):
         EmbeddingCache("cache/my/train")
     (tmp_path / "empty/train").mkdir(parents=True)

@@ -125,7 +125,7 @@ class TestText:
 
     @pytest.mark.parametrize("fmt", ["csv", "jsonl", "coco", "folder", "parquet", "webdataset", "xm3600"])
     def test_missing_listing(self, tmp_path, fmt):
-        refused(fmt, tmp_path / "nope", "nope", "Correct path")
+        refused(fmt, tmp_path / "nope", "nope", "path")
 
     def test_a_folder_is_no_listing(self, tmp_path):
         refused("csv", tmp_path, "cannot be read")

@@ -42,7 +42,7 @@ LOADED = {
 
 
 @pytest.mark.parametrize("kind", LOADED)
-def test_an_unreachable_hub_is_told_at_once(kind):
+def test_an_unreachable_hub_is_reported_at_once(kind):
     """huggingface_hub alone tries again for 23 to 48 s."""
     begun = time.monotonic()
     with pytest.raises(

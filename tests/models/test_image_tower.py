@@ -102,7 +102,7 @@ class TestWeights:
             self.check(model, config)
 
     def test_weights_of_another_resolution_are_resampled(self, tmp_path):
-        """As timm does for position embeddings: what is asked for by img_size is not an error."""
+        """As timm does for position embeddings: a size set by img_size is not an error."""
         model = source_model(img_size=64)
         torch.save(model.state_dict(), tmp_path / "w.pth")
         tower = ImageTower(replace(VIT, weights=str(tmp_path / "w.pth")))
@@ -129,7 +129,7 @@ class TestWeights:
             config,
             "1 missing: blocks.1.attn.proj.weight",
             "1 not of this model: blocks.7.attn.proj.weight",
-            "1 of another shape: norm.bias (49,), not (48,)",
+            "1 of another shape: norm.bias (49,), expected (48,)",
         )
         safetensors.torch.save_file(whole, path)
         ImageTower(config)
@@ -142,7 +142,7 @@ class TestWeights:
     def test_npz_of_another_depth(self, tmp_path, depth):
         """Also of a deeper tower, whose first blocks timm would take for the whole."""
         np.savez(tmp_path / "w.npz", **augreg(source_model(depth=depth)))
-        refused(replace(VIT, weights=str(tmp_path / "w.npz")), f"{depth} blocks, not 2")
+        refused(replace(VIT, weights=str(tmp_path / "w.npz")), f"{depth} blocks, expected 2")
 
     # timm leaves the archive open when reading it fails; collected here, it does not trouble another test.
     @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -229,9 +229,9 @@ class TestPooling:
         tower = ImageTower(replace(config, pooling=pooling, weights=str(tmp_path / "w.pth")))
         with torch.inference_mode():
             tokens = model.forward_features(normalised(tower, pixels))
-            wanted = by_hand(model, tokens)
-        torch.testing.assert_close(tower(pixels), wanted, rtol=1e-5, atol=1e-5)
-        assert tower.embedding_width == wanted.shape[1] == (96 if pooling == "cls+avg" else 48)
+            expected = by_hand(model, tokens)
+        torch.testing.assert_close(tower(pixels), expected, rtol=1e-5, atol=1e-5)
+        assert tower.embedding_width == expected.shape[1] == (96 if pooling == "cls+avg" else 48)
 
     def test_map_is_the_towers_own_where_its_head_leaves_prefix_tokens_out(self):
         arguments = {**SMALL, "class_token": True, "pool_include_prefix": False}
@@ -259,8 +259,8 @@ class TestPooling:
         arguments = {} if model == "resnet18" else SMALL
         refused(replace(VIT, model=model, model_args=arguments, pooling=pooling), model, text, "image_tower.pooling")
 
-    def test_a_tower_that_gives_a_map(self):
-        refused(replace(VIT, model="resnet18", model_args={"global_pool": ""}), "instead of one row per image")
+    def test_a_tower_that_returns_a_map(self):
+        refused(replace(VIT, model="resnet18", model_args={"global_pool": ""}), "one row per image")
 
 
 class TestConfig:
@@ -308,9 +308,9 @@ class TestPixels:
     def test_squash_is_pils_resize_to_the_towers_size(self, filter_, size):
         tower, image = ImageTower(replace(VIT, interpolation=filter_)), picture(*size)
         pixels = tower.transform()(image)
-        wanted = np.asarray(image.resize((32, 32), getattr(Image.Resampling, filter_.upper())))
+        expected = np.asarray(image.resize((32, 32), getattr(Image.Resampling, filter_.upper())))
         assert pixels.dtype == torch.uint8
-        assert np.abs(pixels.numpy().transpose(1, 2, 0).astype(int) - wanted).max() <= 1
+        assert np.abs(pixels.numpy().transpose(1, 2, 0).astype(int) - expected).max() <= 1
 
     def test_crop_keeps_proportions(self):
         """Resize of the short side to size / crop_pct, then the centre."""
@@ -319,8 +319,8 @@ class TestPixels:
         short = int(32 / 0.9)
         resized = image.resize((2 * short, short), Image.Resampling.BICUBIC)
         left, top = round((2 * short - 32) / 2), round((short - 32) / 2)
-        wanted = np.asarray(resized.crop((left, top, left + 32, top + 32)))
-        assert np.abs(tower.transform()(image).numpy().transpose(1, 2, 0).astype(int) - wanted).max() <= 1
+        expected = np.asarray(resized.crop((left, top, left + 32, top + 32)))
+        assert np.abs(tower.transform()(image).numpy().transpose(1, 2, 0).astype(int) - expected).max() <= 1
 
     def test_image_size_other_than_the_towers(self):
         tower = ImageTower(replace(VIT, model_args={**SMALL, "dynamic_img_size": True}, image_size=48))
@@ -333,8 +333,8 @@ class TestPixels:
         tower.backbone = nn.Identity()
         image = picture(32, 32)
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
-        wanted = Compose([ToTensor(), Normalize(mean or [0.5] * 3, std or [0.5] * 3)])(image)
-        torch.testing.assert_close(tower(pixels)[0], wanted, rtol=0, atol=1e-6)
+        expected = Compose([ToTensor(), Normalize(mean or [0.5] * 3, std or [0.5] * 3)])(image)
+        torch.testing.assert_close(tower(pixels)[0], expected, rtol=0, atol=1e-6)
 
 
 class TestFingerprint:

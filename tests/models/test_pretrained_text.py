@@ -1,4 +1,4 @@
-"""Pretrained text models load whole and safely, say what is wrong with a folder, and are masked and pooled as told."""
+"""Pretrained text models load whole and safely, name what is wrong with a folder, are masked and pooled."""
 
 import json
 from logging import Handler, getLogger
@@ -145,11 +145,11 @@ def save_other(folder, kind):
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("vit", "ViTModel gives no state per token"), ("clip", "CLIPModel gives no"), ("bart", "has none for 'bart'")],
+    [("vit", "ViTModel returns no state per token"), ("clip", "CLIPModel returns no"), ("bart", "has none for 'bart'")],
 )
 def test_no_text_encoder(tmp_path, kind, words):
     folder = save_other(tmp_path / kind, kind)
-    with pytest.raises(UserError, match=rf"is no text encoder: .*{words}"):
+    with pytest.raises(UserError, match=rf"is not a text encoder: .*{words}"):
         check_text_model(load_text_model(folder), folder, vocab_size=VOCABULARY, length=6)
 
 
@@ -164,17 +164,17 @@ def test_length_beyond_the_positions(tmp_path, kind, positions):
 
 def test_a_tokenizer_with_more_ids_than_the_model(tmp_path):
     model = load_text_model(save_model(tmp_path / "model"))
-    with pytest.raises(UserError, match=r"tokenizer has 41 ids, but .* embeddings for 40; leave tokenizer.path out"):
+    with pytest.raises(UserError, match=r"tokenizer has 41 ids, but .* embeddings for 40; remove tokenizer.path"):
         check_text_model(model, "x", vocab_size=VOCABULARY + 1, length=6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_description_in_json_rebuilds_the_model(tmp_path, kind):
     model = load_text_model(save_model(tmp_path / "model", kind))
-    told = json.loads(json.dumps(architecture_of(model)))
-    assert str(tmp_path) not in json.dumps(told)
-    rebuilt = rebuild_text_model(told)
-    assert architecture_of(rebuilt) == told
+    architecture = json.loads(json.dumps(architecture_of(model)))
+    assert str(tmp_path) not in json.dumps(architecture)
+    rebuilt = rebuild_text_model(architecture)
+    assert architecture_of(rebuilt) == architecture
     ids = captions(kind)
     assert not torch.allclose(rebuilt.eval()(input_ids=ids)[0], model.eval()(input_ids=ids)[0])
     rebuilt.load_state_dict(model.state_dict())

@@ -119,7 +119,7 @@ def test_every_weight_learns():
 
 @pytest.mark.parametrize("config", [replace(SMALL, heads=5), replace(SMALL, width=30), TextTowerConfig(heads=7)])
 def test_heads_that_do_not_divide_the_width(config):
-    with pytest.raises(UserError, match=r"width \d+ cannot have \d+ heads"):
+    with pytest.raises(UserError, match=r"text_tower\.width \d+ is not divisible by text_tower\.heads \d+"):
         small_tower(config)
 
 
@@ -132,11 +132,11 @@ class TestBottleneck:
         assert count(whole) - count(narrow) == 50 * 32 - (50 * 5 + 5 * 32)
         assert {p.shape for p in narrow.model.embeddings.token_embedding.parameters()} == {(50, 5), (32, 5)}
 
-    def test_the_saving_is_told(self):
+    def test_the_summary_names_the_saving(self):
         with torch.device("meta"):
             tower = TextTower(TextTowerConfig(size="B", embedding_width=96), **BUILT_FOR | {"vocab_size": 32_000})
-        assert tower.told == "token embedding 32,000 × 96 + 96 × 768 = 3.15 M parameters instead of 24.6 M"
-        assert small_tower().told is None
+        assert tower.summary == "token embedding 32,000 × 96 + 96 × 768 = 3.15 M parameters instead of 24.6 M"
+        assert small_tower().summary is None
 
     def test_equals_a_tower_with_the_product_of_the_tables(self):
         whole, narrow = small_tower(), small_tower(BOTTLENECK)
@@ -254,9 +254,9 @@ class TestPretrained:
             tower = pretrained_tower(folder)
         assert {p.device.type for p in tower.model.parameters()} == {"cpu"}
 
-    def test_told(self, tmp_path):
+    def test_summary(self, tmp_path):
         folder = save_model(tmp_path / "model")
-        assert pretrained_tower(folder, locked=True).told == (
+        assert pretrained_tower(folder, locked=True).summary == (
             f"text tower {folder}: BertModel, 0.00534 M parameters, locked, mean pooling, new head 16 × 20"
         )
 

@@ -1,4 +1,4 @@
-"""Tokenizers keep SigLIP's conventions, are made alike from alike captions, and say what is wrong with a file."""
+"""Tokenizers keep SigLIP's conventions, train reproducibly, and name what is wrong with a file."""
 
 from dataclasses import replace
 
@@ -52,9 +52,9 @@ class TestSentencePiece:
 
     def test_lower_case_is_the_default(self, tmp_path, trained):
         (tmp_path / "words.model").write_bytes(trained)
-        default, asked = (load_tokenizer(str(tmp_path / "words.model"), c) for c in (CONFIG, LOWER))
-        assert np.array_equal(default(["A Red dog"]), asked(["a red dog"]))
-        assert default.fingerprint == asked.fingerprint
+        default, explicit = (load_tokenizer(str(tmp_path / "words.model"), c) for c in (CONFIG, LOWER))
+        assert np.array_equal(default(["A Red dog"]), explicit(["a red dog"]))
+        assert default.fingerprint == explicit.fingerprint
         assert train_sentencepiece(CAPTIONS, LOWER) == trained
 
     def test_case_is_kept_where_asked(self, trained):

@@ -1,4 +1,4 @@
-"""What a pooling never reads is frozen: both towers train on two ranks, and nothing else stays behind."""
+"""Parameters that a pooling never uses are frozen: both towers train on two ranks, and nothing else is frozen."""
 
 import signal
 import warnings
@@ -33,7 +33,7 @@ from siglit.models import image_tower, text_tower
 from siglit.models.image_tower import ImageTower
 from siglit.models.pretrained_text import _class_of
 from siglit.models.text_tower import TextTower
-from siglit.models.unused import freeze_unread, graph_only
+from siglit.models.unused import freeze_unused, graph_only
 from siglit.planning.memory import RandomData
 from siglit.runs.launch import quiet_lightning
 from siglit.training.fsdp import shard
@@ -115,24 +115,24 @@ LEFT = {
 
 
 @pytest.mark.parametrize(("model", "pooling"), LEFT)
-def test_what_the_pooling_leaves_is_found_and_nothing_else(model, pooling):
+def test_what_the_pooling_leaves_is_frozen_and_nothing_else(model, pooling):
     """It equals what a real training step leaves without a gradient; the parameters and their names stay."""
     tower = ImageTower(vit(pooling, model), trainable=True)
     parameters = dict(tower.named_parameters())
     expected = {n for n in parameters if n.split(".")[1] in LEFT[model, pooling]}
-    assert {*tower.unread} == expected == {n for n, p in parameters.items() if not p.requires_grad}
-    assert len(tower.unread) == len(expected)
+    assert {*tower.unused} == expected == {n for n, p in parameters.items() if not p.requires_grad}
+    assert len(tower.unused) == len(expected)
     tower.requires_grad_(True)(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)).sum().backward()
     assert {n for n, p in parameters.items() if p.grad is None} == expected
     assert tower.training
-    assert ImageTower(vit(pooling, model)).unread == []
+    assert ImageTower(vit(pooling, model)).unused == []
     with torch.device("meta"):
-        assert {*ImageTower(vit(pooling, model), trainable=True).unread} == expected
+        assert {*ImageTower(vit(pooling, model), trainable=True).unused} == expected
 
 
-def test_layers_that_are_skipped_at_random_are_read():
+def test_layers_that_are_skipped_at_random_are_used():
     tower = ImageTower(vit("avg", drop_path_rate=0.9, patch_drop_rate=0.5), trainable=True)
-    assert {n.split(".")[1] for n in tower.unread} == {"attn_pool"}
+    assert {n.split(".")[1] for n in tower.unused} == {"attn_pool"}
 
 
 def test_a_forward_keeps_nothing_for_backward():
@@ -142,7 +142,7 @@ def test_a_forward_keeps_nothing_for_backward():
         output = (weight.exp() * weight).sum()
     with pytest.raises(AssertionError, match="no backward"):
         output.backward()
-    assert freeze_unread(nn.ParameterList([weight, torch.ones(2)]), output) == ["1"]
+    assert freeze_unused(nn.ParameterList([weight, torch.ones(2)]), output) == ["1"]
 
 
 class Hidden(torch.autograd.Function):
@@ -164,7 +164,7 @@ def test_what_the_graph_may_hide_is_not_frozen():
     """Reversible layers, such as Reformer's, get gradients that no graph shows."""
     hidden = nn.Linear(2, 2)
     output = Hidden.apply(torch.ones(1, 2, requires_grad=True), hidden).sum()
-    assert freeze_unread(hidden, output) == []
+    assert freeze_unused(hidden, output) == []
     assert hidden.weight.requires_grad
 
 
@@ -184,7 +184,7 @@ def test_a_convolutional_tower_trains_on_two_ranks_without_a_warning(ranks, tmp_
     assert not same
 
 
-def test_unread_weights_are_shared_out_and_stay(ranks, tmp_path):
+def test_unused_weights_are_sharded_and_stay(ranks, tmp_path):
     experiment = experiment_of(tmp_path, vit("avg"), strategy="fsdp2")
     (learning, same), _ = ranks.run(two_steps, 2, experiment)
     assert {name.split(".")[3] for name in same} == {"attn_pool"}
@@ -211,7 +211,7 @@ TEXT = {"squeezebert": {"model.pooler.dense.weight", "model.pooler.dense.bias"},
 
 @pytest.mark.parametrize("kind", [*KINDS, *CONFIGS])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
-def test_what_nothing_reads_of_a_text_model_is_found(monkeypatch, kind, pooling):
+def test_unused_parameters_of_a_text_model_are_frozen(monkeypatch, kind, pooling):
     torch.manual_seed(0)
     config = CONFIGS.get(kind) or KINDS[kind][1]
     model_class, options = _class_of(config, kind)
@@ -219,16 +219,16 @@ def test_what_nothing_reads_of_a_text_model_is_found(monkeypatch, kind, pooling)
     built = {"vocab_size": VOCABULARY, "length": 6, "eos_id": 3, "pad_id": 0, "dim": 8}
     tower = TextTower(TextTowerConfig(pretrained="model", pooling=pooling), **built)
     expected = TEXT.get(kind, set())
-    assert {*tower.unread} == expected == {n for n, p in tower.named_parameters() if not p.requires_grad}
+    assert {*tower.unused} == expected == {n for n, p in tower.named_parameters() if not p.requires_grad}
     assert expected <= tower.pretrained
     ids = captions("bert")
     tower.requires_grad_(True)(ids).sum().backward()
     assert {n for n, p in tower.named_parameters() if p.grad is None} == expected
     locked = TextTower(TextTowerConfig(pretrained="model", pooling=pooling, locked=True), **built)
-    assert locked.unread == []
+    assert locked.unused == []
 
 
-def test_a_text_model_with_an_unread_pooler_trains_on_two_ranks(ranks, tmp_path):
+def test_a_text_model_with_an_unused_pooler_trains_on_two_ranks(ranks, tmp_path):
     SqueezeBertModel(CONFIGS["squeezebert"]).save_pretrained(tmp_path / "model")
     text = TextTowerConfig(pretrained=str(tmp_path / "model"))
     (learning, same), _ = ranks.run(two_steps, 2, experiment_of(tmp_path, vit("avg"), text))
@@ -236,22 +236,22 @@ def test_a_text_model_with_an_unread_pooler_trains_on_two_ranks(ranks, tmp_path)
     assert not learning & same
 
 
-def test_the_towers_that_learn_from_the_start_read_everything():
+def test_towers_with_random_weights_use_all_parameters():
     built = {"vocab_size": 20, "length": 6, "eos_id": 1, "pad_id": 1, "dim": 8}
     for config in (TextTowerConfig(width=16, depth=1, heads=2), TextTowerConfig(size="micro", embedding_width=8)):
         tower = TextTower(config, **built)
         tower(torch.randint(0, 20, (2, 6))).sum().backward()
-        assert [n for n, p in tower.named_parameters() if p.grad is None] == tower.unread == []
+        assert [n for n, p in tower.named_parameters() if p.grad is None] == tower.unused == []
 
 
 AVG = ["--mode", "scratch", "--image_tower.model", SIGLIP, "--image_tower.pooling", "avg", "--train.val_every", "3"]
 
 
-def test_a_run_of_an_earlier_commit_goes_on(experiment, project, monkeypatch):
-    """Its optimiser listed weights that are never read; it goes on as one that never did, bit for bit."""
+def test_a_run_of_an_earlier_commit_resumes(experiment, project, monkeypatch):
+    """Its optimizer listed unused weights; it resumes like one that did not, bit for bit."""
     siglit.train(parse("train", *AVG))
     with monkeypatch.context() as patch:
-        patch.setattr(image_tower, "freeze_unread", lambda *_: [])
+        patch.setattr(image_tower, "freeze_unused", lambda *_: [])
         more = ["--tokenizer.path", "runs/small/tokenizer.model", "--output_dir", "runs/earlier"]
         stop_at(patch, 4)
         with pytest.raises(KeyboardInterrupt):
@@ -289,8 +289,8 @@ def test_two_devices_train_a_map_tower_without_its_head(experiment, project):
     )
 
 
-def test_a_dry_run_lists_what_is_never_read(experiment):
-    told = str(siglit.dry_run(parse("train", *AVG)))
-    assert "never read, so left as they are: 13 parameters of 28,224 numbers" in told
-    assert "\nimage_tower.tower.backbone.attn_pool.latent\n" in told
+def test_a_dry_run_lists_unused_parameters(experiment):
+    report = str(siglit.dry_run(parse("train", *AVG)))
+    assert "never read, so left as they are: 13 parameters of 28,224 numbers" in report
+    assert "\nimage_tower.tower.backbone.attn_pool.latent\n" in report
     assert "never read" not in str(siglit.dry_run(parse("train", *AVG, "--image_tower.pooling", "map")))

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all: side by side, through kills, and without harm to what others write."""
 
 import fcntl
+import hashlib
 import os
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ from siglit.cache import EmbeddingCache, finish, remove_unfinished, write_shard
 from siglit.data.tokens import token_ids
 from siglit.runs.checkpoints import prepare
 from siglit.runs.folder import write_json
-from siglit.runtime.files import atomic_write, remove_leftovers
+from siglit.runtime.files import atomic_write, file_hash, remove_leftovers
 from siglit.training.checkpointing import AtomicFiles
 from siglit.training.metrics_csv import MetricsTable
 from tests.data.test_tokens import WordLengths, make_cache
@@ -51,7 +52,7 @@ def same_process_id(monkeypatch):
 
 
 def test_two_writers_with_one_process_id_do_not_meet(tmp_path, same_process_id):
-    """Neither takes the other's file for its own, nor for a leftover; the last one to end gives the content."""
+    """Neither takes the other's file for its own or for a leftover; the last one to end decides the content."""
     path = tmp_path / "summary.json"
     with atomic_write(path) as first:
         first.write(b"first")
@@ -136,7 +137,7 @@ def test_what_earlier_versions_left_is_cleaned_too(tmp_path, name):
     assert names(tmp_path) == sorted(others)
 
 
-def test_a_name_that_looks_alike_is_nobodys_leftover(tmp_path):
+def test_a_similar_name_is_no_leftover(tmp_path):
     alike = ["summary-2.json.tmp-00", "summary.json.tmpl", "a.summary.json.tmp-00", "summary.old.tmp", "summary.txt"]
     for name in alike:
         (tmp_path / name).touch()
@@ -145,7 +146,7 @@ def test_a_name_that_looks_alike_is_nobodys_leftover(tmp_path):
 
 
 def test_where_there_are_no_locks_nothing_is_taken_for_a_leftover(tmp_path, monkeypatch):
-    """A live writer's file could not be told from it."""
+    """A live writer's file could not be distinguished from it."""
     left = killed_while_writing(tmp_path / "summary.json")
 
     def refuse(*_):
@@ -156,8 +157,8 @@ def test_where_there_are_no_locks_nothing_is_taken_for_a_leftover(tmp_path, monk
     assert names(tmp_path) == ["summary.json", left]
 
 
-def test_a_leftover_of_the_moment_between_making_and_locking_is_made_again(tmp_path, monkeypatch):
-    """Who cleans may take the file before its writer has locked it."""
+def test_a_temporary_file_deleted_before_it_is_locked_is_created_again(tmp_path, monkeypatch):
+    """Another process may take it for a leftover before its writer has locked it."""
     lock, taken = fcntl.flock, []
 
     def clean_first(file, how):
@@ -191,7 +192,7 @@ class TestCache:
         assert not list(cache.path.glob("*.tmp*"))
 
     def test_token_ids_of_a_killed_trainer_go_when_the_next_one_writes(self, tmp_path):
-        """Also those of another tokenizer, whose file nobody may ever want again; those of a live one stay."""
+        """Also those of another tokenizer, whose file may never be written again; those of a live writer stay."""
         cache = make_cache(tmp_path / "cache", [["one two"], ["four"]])
         (cache.path / "tokens-other-cache.4711.tmp").write_bytes(b"half")
         left = killed_while_writing(cache.path / "tokens-a-b.npy")
@@ -219,8 +220,8 @@ def test_a_folder_that_is_not_there_has_no_leftovers(tmp_path):
     remove_leftovers(tmp_path / "absent", "*")
 
 
-def test_what_others_call_temporary_stays(tmp_path):
-    """In a folder of results a file may be somebody's; only the names that are made here are deleted."""
+def test_temporary_files_of_others_stay(tmp_path):
+    """A results folder may hold a user's files; only names that `atomic_write` chooses are deleted."""
     left = f"summary.json.tmp-{'0' * 16}"
     mine = ["summary.tmp", "summary.2024.tmp", "summary.json.tmp-mine", "summary.json.tmp.bak"]
     for name in (*mine, left):
@@ -235,3 +236,12 @@ def test_what_is_being_written_can_be_read(tmp_path):
         file.write(b"text")
         file.flush()
         assert os.pread(file.fileno(), 4, 0) == b"text"
+
+
+def test_hashes_of_a_file(tmp_path):
+    """The defaults are in indices and fingerprints, so they may not change; a folder is refused."""
+    (tmp_path / "x").write_bytes(b"text")
+    assert file_hash(tmp_path / "x") == hashlib.blake2b(b"text", digest_size=16).hexdigest()
+    assert file_hash(str(tmp_path / "x"), "sha256") == hashlib.sha256(b"text").hexdigest()
+    with pytest.raises(OSError, match="it is a folder"):
+        file_hash(tmp_path)

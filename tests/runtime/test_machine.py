@@ -1,4 +1,4 @@
-"""A part of a machine is not taken for all of it: affinity, and control groups of both versions and around them."""
+"""Cores and memory respect the affinity and the control groups, of both versions, with all their ancestors."""
 
 import os
 
@@ -110,10 +110,16 @@ def test_this_machine():
     assert machine.free_memory() > 1 << 20
 
 
-def test_cores_that_slurm_gave_to_each_task_are_not_shared_out_again(fake, monkeypatch):
+def test_cores_per_task_of_slurm_are_not_divided_again(fake, monkeypatch):
     fake("")
     monkeypatch.setattr(machine, "cores", lambda: 8)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     assert (machine.cores_per_rank(4), machine.cores_per_rank(100)) == (2, 1)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     assert machine.cores_per_rank(4) == 8
+
+
+def test_data_workers_are_one_per_core_of_a_rank_and_at_most_16(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(machine, "cores", lambda: 48)
+    assert [machine.default_workers(ranks) for ranks in (1, 2, 4, 100)] == [16, 16, 12, 1]

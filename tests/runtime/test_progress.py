@@ -1,4 +1,4 @@
-"""Progress in plain lines: how much, how fast, how long still."""
+"""Progress in plain lines: how much, how fast, how long to go."""
 
 import types
 
@@ -9,7 +9,7 @@ from siglit.runtime.progress import Meter
 
 
 class Clock:
-    """Time that passes when told to."""
+    """Time that passes only when a test advances it."""
 
     def __init__(self):
         self.now = 1000.0
@@ -33,7 +33,7 @@ def lines(capsys):
     return captured.err.splitlines()
 
 
-def test_a_line_tells_count_rate_and_time_left(clock, capsys):
+def test_a_line_has_count_rate_and_time_left(clock, capsys):
     with Meter("precompute val", 10_000, "images") as meter:
         clock.now += 20
         meter.advance(2_500, "loss 0.5")
@@ -48,8 +48,7 @@ def test_lines_come_at_most_every_ten_seconds_and_at_the_end(clock, capsys):
         for _ in range(50):
             clock.now += 1
             meter.advance(2)
-    found = lines(capsys)
-    assert [line.split()[1] for line in found] == ["20", "40", "60", "80", "100"]
+    assert [line.split()[1] for line in lines(capsys)] == ["20", "40", "60", "80", "100"]
 
 
 def test_a_total_that_was_too_large_ends_with_what_was_done(clock, capsys):
@@ -91,7 +90,7 @@ def test_long_times_have_hours(clock, capsys):
     assert lines(capsys)[0].endswith("10:10:00 left")
 
 
-def test_quiet_says_nothing(clock, capsys):
+def test_quiet_prints_nothing(clock, capsys):
     with Meter("work", 10, "steps", quiet=True) as meter:
         clock.now += 100
         meter.advance(5)
@@ -104,7 +103,7 @@ def test_failed_work_is_not_reported_as_ended(clock, capsys):
     assert lines(capsys) == []
 
 
-def test_nothing_done_divides_by_nothing(clock, capsys):
+def test_no_work_does_not_divide_by_zero(clock, capsys):
     with Meter("work", 0, "steps"):
         pass
     assert lines(capsys) == ["work: 0 of 0 steps, 0/s"]

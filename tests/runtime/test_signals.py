@@ -1,4 +1,4 @@
-"""Precompute, stopped, killed and started twice: nothing half, nobody left behind, and the same cache in the end."""
+"""Precompute, stopped, killed and started twice: no torn file, no process left behind, the same cache in the end."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from tests.conftest import ROOT, run_siglit
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 ROUNDS = int(os.environ.get("SIGLIT_KILL_ROUNDS", "2"))
-"""Random moments to kill at; issue 3 asks for 30, which takes minutes."""
+"""Random moments to kill at; 30 take minutes."""
 PHASES = {
     "0 start-up": None,
     "1 train": (1, 39),
@@ -63,15 +63,15 @@ def wait_until_committed(folder, count, process, seconds=60):
 
 def members(session):
     """Process ids of a session that have not ended."""
-    found = []
+    ids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            ids.append(int(stat.parent.name))
+    return ids
 
 
 def gone(session, seconds):
@@ -89,7 +89,7 @@ def slow(project):
     return project
 
 
-def test_what_a_library_makes_of_a_signal_is_still_the_signal():
+def test_an_error_that_a_library_raises_for_a_signal_becomes_the_signal():
     """h5py was seen to turn what the handler raises into a TypeError."""
     with pytest.raises(Terminated), stopping_at_signals():  # noqa: PT012
         try:
@@ -118,7 +118,7 @@ def test_a_signal_stops_at_once(slow, number, code, devices):
     _, err = process.communicate(timeout=20)
     assert time.monotonic() - begun < 10
     assert process.returncode == code, err
-    assert [line for line in err.splitlines() if "stopped" in line] == ["stopped; what was finished is kept"]
+    assert [line for line in err.splitlines() if "stopped" in line] == ["stopped; completed work is kept"]
     assert "Traceback" not in err
     assert gone(process.pid, 8)
     assert not (slow / "stopped/train/index.json").exists()
@@ -128,7 +128,7 @@ def test_a_signal_stops_at_once(slow, number, code, devices):
 def test_a_signal_that_meets_a_destructor_is_not_lost(number, kind, monkeypatch):
     """Python drops what a handler raises there; the block ends with it all the same, and nothing else is said."""
     dropped = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda told: dropped.append(told.exc_type))
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: dropped.append(report.exc_type))
 
     class Last:
         def __del__(self):
