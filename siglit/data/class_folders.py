@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from siglit.data.listings import IMAGE_EXTENSIONS, Columns, Row
+from siglit.data.columns import Columns
+from siglit.data.images import IMAGE_EXTENSIONS
+from siglit.data.listings import Row
 from siglit.errors import UserError
 
 

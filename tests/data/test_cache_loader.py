@@ -10,7 +10,7 @@ import torch
 
 from siglit.cache import EmbeddingCache, finish, write_shard
 from siglit.data import shuffle
-from siglit.data.epoch_loader import CacheLoader
+from siglit.data.cache_loader import CacheLoader
 from siglit.errors import UserError
 
 ROWS, DIM, LENGTH = 53, 6, 4

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from siglit.config import SourceSpec
-from siglit.data.sources import FilePart, open_source, source_identity
+from siglit.data.samples import FilePart
+from siglit.data.sources import open_source, source_identity
 from siglit.errors import UserError
 
 

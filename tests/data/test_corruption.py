@@ -7,8 +7,8 @@ import torch
 from siglit.cache import EmbeddingCache, finish, write_shard
 from siglit.config import DataConfig, SourceSpec
 from siglit.data import shuffle
+from siglit.data.cache_loader import CacheLoader
 from siglit.data.corruption import Corruption, corruption_of, noise_pixels, noise_pool
-from siglit.data.epoch_loader import CacheLoader
 from siglit.errors import UserError
 
 KINDS = ("image", "text", "alignment")
@@ -91,7 +91,7 @@ def test_random_texts_are_texts(eos, pad):
     """Pieces of the whole vocabulary but the special ones, 1 to L - 1 of them, then the end, then padding."""
     ids = np.full((len(MANY), LENGTH), 500, np.int32)
     corruption = spoil("text", eos_id=eos, pad_id=pad)
-    found = corruption.texts(0, MANY, ids)
+    found = corruption.corrupt_texts(0, MANY, ids)
     hit = corruption.hits("text", 0, MANY)
     assert found.dtype == ids.dtype
     assert (found[~hit] == 500).all()
@@ -114,11 +114,11 @@ def test_exchanged_texts_are_a_permutation_of_the_hit_rows():
     """As the paper's shuffle: nobody outside takes part, no text is lost, and a few stay where they are."""
     rows = MANY[:1000]
     corruption = spoil("alignment")
-    givers, hit = corruption.givers(0, rows), corruption.hits("alignment", 0, rows)
-    assert np.array_equal(givers[~hit], rows[~hit])
-    assert sorted(givers[hit]) == sorted(rows[hit])
-    assert (givers[hit] == rows[hit]).sum() < 10
-    assert not np.array_equal(givers, corruption.givers(1, rows))
+    sources, hit = corruption.caption_sources(0, rows), corruption.hits("alignment", 0, rows)
+    assert np.array_equal(sources[~hit], rows[~hit])
+    assert sorted(sources[hit]) == sorted(rows[hit])
+    assert (sources[hit] == rows[hit]).sum() < 10
+    assert not np.array_equal(sources, corruption.caption_sources(1, rows))
 
 
 @pytest.mark.parametrize("order", ["rows", "blocks"])
@@ -211,7 +211,7 @@ def test_spoilt_texts_are_random_and_the_others_are_captions(cache, ids):
     plain, found = one_pass(loader(cache, ids, None)), one_pass(loader(cache, ids, corruption))
     hit = corruption.hits("text", 0, plain["rows"])
     assert (found["ids"][hit] < VOCAB).all()
-    assert np.array_equal(found["ids"], corruption.texts(0, plain["rows"], plain["ids"]))
+    assert np.array_equal(found["ids"], corruption.corrupt_texts(0, plain["rows"], plain["ids"]))
     assert np.array_equal(found["image"], plain["image"])
     assert np.array_equal(found["image_ids"], plain["image_ids"])
 
@@ -226,7 +226,7 @@ def test_pairs_exchange_the_very_texts_of_their_batch(cache, ids, order):
         assert torch.equal(found["image"], plain["image"])
         rows = found["rows"].numpy()
         texts = found["ids"][:, 0].numpy() - 1000
-        assert np.array_equal(texts, corruption.givers(0, rows))
+        assert np.array_equal(texts, corruption.caption_sources(0, rows))
         assert (texts != rows).any()
         assert sorted(found["ids"].tolist()) == sorted(plain["ids"].tolist())
         assert sorted(found["text_ids"].tolist()) == sorted(plain["text_ids"].tolist())
@@ -246,9 +246,9 @@ def test_a_random_text_moves_with_its_row(cache, ids):
     text_of = dict(zip(texts["rows"].tolist(), texts["ids"].tolist(), strict=True))
     moved = 0
     for batch in loader(cache, ids, both):
-        givers = both.givers(0, batch["rows"].numpy())
-        moved += int((givers != batch["rows"].numpy()).sum())
-        assert batch["ids"].tolist() == [text_of[row] for row in givers.tolist()]
+        sources = both.caption_sources(0, batch["rows"].numpy())
+        moved += int((sources != batch["rows"].numpy()).sum())
+        assert batch["ids"].tolist() == [text_of[row] for row in sources.tolist()]
     assert moved > 10
 
 

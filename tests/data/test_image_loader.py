@@ -356,7 +356,7 @@ def test_an_unusable_image_is_replaced_by_a_pair_that_belongs_together(broken):
 
 def test_stand_ins_come_from_the_window(broken, monkeypatch):
     """And from the first samples of it, so that no more than those outlive it."""
-    monkeypatch.setattr(image_loader, "SPARES", 4)
+    monkeypatch.setattr(image_loader, "MAX_REPLACEMENTS", 4)
     (batch,) = loader(broken, batch_size=len(CAPTIONED))
     numbers, counts = np.unique(batch["ids"][:, 0].numpy(), return_counts=True)
     assert 1 <= (counts > 1).sum() <= 4
@@ -370,7 +370,7 @@ def test_too_many_unusable_images_end_the_pass(tmp_path):
     next(stream)
     told = (
         r"^10 of 1[58] images \(\d\d\.\d%\) could not be used, more than data.max_skipped \(50.0%\); "
-        r"the first is '\d+.png': not an image \(1 bytes\). Mend the images, or raise data.max_skipped$"
+        r"the first is '\d+.png': not an image \(1 bytes\). Fix the images, or raise data.max_skipped$"
     )
     with pytest.raises(UserError, match=told):
         list(stream)
@@ -404,12 +404,12 @@ def test_no_window_stays_when_a_pass_is_over(source, monkeypatch, workers):
     """Nor the thread that reads them, while the loader waits for its next pass."""
     alive = weakref.WeakSet()
 
-    class Window(image_loader._Window):
+    class Window(image_loader.SampleWindow):
         def __init__(self, *args):
             alive.add(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(image_loader, "_Window", Window)
+    monkeypatch.setattr(image_loader, "SampleWindow", Window)
     batches = loader(source, shuffle="blocks", workers=workers)
     list(batches)
     assert not alive
@@ -421,7 +421,7 @@ def test_two_windows_at_most_are_in_memory(sources, fmt, monkeypatch):
     """Counted whenever one begins to be read; each is bounded by its units, and holds this rank's share of them."""
     alive, counts = weakref.WeakSet(), []
 
-    class Window(image_loader._Window):
+    class Window(image_loader.SampleWindow):
         def __init__(self, *args):
             alive.add(self)
             counts.append(len(alive))
@@ -438,8 +438,8 @@ def test_two_windows_at_most_are_in_memory(sources, fmt, monkeypatch):
 
     sizes = []
     monkeypatch.setattr(image_loader, "Prefetched", Slow)
-    monkeypatch.setattr(image_loader, "_Window", Window)
-    monkeypatch.setattr(image_loader, "SPARES", 2)
+    monkeypatch.setattr(image_loader, "SampleWindow", Window)
+    monkeypatch.setattr(image_loader, "MAX_REPLACEMENTS", 2)
     for batch in itertools.islice(endless(loader(sources[fmt], shuffle="blocks", rank=1, world_size=2)), 9):
         time.sleep(0.02)
         assert len(batch["rows"]) == 6
@@ -565,7 +565,7 @@ def test_an_error_of_the_source_comes_out_as_it_is(tmp_path, monkeypatch, worker
         path = tmp_path / f"{number * 11:02d}.tar"
         path.write_bytes(path.read_bytes()[:2000])
     taken = []
-    with pytest.raises(UserError, match=r"\.tar is torn") as caught:
+    with pytest.raises(UserError, match=r"\.tar is truncated") as caught:
         taken.extend(batches)
     assert len(taken) == sum(len(CAPTIONED & set(range(n * 11, n * 11 + 11))) for n in order[:good]) // 4
     assert not multiprocessing.active_children(), caught
@@ -605,12 +605,12 @@ import multiprocessing
 import numpy as np
 import torch
 from siglit.config import SourceSpec
-from siglit.data import decoding
+from siglit.data import decoding, worker_pool
 from siglit.data.decoding import Decoder
 from siglit.data.image_loader import ImageLoader
 from siglit.data.sources import open_source
 
-decoding._WORKER_GRACE = 1000.0
+worker_pool._WORKER_GRACE = 1000.0
 source = open_source(SourceSpec("csv", {spec.path!r}, label_column="label"))
 shrink = lambda image: torch.zeros(3, 4, 4, dtype=torch.uint8)
 tokens = lambda texts: np.zeros((len(texts), 2), np.int32)

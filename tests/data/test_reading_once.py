@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from siglit.config import SourceSpec
-from siglit.data import listings
+from siglit.data import tar_source
 from siglit.data.decoding import UnitPixels, pixel_batches
 from siglit.data.sources import open_source
-from siglit.embedding import _stretch
+from siglit.embedding import _units_of_rank
 from tests.data.test_image_loader import COUNT, loader, png, small, to_pixels, write_parquet, write_webdataset
 
 __all__ = ["small"]  # the fixture
@@ -55,13 +55,13 @@ def image_reads(tmp_path, monkeypatch):
 
 @pytest.fixture
 def index_passes(tmp_path, monkeypatch):
-    log, index = Log(tmp_path / "passes"), listings.index_tar
+    log, index = Log(tmp_path / "passes"), tar_source.index_tar
 
     def logged(path):
         log.add(path.name)
         return index(path)
 
-    monkeypatch.setattr(listings, "index_tar", logged)
+    monkeypatch.setattr(tar_source, "index_tar", logged)
     return log
 
 
@@ -146,7 +146,7 @@ def test_training_indexes_a_tar_once_when_it_starts_and_once_a_pass(tmp_path, in
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_ranks_take_neighbouring_units_and_every_unit_once(ranks):
     units = list(range(5))
-    dealt = [_stretch(units, rank, ranks) for rank in range(ranks)]
+    dealt = [_units_of_rank(units, rank, ranks) for rank in range(ranks)]
     assert [unit for mine in dealt for unit in mine] == units
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from siglit.data import shuffle
-from siglit.data.shuffle import BlockShuffle, RowShuffle, Share, choose_captions, choose_image_shuffle, choose_shuffle
+from siglit.data import random_hash, shuffle
+from siglit.data.order import Share
+from siglit.data.random_hash import choose_captions
+from siglit.data.shuffle import BlockShuffle, RowShuffle, choose_image_shuffle, choose_shuffle
 
 
 def offsets(rows, every=3):
@@ -146,16 +148,16 @@ def test_splitmix64_is_splitmix64():
     """First outputs of the published generator, seed 1234567."""
     wanted = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     states = np.array([(1234567 + n * 0x9E3779B97F4A7C15) % 2**64 for n in range(3)], np.uint64)
-    assert shuffle._splitmix64(states).tolist() == wanted
+    assert random_hash._splitmix64(states).tolist() == wanted
 
 
 @pytest.mark.parametrize(("free", "chosen"), [(2_000_000, "rows"), (1_999_999, "blocks")])
-def test_blocks_are_chosen_above_half_of_the_free_memory(monkeypatch, free, chosen):
+def test_blocks_are_chosen_above_half_of_thefree_memory(monkeypatch, free, chosen):
     class Cache(SimpleNamespace):
         def __len__(self):
             return 5000
 
-    monkeypatch.setattr(shuffle, "_free_memory", lambda: free)
+    monkeypatch.setattr(shuffle, "free_memory", lambda: free)
     assert choose_shuffle(Cache(dim=100))[0] == chosen
 
 
@@ -165,11 +167,11 @@ def test_every_process_of_a_machine_holds_the_images(monkeypatch, processes, cho
         def memory(self):
             return 1000
 
-    monkeypatch.setattr(shuffle, "_free_memory", lambda: 5000)
+    monkeypatch.setattr(shuffle, "free_memory", lambda: 5000)
     assert choose_image_shuffle(Source(), processes)[0] == chosen
 
 
-def test_the_free_memory_is_the_machines():
+def test_thefree_memory_is_the_machines():
     with open("/proc/meminfo") as file:
         total = int(file.readline().split()[1]) * 1024
-    assert 1 << 20 < shuffle._free_memory() < total
+    assert 1 << 20 < shuffle.free_memory() < total

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from siglit.config import SourceSpec
-from siglit.data import listings
-from siglit.data.sources import FilePart, open_source
+from siglit.data import samples as samples_module
+from siglit.data import tar_source, tars
+from siglit.data.samples import FilePart
+from siglit.data.sources import open_source
 from siglit.errors import UserError
 
 
@@ -125,7 +127,7 @@ class TestText:
 
     @pytest.mark.parametrize("fmt", ["csv", "jsonl", "coco", "folder", "parquet", "webdataset", "xm3600"])
     def test_missing_listing(self, tmp_path, fmt):
-        refused(fmt, tmp_path / "nope", "nope", "Correct path")
+        refused(fmt, tmp_path / "nope", "nope", "path")
 
     def test_a_folder_is_no_listing(self, tmp_path):
         refused("csv", tmp_path, "cannot be read")
@@ -162,7 +164,7 @@ class TestText:
     def test_languages_must_match_captions(self, tmp_path):
         for lang in (["en"], None, ["en", None]):
             path = write_jsonl(tmp_path / "x.jsonl", {"image": "a", "caption": ["b", "c"], "lang": lang})
-            refused("jsonl", path, "line 1", "lang", "give one each", lang_column="lang")
+            refused("jsonl", path, "line 1", "lang", "expected one for each", lang_column="lang")
 
     @pytest.mark.parametrize("line", ["{", "[1]", '"a"', "[" * 100_000])
     def test_broken_json_lines_name_their_line(self, tmp_path, line):
@@ -330,11 +332,11 @@ class TestMemory:
         monkeypatch.setattr(pq.ParquetFile, "read_row_group", None)
         assert 60_000 < opened.memory() < 66_000
 
-    def test_a_carried_sample_needs_no_source(self, tmp_path):
+    def test_a_detached_sample_needs_no_source(self, tmp_path):
         opened = source(
             "parquet", write_parquet(tmp_path / "x.parquet", {"image": [b"A", b"B"], "caption": ["a", "b"]})
         )
-        sample = opened.load(opened.units(2)[0])[1].carried()
+        sample = opened.load(opened.units(2)[0])[1].detached()
         (tmp_path / "x.parquet").unlink()
         assert sample.image == pickle.loads(pickle.dumps(sample)).image_bytes() == b"B"
 
@@ -549,8 +551,11 @@ class TestWebdataset:
 
     def test_loading_reads_no_images(self, tmp_path, monkeypatch):
         path = write_tar(tmp_path / "x.tar", [("1.jpg", b"x" * 5000), ("1.txt", b"one")])
-        read, original = [], listings.read_part
-        monkeypatch.setattr(listings, "read_part", lambda path, at, size: read.append(size) or original(path, at, size))
+        read, original = [], samples_module.read_part
+        for module in (samples_module, tars, tar_source):
+            monkeypatch.setattr(
+                module, "read_part", lambda path, at, size: read.append(size) or original(path, at, size)
+            )
         (found,) = samples("webdataset", path)
         assert found.image == FilePart(path, 512, 5000)
         assert max(read) <= 512
@@ -582,18 +587,18 @@ class TestWebdataset:
         refused("webdataset", path, "x.tar is compressed", "unpack")
 
     @pytest.mark.parametrize("cut", [0, 100, 600, 1024, 1100, 1536, 2048, 2600, 3072])
-    def test_torn_tar(self, tmp_path, cut):
+    def test_truncated_tar(self, tmp_path, cut):
         """Cut in a header, in a member, and between two members, which tarfile takes for the end."""
         path = Path(write_tar(tmp_path / "x.tar", [("1.jpg", b"a" * 300), ("1.txt", b"one"), ("2.jpg", b"b" * 500)]))
         path.write_bytes(path.read_bytes()[:cut])
-        refused("webdataset", path, "x.tar is torn")
+        refused("webdataset", path, "x.tar is truncated")
 
     def test_damaged_header_in_the_middle(self, tmp_path):
         path = Path(write_tar(tmp_path / "x.tar", [("1.jpg", b"a"), ("2.jpg", b"b"), ("3.jpg", b"c")]))
         data = bytearray(path.read_bytes())
         data[1024 : 1024 + 512] = b"\xaa" * 512
         path.write_bytes(data)
-        refused("webdataset", path, "x.tar is torn", "byte 1024")
+        refused("webdataset", path, "x.tar is truncated", "byte 1024")
 
     def test_an_empty_tar_is_an_empty_unit(self, tmp_path):
         """img2dataset writes one when every download of a shard failed."""
@@ -605,7 +610,7 @@ class TestWebdataset:
         refused("webdataset", write_tar(path, [("1.json", b"{")]), "x.tar, sample 1", "JSON")
         refused("webdataset", write_tar(path, [("1.cls", b"cat")]), "sample 1", ".cls", "'cat'")
         refused("webdataset", write_tar(path, [("1.jpg", b"")]), "sample 1", "label", "missing", label_column="label")
-        refused("webdataset", write(path, "hello"), "x.tar is torn, or no tar")
+        refused("webdataset", write(path, "hello"), "x.tar is truncated, or not a tar")
 
 
 class FakeDataset:
