@@ -1,7 +1,8 @@
 """Decodes one image file to an 8-bit RGB image, or gives a short reason why it cannot be used.
 
 Knows nothing of listings, transforms or towers. Pixels stay as stored: EXIF orientation is not applied, which is what
-CLIP and open_clip do, so an embedding does not depend on who made it. Alpha is dropped as `Image.convert("RGB")` does.
+CLIP and open_clip do, so an embedding does not depend on the program that made it. Alpha is dropped as
+`Image.convert("RGB")` does.
 """
 
 import io
@@ -40,7 +41,7 @@ def decode_image(data: bytes, max_pixels: int, draft: int | None = None) -> Imag
     Raises:
         BadImage: no bytes, not an image, cut off or broken, or too many pixels.
     """
-    if not data:
+    if len(data) == 0:
         raise BadImage("zero bytes")
     with _open(data) as image:
         width, height = image.size
@@ -59,7 +60,7 @@ def decode_image(data: bytes, max_pixels: int, draft: int | None = None) -> Imag
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header; PIL's warnings about size, EXIF or missing plugins are not the caller's business."""
+    """Read the header; PIL's warnings about size, EXIF or missing plugins are not passed on."""
     Image.init()
     known = [name for name in _FORMATS if name in Image.OPEN]
     with _HEADER_LOCK, warnings.catch_warnings():

@@ -197,7 +197,7 @@ def _lines(path: Path) -> Iterator[str]:
     """Lines of a UTF-8 file, a byte order mark allowed; decoded one by one so that a bad byte has a line number."""
     offset = 0
     try:
-        # Read at once, as the rows are kept anyway: whoever stops at a bad line leaves no file open.
+        # Read at once, as the rows are kept anyway: no file stays open where a bad line ends the reading.
         data = read_regular(path, MAX_LISTING_BYTES)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Check the path.") from error

@@ -68,7 +68,7 @@ class SampleRows:
         Raises:
             UserError: a unit has another number of captioned samples than when they were counted.
         """
-        found: list[Sample] = []
+        result: list[Sample] = []
         # The last of equal starts: an empty unit starts where its successor does.
         units = np.unique(np.searchsorted(self._first, rows, side="right") - 1)
         parts = np.split(rows, np.searchsorted(rows, self._first[units[1:]]))
@@ -79,8 +79,8 @@ class SampleRows:
                     f"{self._units[number].name} had {self.counts[number]} captioned samples when training started, "
                     f"but has {len(samples)} now. Train on data that does not change"
                 )
-            found += [samples[row] for row in part - self._first[number]]
-        return found
+            result += [samples[row] for row in part - self._first[number]]
+        return result
 
     def _check_unique(self, hashes: list[np.ndarray]) -> None:
         """Refuse a key in two units: in two tars, or two parquet files of one name; listings compare when opened."""

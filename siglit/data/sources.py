@@ -30,7 +30,7 @@ def open_source(spec: SourceSpec) -> Source:
 
 
 def source_identity(spec: SourceSpec) -> dict[str, Any] | None:
-    """`open_source(spec).identity()` without reading a listing; None for the Hub, which takes a request.
+    """`open_source(spec).identity()` without reading a listing; None for the Hub, which would need a request.
 
     Raises:
         UserError: there are no such files.

@@ -21,7 +21,7 @@ from siglit.errors import UserError
 J = TypeVar("J")
 R = TypeVar("R")
 _WORKER_GRACE = 30.0
-"""Seconds that a worker goes on after SIGTERM."""
+"""Seconds between SIGTERM and the end of a worker."""
 
 
 class WorkerPool(Generic[J, R]):
@@ -65,8 +65,8 @@ class WorkerPool(Generic[J, R]):
         self._jobs.jobs = _errors_as_items(jobs)
         results = iter(self._loader)
         if self._loader.num_workers > 0:
-            # At the program's end the workers are asked to end before multiprocessing sends them SIGTERM. Finalizers
-            # run last made first, so a thread that takes results ends before the workers that make them.
+            # At the program's end the workers end in order before multiprocessing sends them SIGTERM. Finalizers
+            # run in reverse order of creation, so a thread that takes results ends before the workers that make them.
             weakref.finalize(results, _shut_down, weakref.ref(results))
         return _raise_errors(results)
 

@@ -90,7 +90,7 @@ def test_mistakes(tmp_path):
     refused(tmp_path / "nope", "there is no", "class_folders")
     refused(tmp_path, "no folder in it", "one folder of images for each class")
     (tmp_path / "a").mkdir()
-    refused(tmp_path, "1 folders, but no image")
+    refused(tmp_path, "1 folder, but no image")
     fill(tmp_path, "a/1.jpg", "loose.png", "other.jpg")
     refused(tmp_path, "2 images outside", "loose.png", "Move them")
     refused(tmp_path / "loose.png", "is a file")

@@ -172,7 +172,7 @@ def test_a_file_of_a_text_towers_folder(odd, tmp_path):
 
 def test_a_list_of_class_names(odd):
     with pytest.raises(UserError, match=LINE) as error:
-        prompts._entries(str(odd("names.txt")), "eval.classes")
+        prompts._read_list(str(odd("names.txt")), "eval.classes")
     one_line(error)
 
 
