@@ -91,25 +91,12 @@ def embed_source(
     if workers is None:
         workers = min(16, machine.cores_per_rank(config.devices))
     fingerprint = {
-        "image_tower": {
-            **tower.fingerprint(),
-            "weights_file": file_hash(expand(weights_file, "image_tower.weights")) if weights_file else None,
-            "precision": precision,
-        },
+        "image_tower": _tower_fingerprint(tower, precision, weights_file),
         "source": source.identity(),
         "shard_size": config.shard_size,
         "max_image_pixels": max_image_pixels,
     }
-    if fabric.is_global_zero:
-        remove_unfinished(path)
-        if config.retry_skipped:
-            committed_shards(path, fingerprint)  # raises before any shard with another fingerprint is deleted
-            remove_shards(path, shards_with_skipped(path))
-    fabric.barrier()
-    committed = committed_shards(path, fingerprint)
-    own = _units_of_rank([u for u in units if u.number not in committed], fabric.global_rank, fabric.world_size)
-    # All ranks must have looked before any of them commits, or they would divide different lists.
-    fabric.barrier()
+    own = _own_units(fabric, units, path, fingerprint, config.retry_skipped)
     encoder = _Encoder(fabric, tower, precision)
     pixels = UnitPixels(source, own, tower.transform(), config.batch_size, max_image_pixels, tower.draft())
     begin = time.monotonic()
@@ -128,6 +115,32 @@ def embed_source(
     cache = EmbeddingCache(path)
     fabric.barrier()
     return EmbedResult(cache, encoded, seconds, encoder.tower_rate())
+
+
+def _tower_fingerprint(tower: ImageTower, precision: str, weights_file: str | None) -> dict[str, Any]:
+    file = expand(weights_file, "image_tower.weights") if weights_file else None
+    return {
+        **tower.fingerprint(),
+        "weights_file": None if file is None else file_hash(file),
+        "precision": precision,
+    }
+
+
+def _own_units(
+    fabric: Fabric, units: list[Unit], path: Path, fingerprint: dict[str, Any], retry_skipped: bool
+) -> list[Unit]:
+    """The units that this rank embeds: its part of those whose shards are not committed yet."""
+    if fabric.is_global_zero:
+        remove_unfinished(path)
+        if retry_skipped:
+            committed_shards(path, fingerprint)  # raises before any shard with another fingerprint is deleted
+            remove_shards(path, shards_with_skipped(path))
+    fabric.barrier()
+    committed = committed_shards(path, fingerprint)
+    own = _units_of_rank([u for u in units if u.number not in committed], fabric.global_rank, fabric.world_size)
+    # All ranks must have looked before any of them commits, or they would divide different lists.
+    fabric.barrier()
+    return own
 
 
 def _units_of_rank(units: list[Unit], rank: int, ranks: int) -> list[Unit]:

@@ -1,4 +1,4 @@
-"""Names and templates are read as people write them; what is no list of them is told."""
+"""Names and templates are read as people write them; anything else is refused."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def test_prompts_are_every_name_in_every_template(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("n.json", "{", "not valid JSON"),
         ("n.json", {"cat": 0}, "JSON dict"),
@@ -46,8 +46,8 @@ def test_prompts_are_every_name_in_every_template(tmp_path):
         ("n.txt", "cat\n\ndog\n", "line 2 is blank"),
     ],
 )
-def test_what_is_no_list_of_names_is_told(tmp_path, name, content, told):
-    with pytest.raises(UserError, match=told):
+def test_a_file_that_is_no_list_of_names_is_refused(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
         class_names(write(tmp_path / name, content))
 
 

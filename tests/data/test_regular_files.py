@@ -67,9 +67,9 @@ def one_line(error):
 @pytest.mark.parametrize("fmt", ["csv", "jsonl", "coco", "karpathy", "xm3600"])
 def test_a_listing(odd, fmt):
     spec = SourceSpec(fmt, str(odd("listing")), split="train" if fmt == "karpathy" else None)
-    wanted = "there is no" if fmt == "xm3600" and odd.kind == "folder" else LINE
+    expected = "there is no" if fmt == "xm3600" and odd.kind == "folder" else LINE
     for ask in (open_source, source_identity):
-        with pytest.raises(UserError, match=wanted) as error:
+        with pytest.raises(UserError, match=expected) as error:
             ask(spec)
         one_line(error)
 
@@ -153,8 +153,8 @@ def test_a_weights_file_in_a_folder(odd, tmp_path):
 
 @pytest.mark.parametrize("name", ["words.model", "words"])
 def test_a_tokenizer(odd, name):
-    wanted = "cannot load the tokenizer" if odd.kind == "folder" and name == "words" else LINE
-    with pytest.raises(UserError, match=wanted) as error:
+    expected = "cannot load the tokenizer" if odd.kind == "folder" and name == "words" else LINE
+    with pytest.raises(UserError, match=expected) as error:
         load_tokenizer(str(odd(name)), TokenizerConfig())
     one_line(error)
 

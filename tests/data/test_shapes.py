@@ -1,4 +1,4 @@
-"""The generated set: different scenes, complete and different descriptions, the same pictures for the same seed."""
+"""The generated set: different scenes, complete and different descriptions, the same images for the same seed."""
 
 import itertools
 
@@ -71,7 +71,7 @@ def test_every_caption_names_every_object(scenes):
 
 
 def test_objects_lie_as_the_layout_says(scenes):
-    """In reading order: left to right, top to bottom, and inside the picture, apart from each other."""
+    """In reading order: left to right, top to bottom, and inside the image, apart from each other."""
     signs = {"row": (1, 0), "column": (0, 1), "diagonal": (1, 1), "antidiagonal": (-1, 1)}
     for number, scene in enumerate(scenes[:300]):
         places = arrange(scene, (0, number))
