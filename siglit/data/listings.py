@@ -36,7 +36,11 @@ class Row:
 
 
 def read_csv(path: Path, columns: Columns, separator: str, fmt: str = "csv") -> list[Row]:
-    """Rows of a csv or tsv file with a header; rows of the same image are one row with several captions."""
+    """Read a csv or tsv file with a header; lines of the same image are one row with several captions.
+
+    Raises:
+        UserError: the file is not csv, a column is missing, or lines of one image contradict each other.
+    """
 
     def records() -> Iterator[tuple[int, dict[str, Any]]]:
         # Not strict, csv would let one unclosed quote swallow the rest of the file without a word.
@@ -46,9 +50,9 @@ def read_csv(path: Path, columns: Columns, separator: str, fmt: str = "csv") -> 
         try:
             for cells in reader:
                 line, start = start, reader.line_num + 1
-                if not cells:
+                if len(cells) == 0:
                     continue
-                if not header:
+                if len(header) == 0:
                     header = cells
                 elif len(cells) != len(header):
                     raise UserError(
@@ -64,19 +68,29 @@ def read_csv(path: Path, columns: Columns, separator: str, fmt: str = "csv") -> 
     stream = records()
     # The header comes back as its own first record; that way a file without rows still has its columns checked.
     header = next(stream, (0, {}))[1]
-    columns = columns.resolve(fmt, header, f"{path} (separator {separator!r})") if header else columns
+    if len(header) > 0:
+        columns = columns.resolve(fmt, header, f"{path} (separator {separator!r})")
     return _merge(path, (_row(record, columns, path, line) for line, record in stream))
 
 
 def read_jsonl(path: Path, columns: Columns, fmt: str = "jsonl") -> list[Row]:
-    """Rows of a file with one JSON object per line; captions may be a text or a list of texts."""
+    """Read a file with one JSON object per line; captions may be a text or a list of texts.
+
+    Raises:
+        UserError: a line is not a JSON object, a column is missing, or lines of one image contradict each other.
+    """
     names = dict.fromkeys(name for _, record in _json_lines(path) for name in record)
-    columns = columns.resolve(fmt, names, str(path)) if names else columns
+    if len(names) > 0:
+        columns = columns.resolve(fmt, names, str(path))
     return _merge(path, (_row(record, columns, path, line) for line, record in _json_lines(path)))
 
 
 def metadata_file(folder: Path) -> Path:
-    """The listing of an image folder as Hugging Face's `imagefolder` defines it."""
+    """The listing of an image folder as Hugging Face's `imagefolder` defines it.
+
+    Raises:
+        UserError: the folder has no metadata.csv or metadata.jsonl, or has both.
+    """
     paths = [path for path in (folder / "metadata.csv", folder / "metadata.jsonl") if path.is_file()]
     if len(paths) != 1:
         state = (
@@ -87,12 +101,16 @@ def metadata_file(folder: Path) -> Path:
 
 
 def read_folder(path: Path, columns: Columns) -> list[Row]:
-    """Rows of an image folder's metadata file."""
+    """Read an image folder's metadata file, as `read_csv` or `read_jsonl`."""
     return read_csv(path, columns, ",", "folder") if path.suffix == ".csv" else read_jsonl(path, columns, "folder")
 
 
 def read_coco(path: Path) -> list[Row]:
-    """Rows of a COCO captions file, one per image in file order; the key is the file name."""
+    """Read a COCO captions file, one row per image in file order; the key is the file name.
+
+    Raises:
+        UserError: the file has another layout, or an image id or file name occurs twice.
+    """
     listing = _json_file(path)
     captions: dict[Any, list[str]] = {}
     rows: list[tuple[Any, Row]] = []
@@ -115,7 +133,11 @@ def read_coco(path: Path) -> list[Row]:
 
 
 def read_karpathy(path: Path, split: str | None) -> list[Row]:
-    """Rows of one split of a Karpathy split file (COCO, Flickr30k); `train` includes `restval`, as is the custom."""
+    """Read one split of a Karpathy split file (COCO, Flickr30k); `train` includes `restval`, as is the custom.
+
+    Raises:
+        UserError: the file has another layout, has no such split, or a file name occurs twice.
+    """
     splits_read = ("train", "restval") if split == "train" else (split,)
     listing = _json_file(path)
     rows = []
@@ -134,9 +156,12 @@ def read_karpathy(path: Path, split: str | None) -> list[Row]:
 
 
 def read_xm3600(path: Path, images: Path) -> list[Row]:
-    """Rows of Crossmodal-3600's captions.jsonl, the captions of all languages side by side.
+    """Read Crossmodal-3600's captions.jsonl, the captions of all languages side by side.
 
-    The listing names no files: the image is `<key>.<extension>` in `images`, `.jpg` (the original's) if none is there.
+    The listing names no files: the image is `<key>.<extension>` in `images`, `.jpg` (the original's) if none exists.
+
+    Raises:
+        UserError: a line is not a JSON object, or a key is missing or occurs twice.
     """
     present = set(os.listdir(images)) if images.is_dir() else set()
     rows = []

@@ -92,7 +92,7 @@ def prompts(names: Sequence[Names], wording: Sequence[str]) -> tuple[list[str], 
         wording: templates.
 
     Returns:
-        P texts, and (P,) int64, the class of each.
+        P texts, and (P,) int64 labels.
     """
     texts = [(label, text.replace("{}", name)) for label, of in enumerate(names) for name in of for text in wording]
     return [text for _, text in texts], np.array([label for label, _ in texts], np.int64)

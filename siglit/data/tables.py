@@ -29,7 +29,7 @@ class Table(Protocol):
         """Check that the column can hold images.
 
         Raises:
-            UserError: it cannot.
+            UserError: its type is not binary, a path or a struct {bytes, path}.
         """
 
     def place(self, row: int) -> str:
@@ -117,7 +117,7 @@ class ParquetTable(Table):
 
     @override
     def records(self, start: int, stop: int, names: Sequence[str]) -> list[dict[str, Any]]:
-        if not names:
+        if len(names) == 0:
             return [{} for _ in range(start, stop)]
         records: list[dict[str, Any]] = []
         while start < stop:
@@ -228,7 +228,7 @@ class HubTable(Table):
 
     @override
     def records(self, start: int, stop: int, names: Sequence[str]) -> list[dict[str, Any]]:
-        if not names:
+        if len(names) == 0:
             return [{} for _ in range(start, stop)]
         columns = self._data.select_columns(list(names))[start:stop]
         return [{name: columns[name][i] for name in names} for i in range(stop - start)]

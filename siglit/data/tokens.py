@@ -35,9 +35,8 @@ def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
     shape = (cache.num_captions, tokenizer.length)
     if shape[0] == 0:
         return np.empty(shape, dtype)
-    remove_leftovers(
-        path.parent, "tokens-*.npy"
-    )  # of every tokenizer: the file of another one may never be opened again
+    # Of every tokenizer: the file of another one may never be opened again.
+    remove_leftovers(path.parent, "tokens-*.npy")
     try:
         with atomic_write(path) as file:
             ids = _map_of(file, dtype, shape)
