@@ -46,8 +46,8 @@ def read(root: Path) -> tuple[list[str], list[Row]]:
         for key in sorted(_images(root, name))
     ]
     if len(rows) == 0:
-        folders = "1 folder" if len(classes) == 1 else f"{len(classes)} folders"
-        state = f"{folders}, but no image in them" if len(classes) > 0 else "no folder in it"
+        several = f"{len(classes)} folders, but no image in them" if len(classes) > 0 else "no folder in it"
+        state = "1 folder, but no image in it" if len(classes) == 1 else several
         raise UserError(f"{root} has {state}; {expected} ({', '.join(IMAGE_EXTENSIONS)}). Check the path.")
     return classes, rows
 

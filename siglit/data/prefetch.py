@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from typing_extensions import override
+
 T = TypeVar("T")
 
 
@@ -31,6 +33,7 @@ class Prefetched(Iterator[T], Generic[T]):
         )
         self._end = weakref.finalize(self, _end, self._thread, slots, stop)
 
+    @override
     def __next__(self) -> T:
         if not self._end.alive:
             raise StopIteration

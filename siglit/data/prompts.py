@@ -94,7 +94,9 @@ def prompts(names: Sequence[Names], wording: Sequence[str]) -> tuple[list[str], 
     Returns:
         P texts, and (P,) int64 labels.
     """
-    texts = [(label, text.replace("{}", name)) for label, of in enumerate(names) for name in of for text in wording]
+    texts = [
+        (label, text.replace("{}", name)) for label, several in enumerate(names) for name in several for text in wording
+    ]
     return [text for _, text in texts], np.array([label for label, _ in texts], np.int64)
 
 
@@ -117,7 +119,7 @@ def canonical(
     Source: big_vision `prompt_engineering.canonicalize_text` and `discriminative_classifier` (`canonicalize`,
     `first_class_name_only`), commit 0127fb6.
     """
-    plain = [tuple(_canonicalize(name.partition(",")[0]) for name in of) for of in names]
+    plain = [tuple(_canonicalize(name.partition(",")[0]) for name in several) for several in names]
     for label, (before, after) in enumerate(zip(names, plain, strict=True)):
         if not all(after):
             empty = before[after.index("")]
