@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from benchmarks.cache import make_cache
 from benchmarks.common import interleaved, parser, ratio, report
 from siglit.config import TextTowerConfig
-from siglit.data.epoch_loader import Batch, CacheLoader
+from siglit.data.cache_loader import CacheLoader
+from siglit.data.epoch_loader import Batch
 from siglit.loss import sigmoid_loss
 from siglit.models.text_tower import PRESETS, TextTower
 

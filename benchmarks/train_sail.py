@@ -29,7 +29,7 @@ from benchmarks.train_contenders import autocast
 from benchmarks.train_turns import VOCABULARY, write_cache
 from siglit.cache import EmbeddingCache
 from siglit.config import OptimConfig, TextTowerConfig, TokenizerConfig
-from siglit.data.epoch_loader import CacheLoader
+from siglit.data.cache_loader import CacheLoader
 from siglit.data.tokens import token_ids
 from siglit.loss import sigmoid_loss
 from siglit.models.text_tower import TextTower

@@ -33,7 +33,7 @@ MODEL_ARGS = {
     "class_token": False,
     "global_pool": "avg",
 }
-_NAMES = (list(shapes.COLOURS), list(shapes.SHAPES), list(shapes.SIZES))
+_NAMES = (list(shapes.COLORS), list(shapes.SHAPES), list(shapes.SIZES))
 _ABSENT = -100
 
 
@@ -41,7 +41,7 @@ def targets(scene: shapes.Scene) -> list[int]:
     """The answers for one scene: layout, number of objects, then colour, shape and size of each of three places."""
     answers = [shapes.LAYOUTS.index(scene.layout), len(scene.things) - 2]
     for thing in scene.things:
-        answers += [names.index(v) for names, v in zip(_NAMES, (thing.colour, thing.shape, thing.size), strict=True)]
+        answers += [names.index(v) for names, v in zip(_NAMES, (thing.color, thing.shape, thing.size), strict=True)]
     return answers + [_ABSENT] * (11 - len(answers))
 
 
@@ -53,7 +53,7 @@ def patch_targets(scene: shapes.Scene, placed: np.ndarray, patches: int = 8) -> 
     over = (gap - placed[:, 2, None, None]).min(0) < 0.02
     names = np.array(
         [
-            [i] + [n.index(v) for n, v in zip(_NAMES, (t.colour, t.shape, t.size), strict=True)]
+            [i] + [n.index(v) for n, v in zip(_NAMES, (t.color, t.shape, t.size), strict=True)]
             for i, t in enumerate(scene.things)
         ]
     )

@@ -1,11 +1,12 @@
-"""Images of a source into a cache: the tower's forward pass over decoded batches, shard by shard.
+"""Embeds the images of a source into a cache: the tower's forward pass over decoded batches, shard by shard.
 
-A shard is the unit of work: the ones that are not yet committed are cut into W stretches, one for each of W ranks, and
-ranks share only the file system. Knows neither commands nor summaries. Shapes: N images of a batch, D embedding width.
+A shard is the unit of work: the ones that are not yet committed are divided among W ranks, and ranks share only the
+file system. Knows neither commands nor summaries. Shapes: N images of a batch, D embedding width.
 """
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -25,9 +26,9 @@ from siglit.cache import (
     shards_with_skipped,
     write_shard,
 )
-from siglit.config import Experiment
+from siglit.config import CacheConfig
 from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
-from siglit.data.sources import Sample, Source, Unit
+from siglit.data.samples import Sample, Source, Unit
 from siglit.models.image_tower import ImageTower
 from siglit.runtime import machine
 from siglit.runtime.files import file_hash
@@ -41,51 +42,71 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """A filled cache, and what this run did for it."""
+class EmbedResult:
+    """A filled cache, and what this run computed of it."""
 
     cache: EmbeddingCache
     images: int
-    """Rows encoded by this run, over all devices; the others were there."""
+    """Rows encoded by this run, over all devices; the others were committed before."""
     seconds: float
     tower_images_per_second: float | None
     """Of the tower's forward pass alone on one device, on a batch of this run."""
 
 
 def embed_source(
-    experiment: Experiment, fabric: Fabric, tower: ImageTower, source: Source, path: Path, title: str
-) -> Embedded:
-    """Fill the cache in the folder `path`, going on where an earlier run stopped.
+    fabric: Fabric,
+    tower: ImageTower,
+    source: Source,
+    path: Path,
+    title: str,
+    config: CacheConfig,
+    *,
+    max_image_pixels: int,
+    workers: int | None = None,
+    precision: str = "auto",
+    weights_file: str | None = None,
+) -> EmbedResult:
+    """Fill the cache in a folder; shards that an earlier run committed are kept.
 
     Args:
-        experiment: how to decode, how large batches and shards are.
         fabric: launched; the ranks that share the work.
         tower: on the fabric's device.
         source: what to embed.
         path: folder of the cache.
-        title: what the progress is called.
+        title: title of the progress.
+        config: sizes of shards and batches, and whether to try skipped images again.
+        max_image_pixels: largest width × height of an image.
+        workers: decoding processes of each rank; None: one per core, at most 16.
+        precision: of the forward pass: fp32, bf16, fp16; auto is bf16 on CUDA and fp32 elsewhere.
+        weights_file: file that the tower's weights were loaded from, which is part of the fingerprint; None if there
+            is none, or if the weights have changed since.
 
     Raises:
-        UserError: the source is found wrong while reading.
-        CacheError: the folder holds shards that something else made, or a key stands in two shards.
+        UserError: the source is invalid where it is read.
+        CacheError: the folder holds shards with another fingerprint, or two shards share a key.
     """
-    units = source.units(experiment.cache.shard_size)
-    precision = _precision(experiment, fabric)
-    fingerprint = _fingerprint(experiment, tower, source, precision)
-    if fabric.is_global_zero:
-        remove_unfinished(path)
-        if experiment.cache.retry_skipped:
-            committed_shards(path, fingerprint)  # raises before anything of other settings is deleted
-            remove_shards(path, shards_with_skipped(path))
-    fabric.barrier()
-    there = committed_shards(path, fingerprint)
-    mine = _stretch([u for u in units if u.number not in there], fabric.global_rank, fabric.world_size)
-    # All ranks must have looked before any of them commits, or they would deal out different lists.
-    fabric.barrier()
+    units = source.units(config.shard_size)
+    if precision == "auto":
+        precision = "bf16" if fabric.device.type == "cuda" else "fp32"
+    if workers is None:
+        workers = machine.default_workers(config.devices)
+    fingerprint = {
+        "image_tower": _tower_fingerprint(tower, precision, weights_file),
+        "source": source.identity(),
+        "shard_size": config.shard_size,
+        "max_image_pixels": max_image_pixels,
+    }
+    own = _own_units(fabric, units, path, fingerprint, config.retry_skipped)
     encoder = _Encoder(fabric, tower, precision)
-    begun = time.monotonic()
-    _encode_units(experiment, fabric, source, mine, encoder, path, fingerprint, title)
-    seconds = time.monotonic() - begun
+    pixels = UnitPixels(source, own, tower.transform(), config.batch_size, max_image_pixels, tower.draft())
+    begin = time.monotonic()
+    images = sum(u.stop - u.start for u in own) or None  # unknown where units are tars
+    title += f" (1 of {fabric.world_size} devices)" if fabric.world_size > 1 else ""
+    with Meter(title, images, "images", quiet=not fabric.is_global_zero) as meter:
+        if len(own) > 0:
+            with closing(pixel_batches(pixels, workers, pin_memory=fabric.device.type == "cuda")) as batches:
+                _write_shards(batches, encoder, path, fingerprint, meter)
+    seconds = time.monotonic() - begin
     encoded = int(torch.as_tensor(fabric.all_reduce(torch.tensor(float(encoder.images)), reduce_op="sum")))
     fabric.barrier()
     if fabric.is_global_zero:
@@ -93,39 +114,65 @@ def embed_source(
     fabric.barrier()
     cache = EmbeddingCache(path)
     fabric.barrier()
-    return Embedded(cache, encoded, seconds, encoder.own_rate())
+    return EmbedResult(cache, encoded, seconds, encoder.tower_rate())
 
 
-def _stretch(units: list[Unit], rank: int, ranks: int) -> list[Unit]:
+def _tower_fingerprint(tower: ImageTower, precision: str, weights_file: str | None) -> dict[str, Any]:
+    file = expand(weights_file, "image_tower.weights") if weights_file else None
+    return {
+        **tower.fingerprint(),
+        "weights_file": None if file is None else file_hash(file),
+        "precision": precision,
+    }
+
+
+def _own_units(
+    fabric: Fabric, units: list[Unit], path: Path, fingerprint: dict[str, Any], retry_skipped: bool
+) -> list[Unit]:
+    """The units that this rank embeds: its part of those whose shards are not committed yet."""
+    if fabric.is_global_zero:
+        remove_unfinished(path)
+        if retry_skipped:
+            committed_shards(path, fingerprint)  # raises before any shard with another fingerprint is deleted
+            remove_shards(path, shards_with_skipped(path))
+    fabric.barrier()
+    committed = committed_shards(path, fingerprint)
+    own = _units_of_rank([u for u in units if u.number not in committed], fabric.global_rank, fabric.world_size)
+    # All ranks must have looked before any of them commits, or they would divide different lists.
+    fabric.barrier()
+    return own
+
+
+def _units_of_rank(units: list[Unit], rank: int, ranks: int) -> list[Unit]:
     """A rank's units, next to each other: a row group that several units share is read by one rank, mostly."""
     return units[len(units) * rank // ranks : len(units) * (rank + 1) // ranks]
 
 
 class _Encoder:
-    """Pixels to rows on this rank's device; remembers one full batch to time the bare tower on."""
+    """Pixels to rows on this rank's device; keeps one full batch to time the bare tower on."""
 
     def __init__(self, fabric: Fabric, tower: ImageTower, precision: str):
         self._fabric, self.tower, self._dtype = fabric, tower, _DTYPES[precision]
-        self._kept: torch.Tensor | None = None
-        self.images = 0  # that got a row
+        self._timing_batch: torch.Tensor | None = None
+        self.images = 0  # rows so far
 
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
         """Embed (N, 3, H, W) uint8 as (N, D) float32."""
         rows = self._forward(pixels.to(self._fabric.device, non_blocking=True)).float().cpu().numpy()
-        if self._kept is None or len(pixels) > len(self._kept):
-            self._kept = pixels
+        if self._timing_batch is None or len(pixels) > len(self._timing_batch):
+            self._timing_batch = pixels
         return rows
 
-    def own_rate(self) -> float | None:
-        """Images/s of the forward pass alone: the median of three passes over the kept batch."""
-        if self._kept is None:
+    def tower_rate(self) -> float | None:
+        """Images/s of the forward pass alone: the median of three passes over the largest batch."""
+        if self._timing_batch is None:
             return None
         seconds = []
-        pixels = self._kept.to(self._fabric.device)
+        pixels = self._timing_batch.to(self._fabric.device)
         for _ in range(3):
-            begun = time.perf_counter()
+            begin = time.perf_counter()
             self._forward(pixels).float().cpu()
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - begin)
         return round(len(pixels) / float(np.median(seconds)), 1)
 
     def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -134,48 +181,29 @@ class _Encoder:
             return self.tower(pixels)
 
 
-def _encode_units(
-    experiment: Experiment,
-    fabric: Fabric,
-    source: Source,
-    units: list[Unit],
-    encoder: _Encoder,
-    path: Path,
-    fingerprint: dict[str, Any],
-    title: str,
+def _write_shards(
+    batches: Iterator[PixelBatch], encoder: _Encoder, path: Path, fingerprint: dict[str, Any], meter: Meter
 ) -> None:
-    """Encode this rank's units and commit one shard for each."""
-    dataset = UnitPixels(
-        source,
-        units,
-        encoder.tower.transform(),
-        experiment.cache.batch_size,
-        experiment.data.max_image_pixels,
-        encoder.tower.draft(),
-    )
-    batches = pixel_batches(dataset, _workers(experiment), pin_memory=fabric.device.type == "cuda")
-    known = sum(u.stop - u.start for u in units)
+    """Encode batches and commit one shard for each unit."""
     known_keys = KnownKeys(path)
-    title += f" (1 of {fabric.world_size} devices)" if fabric.world_size > 1 else ""
-    with Meter(title, known or None, "images", quiet=not fabric.is_global_zero) as meter:
-        for number, of_unit in _by_unit(batches if units else iter(())):
-            rows: list[np.ndarray] = []
-            samples: list[Sample] = []
-            skipped: list[tuple[str, str]] = []
-            for batch in of_unit:
-                meter.advance(len(batch.samples) + len(batch.skipped))
-                skipped += batch.skipped
-                if not batch.samples:
-                    continue
-                embedded = encoder(batch.pixels)
-                kept = _fits_float16(embedded)
-                encoder.images += int(kept.sum())
-                rows.append(embedded[kept])
-                samples += compress(batch.samples, kept)
-                for row in np.flatnonzero(~kept):
-                    skipped.append((batch.samples[row].key, _reason_against(embedded[row])))
-            known_keys.add(number, [s.key for s in samples])
-            _write(path, number, rows, samples, skipped, fingerprint)
+    for number, of_unit in _by_unit(batches):
+        rows: list[np.ndarray] = []
+        samples: list[Sample] = []
+        skipped: list[tuple[str, str]] = []
+        for batch in of_unit:
+            meter.advance(len(batch.samples) + len(batch.skipped))
+            skipped += batch.skipped
+            if len(batch.samples) == 0:
+                continue
+            embedded = encoder(batch.pixels)
+            kept = _fits_float16(embedded)
+            encoder.images += int(kept.sum())
+            rows.append(embedded[kept])
+            samples += compress(batch.samples, kept)
+            for row in np.flatnonzero(~kept):
+                skipped.append((batch.samples[row].key, _skip_reason(embedded[row])))
+        known_keys.add(number, [s.key for s in samples])
+        _write(path, number, rows, samples, skipped, fingerprint)
 
 
 def _fits_float16(rows: np.ndarray) -> np.ndarray:
@@ -184,12 +212,14 @@ def _fits_float16(rows: np.ndarray) -> np.ndarray:
         return np.asarray(np.isfinite(rows.astype(np.float16)).all(axis=1))
 
 
-def _reason_against(row: np.ndarray) -> str:
+def _skip_reason(row: np.ndarray) -> str:
     return _TOO_LARGE if np.isfinite(row).all() else _NOT_FINITE
 
 
 def _write(path: Path, number: int, rows: list, samples: list, skipped: list, fingerprint: dict[str, Any]) -> None:
-    embeddings = np.concatenate(rows) if rows else np.empty((0, fingerprint["image_tower"]["width"]), np.float32)
+    embeddings = (
+        np.concatenate(rows) if len(rows) > 0 else np.empty((0, fingerprint["image_tower"]["width"]), np.float32)
+    )
     write_shard(
         path,
         number,
@@ -216,29 +246,3 @@ def _by_unit(batches: Iterator[PixelBatch]) -> Iterator[tuple[int, Iterator[Pixe
 
     for first in batches:
         yield first.unit, rest(first)
-
-
-def _fingerprint(experiment: Experiment, tower: ImageTower, source: Source, precision: str) -> dict[str, Any]:
-    weights = experiment.image_tower.weights
-    path = expand(weights, "image_tower.weights") if weights else None
-    return {
-        "image_tower": {
-            **tower.fingerprint(),
-            "weights_file": file_hash(path) if path else None,
-            "precision": precision,
-        },
-        "source": source.identity(),
-        "shard_size": experiment.cache.shard_size,
-        "max_image_pixels": experiment.data.max_image_pixels,
-    }
-
-
-def _precision(experiment: Experiment, fabric: Fabric) -> str:
-    asked = experiment.image_tower.precision
-    return asked if asked != "auto" else "bf16" if fabric.device.type == "cuda" else "fp32"
-
-
-def _workers(experiment: Experiment) -> int:
-    if experiment.data.workers is not None:
-        return experiment.data.workers
-    return machine.default_workers(experiment.cache.devices)

@@ -15,7 +15,8 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from siglit.cache import EmbeddingCache, exclusive
 from siglit.config import CacheConfig, Experiment, SourceSpec
 from siglit.data.decoding import MISSING_FILE
-from siglit.data.sources import Source, open_source
+from siglit.data.samples import Source
+from siglit.data.sources import open_source
 from siglit.embedding import embed_source
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
@@ -122,7 +123,18 @@ def _fabric(config: CacheConfig) -> Fabric:
 
 def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str, source: Source) -> SplitResult:
     path = cache_path(experiment, split)
-    done = embed_source(experiment, fabric, tower, source, path, f"precompute {split}")
+    done = embed_source(
+        fabric,
+        tower,
+        source,
+        path,
+        f"precompute {split}",
+        experiment.cache,
+        max_image_pixels=experiment.data.max_image_pixels,
+        workers=experiment.data.workers,
+        precision=experiment.image_tower.precision,
+        weights_file=experiment.image_tower.weights,
+    )
     _check_skipped(experiment, split, done.cache)
     return SplitResult(
         path=str(path),

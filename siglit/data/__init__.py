@@ -1,1 +1,1 @@
-"""From files to samples, and from caches to batches."""
+"""Samples from files, and training batches from images or a cache."""

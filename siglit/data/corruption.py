@@ -1,4 +1,4 @@
-"""The noise study: what is put in place of images and texts, and which pairs exchange their texts.
+"""The noise study: which images and texts are replaced by noise, and which pairs exchange their texts.
 
 Knows rows, token ids and pixels, not caches, towers or ranks. All of it is a hash of (seed, pass, row), so that it is
 the same for any number of ranks and workers and after a resumed run, and nothing has to be kept.
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from siglit.config import DataConfig
-from siglit.data.shuffle import draw
+from siglit.data.random_hash import below, draw
 from siglit.models.tokenizer import Tokenizer
 from siglit.runtime.files import write_bytes
 
@@ -32,7 +32,7 @@ _EMBED_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Corruption:
-    """What to spoil, and how often.
+    """What to corrupt, and how often.
 
     Each kind hits a pair in a pass with probability `share`, independently of the other kinds and pairs. A random text
     belongs to its row and moves with it where pairs are exchanged.
@@ -55,12 +55,12 @@ class Corruption:
         return f"{', '.join(sorted(self.kinds))} (data.corrupt_share {self.share})"
 
     def hits(self, kind: str, epoch: int, rows: np.ndarray) -> np.ndarray:
-        """(k,) bool, which of the (k,) rows this kind spoils in the pass; none if the kind was not asked for."""
+        """(k,) bool, which of the (k,) rows this kind corrupts in the pass; none if it is not among `kinds`."""
         if kind not in self.kinds:
             return np.zeros(len(rows), bool)
         return (draw(self.seed, epoch, _KINDS.index(kind), rows) >> np.uint64(11)) * 2.0**-53 < self.share
 
-    def texts(self, epoch: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    def corrupt_texts(self, epoch: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Put random tokens in place of the texts that are hit.
 
         1 … L − 1 pieces, each length as likely, and each piece of the vocabulary but end-of-sentence and padding; then
@@ -72,15 +72,15 @@ class Corruption:
             ids: (k, L) token ids of the rows' captions, L at least 2.
 
         Returns:
-            (k, L) of the same dtype; `ids` itself where texts are not spoilt.
+            (k, L) of the same dtype; `ids` itself if "text" is not among `kinds`.
         """
         if "text" not in self.kinds:
             return ids
         hit = self.hits("text", epoch, rows)
-        spoilt, places = rows[hit, None], np.arange(ids.shape[1])
-        lengths = 1 + _below(ids.shape[1] - 1, draw(self.seed, epoch, _LENGTH, spoilt))
+        corrupted, places = rows[hit, None], np.arange(ids.shape[1])
+        lengths = 1 + below(ids.shape[1] - 1, draw(self.seed, epoch, _LENGTH, corrupted))
         special = sorted({self.eos_id, self.pad_id})
-        pieces = _below(self.vocab_size - len(special), draw(self.seed, epoch, _PIECE, spoilt, places))
+        pieces = below(self.vocab_size - len(special), draw(self.seed, epoch, _PIECE, corrupted, places))
         for number in special:
             pieces += pieces >= number
         ends = np.where(places == lengths, self.eos_id, self.pad_id)
@@ -88,7 +88,7 @@ class Corruption:
         ids[hit] = np.where(places < lengths, pieces, ends)
         return ids
 
-    def givers(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+    def caption_sources(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """Shuffle the texts of the pairs that are hit among them.
 
         Args:
@@ -96,23 +96,23 @@ class Corruption:
             rows: (G,) int64, all rows of the global batch in its order, without repetition.
 
         Returns:
-            (G,) int64, the row of the batch whose text each pair is handed: its own, or where it is hit one of a
-            random permutation of the hit rows.
+            (G,) int64, the row of the batch whose text each pair gets: its own, or where it is hit one of a random
+            permutation of the hit rows.
         """
         hit = self.hits("alignment", epoch, rows)
-        givers = rows.copy()
-        givers[hit] = rows[hit][np.argsort(draw(self.seed, epoch, _PLACE, rows[hit]))]
-        return givers
+        sources = rows.copy()
+        sources[hit] = rows[hit][np.argsort(draw(self.seed, epoch, _PLACE, rows[hit]))]
+        return sources
 
     def noise_numbers(self, epoch: int, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(k,) bool, which images are hit; and for those a number in [0, count), that of the noise to put there."""
         hit = self.hits("image", epoch, rows)
-        return hit, _below(count, draw(self.seed, epoch, _NUMBER, rows[hit]))
+        return hit, below(count, draw(self.seed, epoch, _NUMBER, rows[hit]))
 
 
 def corruption_of(data: DataConfig, seed: int, tokenizer: Tokenizer) -> Corruption | None:
-    """The corruption that an experiment asks for; None if none."""
-    if not data.corrupt:
+    """The corruption of an experiment (data.corrupt); None if it has none."""
+    if len(data.corrupt) == 0:
         return None
     return Corruption(
         frozenset(data.corrupt), data.corrupt_share, seed, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id
@@ -136,11 +136,11 @@ def noise_pool(
     seed: int,
     count: int = 256,
 ) -> np.ndarray:
-    """Return embeddings of noise images for training on a cache, from their file or made now.
+    """Return embeddings of noise images for training on a cache, from their file or computed now.
 
     The paper draws a new noise image every time; without the tower in training there is a pool of them, drawn from with
-    replacement. The file's name tells tower, seed and count, and it is written whole or not at all: a resumed run has
-    the very same rows.
+    replacement. The file's name is a hash of tower, seed and count, and the file is written whole or not at all: a
+    resumed run has the very same rows.
 
     Args:
         folder: where the file is kept, such as the run's.
@@ -155,13 +155,13 @@ def noise_pool(
         (P, D) float16.
 
     Raises:
-        OSError: the file could not be written; the text says why in words.
+        OSError: the file could not be written; the message gives the reason.
     """
-    made_of = json.dumps([dict(image_tower), image_size, seed, count], sort_keys=True)
-    path = Path(folder) / f"noise-{hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()}.npy"
-    kept = _read_pool(path)
-    if kept is not None and kept.shape == (count, dim) and kept.dtype == np.float16:
-        return kept
+    identity = json.dumps([dict(image_tower), image_size, seed, count], sort_keys=True)
+    path = Path(folder) / f"noise-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}.npy"
+    saved = _read_pool(path)
+    if saved is not None and saved.shape == (count, dim) and saved.dtype == np.float16:
+        return saved
     parts = [range(first, min(first + _EMBED_AT_ONCE, count)) for first in range(0, count, _EMBED_AT_ONCE)]
     pool = np.concatenate(
         [embed(np.stack([noise_pixels(seed, 0, number, image_size) for number in part])) for part in parts]
@@ -175,14 +175,9 @@ def noise_pool(
 
 
 def _read_pool(path: Path) -> np.ndarray | None:
-    """The file's array, or None where there is no file, a torn one, or not one of numpy's."""
+    """The file's array, or None where there is no file, a truncated one, or not one of numpy's."""
     try:
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _below(count: int, drawn: np.ndarray) -> np.ndarray:
-    """Whole numbers in [0, count) from uniform 64-bit ones, int64; uniform to within count / 2³²."""
-    return ((drawn >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)).astype(np.int64)

@@ -1,7 +1,8 @@
-"""From the bytes of one image file to an 8-bit RGB picture, or a short reason why not.
+"""Decodes one image file to an 8-bit RGB image, or gives a short reason why it cannot be used.
 
 Knows nothing of listings, transforms or towers. Pixels stay as stored: EXIF orientation is not applied, which is what
-CLIP and open_clip do, so an embedding does not depend on who made it. Alpha is dropped as `Image.convert("RGB")` does.
+CLIP and open_clip do, so an embedding does not depend on the program that made it. Alpha is dropped as
+`Image.convert("RGB")` does.
 """
 
 import io
@@ -11,6 +12,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
 # Raster formats only: PIL would also hand EPS to Ghostscript, which runs the file as a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 # `warnings.catch_warnings` swaps process-wide filters; two threads inside at once could leave the wrong ones behind.
@@ -24,7 +26,7 @@ class BadImage(ValueError):  # noqa: N818 - it describes the image, not our fail
 def decode_image(data: bytes, max_pixels: int, draft: int | None = None) -> Image.Image:
     """Decode the first frame of an image file to RGB.
 
-    Greyscale deeper than 8 bits is scaled to 0…255 (PIL alone would saturate it). No global setting of PIL is changed,
+    Grayscale deeper than 8 bits is scaled to 0…255 (PIL alone would saturate it). No global setting of PIL is changed,
     so its own limit (twice `Image.MAX_IMAGE_PIXELS`, 179 million pixels by default) holds besides `max_pixels`.
 
     Args:
@@ -39,7 +41,7 @@ def decode_image(data: bytes, max_pixels: int, draft: int | None = None) -> Imag
     Raises:
         BadImage: no bytes, not an image, cut off or broken, or too many pixels.
     """
-    if not data:
+    if len(data) == 0:
         raise BadImage("zero bytes")
     with _open(data) as image:
         width, height = image.size
@@ -58,7 +60,7 @@ def decode_image(data: bytes, max_pixels: int, draft: int | None = None) -> Imag
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header; PIL's warnings about size, EXIF or missing plugins are not the caller's business."""
+    """Read the header; PIL's warnings about size, EXIF or missing plugins are not passed on."""
     Image.init()
     known = [name for name in _FORMATS if name in Image.OPEN]
     with _HEADER_LOCK, warnings.catch_warnings():
@@ -79,16 +81,16 @@ def _open(data: bytes) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _scale_to_8_bits(image).convert("RGB")
-    # A transparent colour changes no RGB value, but PIL warns about some of its forms while converting.
+    # A transparent color changes no RGB value, but PIL warns about some of its forms while converting.
     image.info.pop("transparency", None)
     return image.convert("RGB")
 
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     """Map 0…65535 to 0…255; mode I holds 16-bit files too, so only larger values mean a 31-bit range."""
-    grey = np.asarray(image).astype(np.int64).clip(min=0)
-    white = 65535 if grey.max() <= 65535 else 2**31 - 1
-    return Image.fromarray(((grey * 255 + white // 2) // white).astype(np.uint8))
+    gray = np.asarray(image).astype(np.int64).clip(min=0)
+    white = 65535 if gray.max() <= 65535 else 2**31 - 1
+    return Image.fromarray(((gray * 255 + white // 2) // white).astype(np.uint8))
 
 
 def _first_line(error: Exception) -> str:

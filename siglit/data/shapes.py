@@ -1,7 +1,7 @@
 """The generated `shapes` set: scenes of a few objects, and sentences that describe each scene completely.
 
-Draws pictures and writes sentences; knows nothing of files, towers or caches. A scene is two or three objects in a row,
-a column or along a diagonal; objects differ in colour, shape and size. No two scenes of a set share a description.
+Draws images and writes sentences; knows nothing of files, towers or caches. A scene is two or three objects in a row,
+a column or along a diagonal; objects differ in color, shape and size. No two scenes of a set share a description.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40),
     "green": (42, 157, 66),
     "blue": (40, 80, 214),
@@ -43,7 +43,7 @@ _SUPERSAMPLE = 4
 class Thing:
     """One object of a scene."""
 
-    colour: str
+    color: str
     shape: str
     size: str
 
@@ -65,7 +65,7 @@ def draw_scenes(count: int, seed: int) -> list[Scene]:
     scenes: dict[Scene, None] = {}
     while len(scenes) < count:
         things = tuple(
-            Thing(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), str(rng.choice(SIZES)))
+            Thing(str(rng.choice(list(COLORS))), str(rng.choice(SHAPES)), str(rng.choice(SIZES)))
             for _ in range(rng.integers(2, 4))
         )
         scenes[Scene(str(rng.choice(LAYOUTS)), things)] = None
@@ -73,7 +73,7 @@ def draw_scenes(count: int, seed: int) -> list[Scene]:
 
 
 def arrange(scene: Scene, seed: int | Sequence[int]) -> np.ndarray:
-    """Place the objects of a scene: (objects, 3) float64 of centre x, centre y and radius, as shares of the side."""
+    """Place the objects of a scene: (objects, 3) float64 of center x, center y and radius, as shares of the side."""
     rng = np.random.default_rng(seed)
     along = np.linspace(-1, 1, len(scene.things)) * rng.uniform(0.27, 0.32)
     shift = rng.uniform(-0.12, 0.12)
@@ -87,20 +87,20 @@ def arrange(scene: Scene, seed: int | Sequence[int]) -> np.ndarray:
 
 
 def draw_image(scene: Scene, seed: int | Sequence[int]) -> Image.Image:
-    """Draw a scene as a 64 × 64 RGB picture; places, exact sizes and shades vary with the seed."""
+    """Draw a scene as a 64 × 64 RGB image; places, exact sizes and shades vary with the seed."""
     rng = np.random.default_rng(seed)
     side = IMAGE_SIZE * _SUPERSAMPLE
     canvas = Image.new("RGB", (side, side), tuple(int(v) for v in rng.integers(215, 256, 3)))
     pen = ImageDraw.Draw(canvas)
     for thing, (x, y, radius) in zip(scene.things, arrange(scene, seed), strict=True):
-        colour = tuple(int(v) for v in np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-12, 13, 3), 0, 255))
-        _draw_thing(pen, thing.shape, x * side, y * side, radius * side, colour)
+        color = tuple(int(v) for v in np.clip(np.array(COLORS[thing.color]) + rng.integers(-12, 13, 3), 0, 255))
+        _draw_thing(pen, thing.shape, x * side, y * side, radius * side, color)
     return canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
 
 
 def captions(scene: Scene) -> list[str]:
     """Five sentences, each a complete description in other words."""
-    plain = [f"{t.size} {t.colour} {t.shape}" for t in scene.things]
+    plain = [f"{t.size} {t.color} {t.shape}" for t in scene.things]
     other = [" ".join(SYNONYMS.get(word, word) for word in name.split()) for name in plain]
     spoken = {
         "row": ("to the left of", "from left to right", "in a row"),
@@ -125,7 +125,7 @@ def captions(scene: Scene) -> list[str]:
 
 
 def generate(count: int, seed: int) -> Iterator[tuple[Scene, Image.Image]]:
-    """Yield `count` scenes with their pictures."""
+    """Yield `count` scenes with their images."""
     for number, scene in enumerate(draw_scenes(count, seed)):
         yield scene, draw_image(scene, (seed, number))
 
@@ -134,14 +134,14 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:
+def _draw_thing(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, color: tuple[int, ...]) -> None:
     def polygon(points: Sequence[tuple[float, float]]) -> None:
-        pen.polygon([(x + r * px, y + r * py) for px, py in points], fill=colour)
+        pen.polygon([(x + r * px, y + r * py) for px, py in points], fill=color)
 
     if shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
     elif shape == "ring":
-        pen.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=max(2, round(0.42 * r)))
+        pen.ellipse((x - r, y - r, x + r, y + r), outline=color, width=max(2, round(0.42 * r)))
     elif shape == "square":
         polygon([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)])
     elif shape == "triangle":

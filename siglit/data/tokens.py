@@ -1,4 +1,4 @@
-"""Token ids of every caption of a cache, kept beside the embeddings and mapped, never tokenised twice.
+"""Token ids of every caption of a cache, kept beside the embeddings and mapped, never tokenized twice.
 
 Knows caches and the tokenizer's interface, not towers. The file is named after the tokenizer's fingerprint and the
 cache's digest, so that a change of either makes another file. Shapes: M captions, L tokens.
@@ -21,21 +21,22 @@ _BLOCK = 65_536
 
 
 def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the (M, L) token ids of all captions in the cache's order, uint16 or int32, from the file or made now.
+    """Return the (M, L) token ids of all captions in the cache's order, uint16 or int32, from the file or computed now.
 
-    Where the cache's folder cannot be written, the ids are made anew in memory, with a warning.
+    Where the cache's folder cannot be written, the ids are computed in memory, with a warning.
     """
     path = Path(cache.path) / f"tokens-{tokenizer.fingerprint}-{cache.digest[:16]}.npy"
     if path.exists():
         try:
             return np.load(path, mmap_mode="r")
         except ValueError:
-            path.unlink()  # cut short by a full disk or a crash: made anew
+            path.unlink()  # truncated by a full disk or a crash: computed again
     dtype: type = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     shape = (cache.num_captions, tokenizer.length)
-    if not shape[0]:
+    if shape[0] == 0:
         return np.empty(shape, dtype)
-    remove_leftovers(path.parent, "tokens-*.npy")  # of every tokenizer: nobody may ever want that one's file again
+    # Of every tokenizer: the file of another one may never be opened again.
+    remove_leftovers(path.parent, "tokens-*.npy")
     try:
         with atomic_write(path) as file:
             ids = _map_of(file, dtype, shape)
@@ -43,7 +44,8 @@ def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
             ids.flush()
     except OSError as error:
         warnings.warn(
-            f"cannot keep token ids in {cache.path} ({error.strerror}); they are made anew each time", stacklevel=2
+            f"cannot write token ids into {cache.path} ({error.strerror}); they are computed again each time",
+            stacklevel=2,
         )
         return _fill(np.empty(shape, dtype), cache, tokenizer)
     return np.load(path, mmap_mode="r")
@@ -59,7 +61,7 @@ def _map_of(file: BinaryIO, dtype: type, shape: tuple[int, int]) -> np.memmap:
 
 def _fill(ids: np.ndarray, cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
     captions = cache.iter_captions()
-    with Meter("tokenising", len(ids), "captions", quiet=len(ids) <= _BLOCK) as meter:
+    with Meter("tokenizing", len(ids), "captions", quiet=len(ids) <= _BLOCK) as meter:
         for start in range(0, len(ids), _BLOCK):
             block = list(itertools.islice(captions, _BLOCK))
             ids[start : start + len(block)] = tokenizer(block)

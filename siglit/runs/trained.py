@@ -217,10 +217,19 @@ def _embed(experiment: Experiment, side: ImageEncoder) -> EmbeddingCache:
     source = open_source(spec)
     made_of = hashlib.blake2b(json.dumps(source.identity(), sort_keys=True).encode(), digest_size=4).hexdigest()
     path = output_dir(experiment) / "embeddings" / weights[:16] / f"{split}-{made_of}"
-    # The file that the tower started from is not what made these rows.
-    started = replace(experiment, image_tower=replace(experiment.image_tower, weights=None))
     try:
-        done = embed_source(started, fabric, side.tower, source, path, f"embedding {split}")
+        done = embed_source(
+            fabric,
+            side.tower,
+            source,
+            path,
+            f"embedding {split}",
+            experiment.cache,
+            max_image_pixels=experiment.data.max_image_pixels,
+            workers=experiment.data.workers,
+            precision=experiment.image_tower.precision,
+            weights_file=None,  # the trained weights are not those of the file
+        )
     except CacheError as error:
         raise UserError(str(error)) from error
     side.cpu()

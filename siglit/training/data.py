@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from siglit.config import Experiment
+from siglit.data.cache_loader import CacheLoader
 from siglit.data.corruption import corruption_of, noise_pool
 from siglit.data.decoding import Decoder, UnitPixels, pixel_batches
-from siglit.data.epoch_loader import CacheLoader
 from siglit.data.image_loader import ImageLoader
 from siglit.data.shuffle import choose_image_shuffle, choose_shuffle
 from siglit.data.sources import open_source

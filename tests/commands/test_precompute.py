@@ -45,8 +45,8 @@ def test_rows_are_the_towers_own_output_for_each_key(experiment, tower_weights):
     ]
     x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():
-        wanted = model(x).numpy()
-    np.testing.assert_allclose(cache.gather(np.arange(40)), wanted, atol=2e-3, rtol=2e-3)
+        expected = model(x).numpy()
+    np.testing.assert_allclose(cache.gather(np.arange(40)), expected, atol=2e-3, rtol=2e-3)
     assert cache.captions(7) == ["a grey square", "picture 7 is grey"]
     assert result.splits["train"].rows == 40
     assert EmbeddingCache("cache/small/train").verify() == []
@@ -108,7 +108,7 @@ def test_two_devices_give_the_same_cache(project):
     assert (project / "two/train/index.json").read_bytes() == (project / "one/train/index.json").read_bytes()
 
 
-def test_bad_images_are_skipped_listed_and_shift_nobody(experiment, project):
+def test_bad_images_are_skipped_listed_and_shift_no_other(experiment, project):
     siglit.precompute(experiment)
     good = rows_by_key("cache/small/train")
     (project / "images/0003.png").write_bytes(b"")
@@ -175,10 +175,10 @@ def test_rows_do_not_depend_on_workers_batches_or_processes(project, monkeypatch
     for rows in found[1:]:
         assert rows.keys() == found[0].keys()
         for key, (row, captions) in rows.items():
-            wanted, wanted_captions = found[0][key]
+            expected, wanted_captions = found[0][key]
             assert captions == wanted_captions
-            got, wanted = np.frombuffer(row, np.float16), np.frombuffer(wanted, np.float16)
-            assert (np.abs(got - wanted) <= np.spacing(np.maximum(np.abs(got), np.abs(wanted)))).all()
+            got, expected = np.frombuffer(row, np.float16), np.frombuffer(expected, np.float16)
+            assert (np.abs(got - expected) <= np.spacing(np.maximum(np.abs(got), np.abs(expected)))).all()
 
 
 def test_samples_without_a_caption_are_skipped(experiment, project):
@@ -200,7 +200,7 @@ def test_an_empty_fold_fails(project, monkeypatch):
         siglit.precompute(parse("precompute", "--data.val.fold", "0/1000"))
 
 
-def test_only_the_splits_that_are_asked_for_are_made(experiment, project):
+def test_only_the_requested_splits_are_embedded(experiment, project):
     """The listing of the other one is not even looked for; later figures of one split leave those of the other."""
     (project / "train.csv").rename(project / "later.csv")
     result = siglit.precompute(parse("precompute", "--cache.splits", "[val]"))
@@ -277,7 +277,7 @@ def test_a_row_that_float16_cannot_hold_is_a_skipped_image(experiment, project, 
     (project / "images/0012.png").write_bytes(b"")
     forward, seen = _Encoder._forward, []
 
-    def spoilt(encoder, pixels):
+    def corrupted(encoder, pixels):
         rows = forward(encoder, pixels).clone()
         start = len(seen)
         seen.extend(range(len(rows)))
@@ -286,7 +286,7 @@ def test_a_row_that_float16_cannot_hold_is_a_skipped_image(experiment, project, 
                 rows[number - start, 3] = value
         return rows
 
-    monkeypatch.setattr(_Encoder, "_forward", spoilt)
+    monkeypatch.setattr(_Encoder, "_forward", corrupted)
     result = siglit.precompute(parse("precompute", *words, "--data.max_skipped", "0.1")).splits["train"]
     cache = EmbeddingCache("cache/small/train")
     bad = [f"images/{n:04d}.png" for n in (2, 5, 11, 12)]

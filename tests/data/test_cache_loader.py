@@ -10,7 +10,7 @@ import torch
 
 from siglit.cache import EmbeddingCache, finish, write_shard
 from siglit.data import shuffle
-from siglit.data.epoch_loader import CacheLoader
+from siglit.data.cache_loader import CacheLoader
 from siglit.errors import UserError
 
 ROWS, DIM, LENGTH = 53, 6, 4
@@ -78,8 +78,8 @@ def test_image_ids_are_labels_where_there_are_some(cache, ids):
     """A row without a label is a class of its own."""
     labels = np.arange(ROWS) % 5 - 1
     (batch,) = loader(cache, ids, len(CAPTIONED), labels=labels)
-    wanted = [labels[row] if labels[row] >= 0 else -1 - row for row in batch["rows"].tolist()]
-    assert batch["image_ids"].tolist() == wanted
+    expected = [labels[row] if labels[row] >= 0 else -1 - row for row in batch["rows"].tolist()]
+    assert batch["image_ids"].tolist() == expected
 
 
 def test_rows_left_out_of_one_pass_come_in_another(cache, ids):
@@ -156,22 +156,22 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("order", ["rows", "blocks"])
 @pytest.mark.parametrize("after", [0, 1, 3, 4, 5, 11])
-def test_a_restored_loader_goes_on_exactly(cache, ids, small_blocks, after, order):
+def test_a_restored_loader_continues_exactly(cache, ids, small_blocks, after, order):
     """Within a pass and at its end (there are 4 batches to a pass), also on another number of ranks."""
     first = loader(cache, ids, shuffle=order)
     stream = endless(first)
     taken(itertools.islice(stream, after))
     state = dict(first.state_dict())
-    wanted = taken(itertools.islice(stream, 6))
+    expected = taken(itertools.islice(stream, 6))
     second = loader(cache, ids, shuffle=order)
     second.load_state_dict(state)
     assert second.state_dict() == state
-    assert taken(itertools.islice(endless(second), 6)) == wanted
+    assert taken(itertools.islice(endless(second), 6)) == expected
     halves = [loader(cache, ids, rank=r, world_size=2, shuffle=order) for r in range(2)]
     for half in halves:
         half.load_state_dict(state)
     parts = zip(*(itertools.islice(endless(half), 6) for half in halves), strict=True)
-    assert [pair for both in parts for pair in taken(both)] == wanted
+    assert [pair for both in parts for pair in taken(both)] == expected
 
 
 def test_len_pass_state(cache, ids):
@@ -202,26 +202,26 @@ def test_a_chosen_shuffle_gives_way_to_the_checkpoints(cache, ids):
     first = loader(cache, ids)
     stream = endless(first)
     next(stream)
-    state, wanted = first.state_dict(), taken(itertools.islice(stream, 5))
+    state, expected = first.state_dict(), taken(itertools.islice(stream, 5))
     second = loader(cache, ids, shuffle="blocks", auto_shuffle=True)
     second.load_state_dict(state)
     assert second.shuffle == "rows"
-    assert taken(itertools.islice(endless(second), 5)) == wanted
+    assert taken(itertools.islice(endless(second), 5)) == expected
 
 
 def test_what_was_made_ahead_does_not_count(cache, ids):
     """After one batch the position says 8 examples, though the thread has made three batches."""
-    batches, made = loader(cache, ids), []
+    batches, gathered = loader(cache, ids), []
     gather = cache.gather
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "gather", lambda rows: made.append(len(rows)) or gather(rows), raising=True)
+        patch.setattr(cache, "gather", lambda rows: gathered.append(len(rows)) or gather(rows), raising=True)
         stream = iter(batches)
         next(stream)
         for _ in range(500):
-            if len(made) == 3:
+            if len(gathered) == 3:
                 break
             time.sleep(0.01)
-        assert made == [8, 8, 8]
+        assert gathered == [8, 8, 8]
         assert batches.state_dict()["examples"] == 8
         stream.close()
 

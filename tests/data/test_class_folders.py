@@ -1,11 +1,12 @@
-"""One folder per class: labels are torchvision's, and whatever is not in that layout is told."""
+"""One folder per class: labels are torchvision's, and any other layout is refused."""
 
 import json
 
 import pytest
 
 from siglit.config import SourceSpec
-from siglit.data.sources import FilePart, open_source, source_identity
+from siglit.data.samples import FilePart
+from siglit.data.sources import open_source, source_identity
 from siglit.errors import UserError
 
 
@@ -30,12 +31,12 @@ def refused(root, *words, **options):
 
 def test_folders_by_name_are_classes_and_paths_are_keys(tmp_path):
     fill(tmp_path, "n02/b.JPEG", "n02/a.png", "n01/x.webp", "n10/deep/y.jpg", "n02/notes.txt", "README.md")
-    found = samples(tmp_path)
+    result = samples(tmp_path)
     expected = [("n01/x.webp", 0), ("n02/a.png", 1), ("n02/b.JPEG", 1), ("n10/deep/y.jpg", 2)]
-    assert [(s.key, s.label) for s in found] == expected
-    assert {s.captions for s in found} == {()}
-    assert found[0].image == FilePart(str(tmp_path / "n01/x.webp"))
-    assert [s.image_bytes().decode() for s in found] == [key for key, _ in expected]
+    assert [(s.key, s.label) for s in result] == expected
+    assert {s.captions for s in result} == {()}
+    assert result[0].image == FilePart(str(tmp_path / "n01/x.webp"))
+    assert [s.image_bytes().decode() for s in result] == [key for key, _ in expected]
 
 
 def test_labels_are_those_of_torchvision(tmp_path):
@@ -43,12 +44,12 @@ def test_labels_are_those_of_torchvision(tmp_path):
     folder = pytest.importorskip("torchvision.datasets").ImageFolder
     fill(tmp_path, "b/1.jpg", "B/2.jpg", "a_b/10.jpg", "a_b/9.jpg", "10/3.png", "9/4.png", "a/z/5.png", "a/6.png")
     theirs = folder(str(tmp_path))
-    found = samples(tmp_path)
-    assert {s.image.path: s.label for s in found} == dict(theirs.samples)
+    result = samples(tmp_path)
+    assert {s.image.path: s.label for s in result} == dict(theirs.samples)
     assert open_source(SourceSpec("class_folders", str(tmp_path))).identity()["classes"] == theirs.classes
 
 
-def test_an_empty_folder_keeps_its_number_and_dotted_names_are_nobodys(tmp_path):
+def test_an_empty_folder_keeps_its_number_and_dotted_names_are_ignored(tmp_path):
     fill(tmp_path, "b/1.jpg", ".ipynb_checkpoints/2.jpg", "b/._1.jpg", "b/.cache/3.jpg", ".DS_Store")
     (tmp_path / "a").mkdir()
     assert [(s.key, s.label) for s in samples(tmp_path)] == [("b/1.jpg", 1)]
@@ -89,7 +90,7 @@ def test_mistakes(tmp_path):
     refused(tmp_path / "nope", "there is no", "class_folders")
     refused(tmp_path, "no folder in it", "one folder of images for each class")
     (tmp_path / "a").mkdir()
-    refused(tmp_path, "1 folders, but no image")
+    refused(tmp_path, "1 folder, but no image")
     fill(tmp_path, "a/1.jpg", "loose.png", "other.jpg")
     refused(tmp_path, "2 images outside", "loose.png", "Move them")
     refused(tmp_path / "loose.png", "is a file")

@@ -7,8 +7,8 @@ import torch
 from siglit.cache import EmbeddingCache, finish, write_shard
 from siglit.config import DataConfig, SourceSpec
 from siglit.data import shuffle
+from siglit.data.cache_loader import CacheLoader
 from siglit.data.corruption import Corruption, corruption_of, noise_pixels, noise_pool
-from siglit.data.epoch_loader import CacheLoader
 from siglit.errors import UserError
 
 KINDS = ("image", "text", "alignment")
@@ -17,7 +17,7 @@ POOL = np.full((8, DIM), -1, np.float16) - np.arange(8, dtype=np.float16)[:, Non
 MANY = np.arange(40_000) * 37
 
 
-def spoil(*kinds, share=0.4, seed=0, eos_id=EOS, pad_id=PAD):
+def make_corruption(*kinds, share=0.4, seed=0, eos_id=EOS, pad_id=PAD):
     return Corruption(frozenset(kinds), share, seed, VOCAB, eos_id, pad_id)
 
 
@@ -59,44 +59,46 @@ def loader(cache, ids, corruption, **arguments):
 
 def one_pass(batches):
     """All that is handed out in a pass, name → array."""
-    found = list(batches)
-    return {name: torch.cat([batch[name] for batch in found]).numpy() for name in found[0]}
+    result = list(batches)
+    return {name: torch.cat([batch[name] for batch in result]).numpy() for name in result[0]}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_share_is_hit(kind, share):
     """Within five standard deviations; all at 1, none at 0."""
-    rate = spoil(kind, share=share).hits(kind, 3, MANY).mean()
+    rate = make_corruption(kind, share=share).hits(kind, 3, MANY).mean()
     assert abs(rate - share) <= 5 * np.sqrt(share * (1 - share) / len(MANY))
 
 
 def test_kinds_are_hit_independently_of_each_other_and_of_the_pass():
     """Two kinds, or two passes, meet in the product of their shares."""
-    corruption = spoil(*KINDS)
+    corruption = make_corruption(*KINDS)
     hits = [corruption.hits(kind, epoch, MANY) for kind in KINDS for epoch in (0, 1)]
     sigma = np.sqrt(0.16 * 0.84 / len(MANY))
     for first in range(6):
         for second in range(first):
             assert abs((hits[first] & hits[second]).mean() - 0.16) < 5 * sigma
-    assert not spoil("text").hits("image", 0, MANY).any()
+    assert not make_corruption("text").hits("image", 0, MANY).any()
 
 
 def test_seeds_differ():
-    assert not np.array_equal(spoil("text").hits("text", 0, MANY), spoil("text", seed=1).hits("text", 0, MANY))
+    assert not np.array_equal(
+        make_corruption("text").hits("text", 0, MANY), make_corruption("text", seed=1).hits("text", 0, MANY)
+    )
 
 
 @pytest.mark.parametrize(("eos", "pad"), [(7, 3), (3, 7), (1, 1), (0, 99), (99, 98)])
 def test_random_texts_are_texts(eos, pad):
     """Pieces of the whole vocabulary but the special ones, 1 to L - 1 of them, then the end, then padding."""
     ids = np.full((len(MANY), LENGTH), 500, np.int32)
-    corruption = spoil("text", eos_id=eos, pad_id=pad)
-    found = corruption.texts(0, MANY, ids)
+    corruption = make_corruption("text", eos_id=eos, pad_id=pad)
+    result = corruption.corrupt_texts(0, MANY, ids)
     hit = corruption.hits("text", 0, MANY)
-    assert found.dtype == ids.dtype
-    assert (found[~hit] == 500).all()
+    assert result.dtype == ids.dtype
+    assert (result[~hit] == 500).all()
     assert (ids == 500).all(), "the caller's array is not written to"
-    texts = found[hit]
+    texts = result[hit]
     pieces = (texts != eos) & (texts != pad)
     lengths = pieces.sum(1)
     place = np.arange(LENGTH)
@@ -111,21 +113,21 @@ def test_random_texts_are_texts(eos, pad):
 
 
 def test_exchanged_texts_are_a_permutation_of_the_hit_rows():
-    """As the paper's shuffle: nobody outside takes part, no text is lost, and a few stay where they are."""
+    """As the paper's shuffle: no pair outside takes part, no text is lost, and a few stay where they are."""
     rows = MANY[:1000]
-    corruption = spoil("alignment")
-    givers, hit = corruption.givers(0, rows), corruption.hits("alignment", 0, rows)
-    assert np.array_equal(givers[~hit], rows[~hit])
-    assert sorted(givers[hit]) == sorted(rows[hit])
-    assert (givers[hit] == rows[hit]).sum() < 10
-    assert not np.array_equal(givers, corruption.givers(1, rows))
+    corruption = make_corruption("alignment")
+    sources, hit = corruption.caption_sources(0, rows), corruption.hits("alignment", 0, rows)
+    assert np.array_equal(sources[~hit], rows[~hit])
+    assert sorted(sources[hit]) == sorted(rows[hit])
+    assert (sources[hit] == rows[hit]).sum() < 10
+    assert not np.array_equal(sources, corruption.caption_sources(1, rows))
 
 
 @pytest.mark.parametrize("order", ["rows", "blocks"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_together_hand_out_what_one_does(cache, ids, order, ranks):
     """Every array, over two passes, all kinds at once."""
-    corruption = spoil(*KINDS)
+    corruption = make_corruption(*KINDS)
     alone = loader(cache, ids, corruption, shuffle=order)
     parts = [loader(cache, ids, corruption, shuffle=order, rank=r, world_size=ranks) for r in range(ranks)]
     for _ in range(2):
@@ -136,131 +138,133 @@ def test_ranks_together_hand_out_what_one_does(cache, ids, order, ranks):
 
 def test_what_a_row_becomes_does_not_depend_on_the_shuffle(cache, ids):
     """Noise and random texts are of (pass, row); only the partners of an exchange follow from the batch."""
-    corruption = spoil("image", "text")
+    corruption = make_corruption("image", "text")
     by_row = []
     for order in ("rows", "blocks"):
-        found = one_pass(loader(cache, ids, corruption, shuffle=order))
-        by_row.append({int(row): number for number, row in enumerate(found["rows"])} | {"found": found})
+        result = one_pass(loader(cache, ids, corruption, shuffle=order))
+        by_row.append({int(row): number for number, row in enumerate(result["rows"])} | {"result": result})
     both = [row for row in range(ROWS) if row in by_row[0] and row in by_row[1]]
     assert len(both) > 100
     for name in ("image", "ids", "text_ids", "image_ids"):
-        one, other = (side["found"][name][[side[row] for row in both]] for side in by_row)
+        one, other = (side["result"][name][[side[row] for row in both]] for side in by_row)
         assert np.array_equal(one, other), name
 
 
 @pytest.mark.parametrize("kinds", [("image",), ("text",), ("alignment",), KINDS])
-def test_a_resumed_pass_is_spoilt_as_it_would_have_been(cache, ids, kinds):
-    first = loader(cache, ids, spoil(*kinds), shuffle="blocks")
+def test_a_resumed_pass_is_corrupted_as_it_would_have_been(cache, ids, kinds):
+    first = loader(cache, ids, make_corruption(*kinds), shuffle="blocks")
     stream = iter(first)
     for _ in range(2):
         next(stream)
     state = dict(first.state_dict())
-    second = loader(cache, ids, spoil(*kinds), shuffle="blocks", rank=0, world_size=1)
+    second = loader(cache, ids, make_corruption(*kinds), shuffle="blocks", rank=0, world_size=1)
     second.load_state_dict(state)
-    for wanted, found in zip(stream, second, strict=True):
-        for name in wanted:
-            assert torch.equal(wanted[name], found[name]), name
+    for expected, result in zip(stream, second, strict=True):
+        for name in expected:
+            assert torch.equal(expected[name], result[name]), name
 
 
-@pytest.mark.parametrize("other", [None, spoil("text", share=0.3), spoil("text", "image")])
+@pytest.mark.parametrize("other", [None, make_corruption("text", share=0.3), make_corruption("text", "image")])
 def test_another_corruption_does_not_go_on(cache, ids, other):
-    state = loader(cache, ids, spoil("text")).state_dict()
+    state = loader(cache, ids, make_corruption("text")).state_dict()
     with pytest.raises(UserError, match=r"data.corrupt text \(data.corrupt_share 0.4\), but it is"):
         loader(cache, ids, other).load_state_dict(state)
     with pytest.raises(UserError, match=r"now: the batches"):
-        loader(cache, ids, spoil("text")).load_state_dict(loader(cache, ids, other).state_dict())
+        loader(cache, ids, make_corruption("text")).load_state_dict(loader(cache, ids, other).state_dict())
 
 
-def test_passes_are_spoilt_differently(cache, ids):
-    batches = loader(cache, ids, spoil("image"))
-    spoilt = [set(found["rows"][found["image"][:, 0] < 0].tolist()) for found in map(one_pass, (batches, batches))]
-    assert spoilt[0]
-    assert spoilt[1]
-    assert spoilt[0] != spoilt[1]
+def test_passes_are_corrupted_differently(cache, ids):
+    batches = loader(cache, ids, make_corruption("image"))
+    corrupted = [
+        set(result["rows"][result["image"][:, 0] < 0].tolist()) for result in map(one_pass, (batches, batches))
+    ]
+    assert corrupted[0]
+    assert corrupted[1]
+    assert corrupted[0] != corrupted[1]
 
 
 @pytest.mark.parametrize("order", ["rows", "blocks"])
 def test_no_corruption_and_a_share_of_nothing_change_no_byte(cache, ids, order):
     plain = one_pass(CacheLoader(cache, ids, batch_size=BATCH, seed=0, shuffle=order))
-    for corruption in (None, spoil(*KINDS, share=0.0)):
-        found = one_pass(loader(cache, ids, corruption, shuffle=order))
-        assert {n: (a.dtype, a.tobytes()) for n, a in found.items()} == {
+    for corruption in (None, make_corruption(*KINDS, share=0.0)):
+        result = one_pass(loader(cache, ids, corruption, shuffle=order))
+        assert {n: (a.dtype, a.tobytes()) for n, a in result.items()} == {
             n: (a.dtype, a.tobytes()) for n, a in plain.items()
         }
 
 
-def test_spoilt_images_come_from_the_pool_and_have_ids_of_their_own(cache, ids):
+def test_corrupted_images_come_from_the_pool_and_have_ids_of_their_own(cache, ids):
     """Equal where the noise is the same, and never a row, a label or the stand-in of a missing label."""
     for labels in (None, np.arange(ROWS) % 5 - 1):
         plain = one_pass(loader(cache, ids, None, labels=labels))
-        found = one_pass(loader(cache, ids, spoil("image", share=0.7), labels=labels))
-        number = -1 - found["image"][:, 0]
+        result = one_pass(loader(cache, ids, make_corruption("image", share=0.7), labels=labels))
+        number = -1 - result["image"][:, 0]
         hit = number >= 0
         assert set(number[hit]) == set(range(len(POOL)))
-        assert np.array_equal(found["image"][hit], POOL[number[hit].astype(int)])
-        assert np.array_equal(found["image"][~hit], plain["image"][~hit])
-        assert np.array_equal(found["image_ids"][~hit], plain["image_ids"][~hit])
-        same = found["image_ids"][hit][:, None] == found["image_ids"][hit]
+        assert np.array_equal(result["image"][hit], POOL[number[hit].astype(int)])
+        assert np.array_equal(result["image"][~hit], plain["image"][~hit])
+        assert np.array_equal(result["image_ids"][~hit], plain["image_ids"][~hit])
+        same = result["image_ids"][hit][:, None] == result["image_ids"][hit]
         assert np.array_equal(same, number[hit][:, None] == number[hit])
-        assert not set(found["image_ids"][hit]) & set(range(-1 - ROWS, ROWS))
-        assert np.array_equal(found["ids"], plain["ids"])
+        assert not set(result["image_ids"][hit]) & set(range(-1 - ROWS, ROWS))
+        assert np.array_equal(result["ids"], plain["ids"])
 
 
-def test_spoilt_texts_are_random_and_the_others_are_captions(cache, ids):
-    corruption = spoil("text")
-    plain, found = one_pass(loader(cache, ids, None)), one_pass(loader(cache, ids, corruption))
+def test_corrupted_texts_are_random_and_the_others_are_captions(cache, ids):
+    corruption = make_corruption("text")
+    plain, result = one_pass(loader(cache, ids, None)), one_pass(loader(cache, ids, corruption))
     hit = corruption.hits("text", 0, plain["rows"])
-    assert (found["ids"][hit] < VOCAB).all()
-    assert np.array_equal(found["ids"], corruption.texts(0, plain["rows"], plain["ids"]))
-    assert np.array_equal(found["image"], plain["image"])
-    assert np.array_equal(found["image_ids"], plain["image_ids"])
+    assert (result["ids"][hit] < VOCAB).all()
+    assert np.array_equal(result["ids"], corruption.corrupt_texts(0, plain["rows"], plain["ids"]))
+    assert np.array_equal(result["image"], plain["image"])
+    assert np.array_equal(result["image_ids"], plain["image_ids"])
 
 
 @pytest.mark.parametrize("order", ["rows", "blocks"])
 def test_pairs_exchange_the_very_texts_of_their_batch(cache, ids, order):
-    """The captions chosen in this pass, each once; the rows tell of the images."""
-    corruption = spoil("alignment")
+    """The captions chosen in this pass, each once; rows stand in for the images."""
+    corruption = make_corruption("alignment")
     pairs = zip(loader(cache, ids, None, shuffle=order), loader(cache, ids, corruption, shuffle=order), strict=True)
-    for plain, found in pairs:
-        assert torch.equal(found["rows"], plain["rows"])
-        assert torch.equal(found["image"], plain["image"])
-        rows = found["rows"].numpy()
-        texts = found["ids"][:, 0].numpy() - 1000
-        assert np.array_equal(texts, corruption.givers(0, rows))
+    for plain, result in pairs:
+        assert torch.equal(result["rows"], plain["rows"])
+        assert torch.equal(result["image"], plain["image"])
+        rows = result["rows"].numpy()
+        texts = result["ids"][:, 0].numpy() - 1000
+        assert np.array_equal(texts, corruption.caption_sources(0, rows))
         assert (texts != rows).any()
-        assert sorted(found["ids"].tolist()) == sorted(plain["ids"].tolist())
-        assert sorted(found["text_ids"].tolist()) == sorted(plain["text_ids"].tolist())
+        assert sorted(result["ids"].tolist()) == sorted(plain["ids"].tolist())
+        assert sorted(result["text_ids"].tolist()) == sorted(plain["text_ids"].tolist())
 
 
 @pytest.mark.parametrize("kinds", [("text",), ("alignment",), ("text", "alignment")])
 def test_text_ids_are_of_the_texts_that_are_handed_out(cache, ids, kinds):
-    found = one_pass(loader(cache, ids % 1500 % 20, spoil(*kinds)))
-    same = (found["ids"][:, None] == found["ids"]).all(2)
+    result = one_pass(loader(cache, ids % 1500 % 20, make_corruption(*kinds)))
+    same = (result["ids"][:, None] == result["ids"]).all(2)
     assert same.sum() > len(same)
-    assert np.array_equal(found["text_ids"][:, None] == found["text_ids"], same)
+    assert np.array_equal(result["text_ids"][:, None] == result["text_ids"], same)
 
 
 def test_a_random_text_moves_with_its_row(cache, ids):
-    both = spoil("text", "alignment")
-    texts = one_pass(loader(cache, ids, spoil("text")))
+    both = make_corruption("text", "alignment")
+    texts = one_pass(loader(cache, ids, make_corruption("text")))
     text_of = dict(zip(texts["rows"].tolist(), texts["ids"].tolist(), strict=True))
     moved = 0
     for batch in loader(cache, ids, both):
-        givers = both.givers(0, batch["rows"].numpy())
-        moved += int((givers != batch["rows"].numpy()).sum())
-        assert batch["ids"].tolist() == [text_of[row] for row in givers.tolist()]
+        sources = both.caption_sources(0, batch["rows"].numpy())
+        moved += int((sources != batch["rows"].numpy()).sum())
+        assert batch["ids"].tolist() == [text_of[row] for row in sources.tolist()]
     assert moved > 10
 
 
 def test_noise_pixels_are_uniform_and_of_seed_pass_and_row():
-    picture = noise_pixels(0, 1, 2, 65)
-    assert picture.shape == (3, 65, 65)
-    assert picture.dtype == np.uint8
-    assert np.bincount(picture.ravel(), minlength=256).min() > 10
-    assert abs(picture.mean() - 127.5) < 5 * 74 / np.sqrt(picture.size)
-    assert np.array_equal(picture, noise_pixels(0, 1, np.int64(2), 65))
+    pixels = noise_pixels(0, 1, 2, 65)
+    assert pixels.shape == (3, 65, 65)
+    assert pixels.dtype == np.uint8
+    assert np.bincount(pixels.ravel(), minlength=256).min() > 10
+    assert abs(pixels.mean() - 127.5) < 5 * 74 / np.sqrt(pixels.size)
+    assert np.array_equal(pixels, noise_pixels(0, 1, np.int64(2), 65))
     for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
-        assert (picture == noise_pixels(*other, 65)).mean() < 0.02
+        assert (pixels == noise_pixels(*other, 65)).mean() < 0.02
 
 
 class Tower:
@@ -283,17 +287,17 @@ def pool(folder, tower, model="a", seed=0, count=40):
 def test_the_pool_is_made_once(tmp_path):
     """The second call reads the same bytes and embeds nothing; nothing else is left in the folder."""
     tower = Tower()
-    made = pool(tmp_path / "run", tower)
+    first = pool(tmp_path / "run", tower)
     assert tower.seen == 40
-    assert made.shape == (40, DIM)
-    assert made.dtype == np.float16
-    assert len(np.unique(made, axis=0)) == 40
+    assert first.shape == (40, DIM)
+    assert first.dtype == np.float16
+    assert len(np.unique(first, axis=0)) == 40
     calls = tower.calls
     again = pool(tmp_path / "run", tower)
     assert tower.calls == calls
-    assert again.tobytes() == made.tobytes()
+    assert again.tobytes() == first.tobytes()
     assert len(list((tmp_path / "run").iterdir())) == 1
-    assert pool(tmp_path / "other", tower).tobytes() == made.tobytes()
+    assert pool(tmp_path / "other", tower).tobytes() == first.tobytes()
 
 
 @pytest.mark.parametrize("change", [{"model": "b"}, {"seed": 1}, {"count": 41}])
@@ -322,7 +326,7 @@ def foreign(array):
 
 
 @pytest.mark.parametrize(
-    "spoil_file",
+    "damage",
     [
         lambda path: path.write_bytes(path.read_bytes()[:-7]),
         lambda path: path.write_bytes(path.read_bytes()[:40]),
@@ -334,13 +338,13 @@ def foreign(array):
     ],
     ids=["cut", "header cut", "empty", "not numpy's", "another type", "another width", "pickled"],
 )
-def test_a_pool_that_is_torn_or_foreign_is_made_anew(tmp_path, spoil_file):
+def test_a_truncated_or_foreign_pool_is_computed_again(tmp_path, damage):
     tower = Tower()
-    made = pool(tmp_path, tower)
+    first = pool(tmp_path, tower)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
-    spoil_file(path)
-    assert pool(tmp_path, tower).tobytes() == made.tobytes()
+    damage(path)
+    assert pool(tmp_path, tower).tobytes() == first.tobytes()
     assert tower.seen == 80
     assert path.read_bytes() == whole
 
@@ -355,5 +359,5 @@ class Words:
 def test_the_experiment_decides():
     train = SourceSpec(format="csv", path="x.csv")
     assert corruption_of(DataConfig(train), 3, Words()) is None
-    asked = DataConfig(train, corrupt=["text", "image"], corrupt_share=0.2)
-    assert corruption_of(asked, 3, Words()) == spoil("image", "text", share=0.2, seed=3)
+    data = DataConfig(train, corrupt=["text", "image"], corrupt_share=0.2)
+    assert corruption_of(data, 3, Words()) == make_corruption("image", "text", share=0.2, seed=3)

@@ -10,7 +10,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from siglit.data.decoding import Decoder, PixelBatch, UnitPixels, pixel_batches
-from siglit.data.sources import FilePart, Sample, Unit
+from siglit.data.samples import FilePart, Sample, Unit
 from siglit.errors import UserError
 
 # Three processes on two cores: slower than two, and as right.
@@ -19,7 +19,7 @@ SIZES = (7, 0, 3, 4)
 
 
 def png(number):
-    """A picture whose every pixel says its number."""
+    """A image whose every pixel says its number."""
     file = io.BytesIO()
     Image.new("RGB", (6, 5), (number, 255 - number, 7)).save(file, "PNG")
     return file.getvalue()
@@ -30,7 +30,7 @@ def to_pixels(image):
 
 
 class Numbered:
-    """Units of pictures numbered through; `other` replaces samples by number, `fails` is the unit that raises."""
+    """Units of images numbered through; `other` replaces samples by number, `fails` is the unit that raises."""
 
     name = "numbered"
 
@@ -57,8 +57,8 @@ def batches(source, workers=0, batch_size=3, max_pixels=1000):
     return list(pixel_batches(dataset, workers, pin_memory=False))
 
 
-def assert_pixels_belong_to_samples(found):
-    for batch in found:
+def assert_pixels_belong_to_samples(result):
+    for batch in result:
         assert len(batch.pixels) == len(batch.samples)
         for pixels, sample in zip(batch.pixels, batch.samples, strict=True):
             number = int(sample.key[1:])
@@ -71,8 +71,8 @@ def assert_pixels_belong_to_samples(found):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_order_and_content_are_the_sources(workers):
     """Keys in order, pixels with their sample, batches within one unit, its last one marked."""
-    found = batches(Numbered(), workers)
-    assert [(b.unit, b.last, [s.key for s in b.samples]) for b in found] == [
+    result = batches(Numbered(), workers)
+    assert [(b.unit, b.last, [s.key for s in b.samples]) for b in result] == [
         (10, False, ["k0", "k1", "k2"]),
         (10, False, ["k3", "k4", "k5"]),
         (10, True, ["k6"]),
@@ -81,8 +81,8 @@ def test_order_and_content_are_the_sources(workers):
         (13, False, ["k10", "k11", "k12"]),
         (13, True, ["k13"]),
     ]
-    assert_pixels_belong_to_samples(found)
-    assert all(b.pixels.dtype == torch.uint8 and not b.skipped for b in found)
+    assert_pixels_belong_to_samples(result)
+    assert all(b.pixels.dtype == torch.uint8 and not b.skipped for b in result)
 
 
 def test_a_unit_of_exact_batches_has_no_empty_one():
@@ -90,7 +90,7 @@ def test_a_unit_of_exact_batches_has_no_empty_one():
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_bad_images_are_listed_and_shift_nobody(tmp_path, workers):
+def test_bad_images_are_listed_and_shift_no_other(tmp_path, workers):
     other = {
         1: Sample("cut", png(1)[:45], ("c",)),
         4: Sample("text", b"not an image", ("c",)),
@@ -99,18 +99,18 @@ def test_bad_images_are_listed_and_shift_nobody(tmp_path, workers):
         8: Sample("large", _large(), ("c",)),
         9: Sample("alone", b"x", ("c",)),
     }
-    found = batches(Numbered(other), workers)
-    skipped = {key: reason for batch in found for key, reason in batch.skipped}
+    result = batches(Numbered(other), workers)
+    skipped = {key: reason for batch in result for key, reason in batch.skipped}
     assert list(skipped) == ["cut", "text", "empty", "gone", "large", "alone"]
     assert "truncated or broken" in skipped["cut"]
     assert skipped["empty"] == "zero bytes"
     assert skipped["gone"] == "cannot be read: No such file or directory"
     assert "40 x 30 pixels" in skipped["large"]
     assert all(skipped.values())
-    assert [s.key for b in found for s in b.samples] == [f"k{n}" for n in range(14) if n not in other]
-    assert_pixels_belong_to_samples(found)
+    assert [s.key for b in result for s in b.samples] == [f"k{n}" for n in range(14) if n not in other]
+    assert_pixels_belong_to_samples(result)
     # A batch of bad images only is still there, with its unit.
-    assert [(b.unit, b.last, len(b.pixels), len(b.skipped)) for b in found if b.unit == 12] == [(12, True, 0, 3)]
+    assert [(b.unit, b.last, len(b.pixels), len(b.skipped)) for b in result if b.unit == 12] == [(12, True, 0, 3)]
 
 
 def _large():
@@ -146,7 +146,7 @@ def test_our_own_mistakes_are_not_hidden():
         batches(Numbered(fails=12, error=KeyError))
 
 
-def test_pixels_are_pinned_where_the_loader_is_asked_to(monkeypatch):
+def test_pixels_are_pinned_by_the_loaders_hook(monkeypatch):
     """A loader pins by the method of that name, and leaves a class without it as it is."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self + 1)
     batch = PixelBatch(3, True, torch.zeros(2), [], [("k", "r")])
@@ -200,29 +200,29 @@ def test_a_random_crop_keeps_the_share_and_the_proportions_it_should():
 
 
 def test_a_picture_that_no_crop_fits_in_is_kept_whole():
-    """A crop of nine tenths with sides of at most 4:3 cannot lie in a picture of 8:3."""
+    """A crop of nine tenths with sides of at most 4:3 cannot lie in a image of 8:3."""
     assert (boxes(0.9, 20, 80, 30) == (0, 0, 80, 30)).all()
 
 
 def test_the_seed_decides_on_crop_and_mirroring():
     decoder = Decoder(squash, SIDE, 10_000, crop=0.3, flip=True)
-    made = [[decoder(gradient(), (seed, 1)) for seed in range(20)] for _ in range(2)]
-    assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
-    assert len({pixels.numpy().tobytes() for pixels in made[0]}) == 20
+    decoded = [[decoder(gradient(), (seed, 1)) for seed in range(20)] for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*decoded, strict=True))
+    assert len({pixels.numpy().tobytes() for pixels in decoded[0]}) == 20
 
 
 def test_every_other_picture_is_mirrored():
     plain = Decoder(squash, SIDE, 10_000)(gradient(), (0,))
-    made = [Decoder(squash, SIDE, 10_000, flip=True)(gradient(), (seed,)) for seed in range(200)]
-    mirrored = sum(torch.equal(pixels, plain.flip(2)) for pixels in made)
-    assert mirrored + sum(torch.equal(pixels, plain) for pixels in made) == 200
+    decoded = [Decoder(squash, SIDE, 10_000, flip=True)(gradient(), (seed,)) for seed in range(200)]
+    mirrored = sum(torch.equal(pixels, plain.flip(2)) for pixels in decoded)
+    assert mirrored + sum(torch.equal(pixels, plain) for pixels in decoded) == 200
     assert 70 < mirrored < 130
 
 
 @pytest.mark.parametrize(("crop", "side"), [(None, 20), (0.2, 51)])
 def test_a_crop_is_drafted_as_much_larger_as_it_may_be_enlarged(monkeypatch, crop, side):
-    """A fifth of the area at 3:4 has a side of 0.39 of the picture's."""
-    asked = []
-    monkeypatch.setattr(JpegImageFile, "draft", lambda self, mode, size: asked.append(size))
+    """A fifth of the area at 3:4 has a side of 0.39 of the image's."""
+    requested = []
+    monkeypatch.setattr(JpegImageFile, "draft", lambda self, mode, size: requested.append(size))
     Decoder(squash, SIDE, 10_000, draft=20, crop=crop)(gradient("JPEG"), (0,))
-    assert asked == [(side, side)]
+    assert requested == [(side, side)]

@@ -76,7 +76,7 @@ PIXELS = """
 dataset = decoding.UnitPixels(source, list(source.units(8)), shrink, 4, 1000)
 stream = decoding.pixel_batches(dataset, 2, False)
 next(stream)
-tell()
+print_pids()
 """
 
 
@@ -180,11 +180,11 @@ def equal(first, second):
 def test_one_pass_takes_every_captioned_sample_once(sources, fmt, shuffle):
     """Up to the incomplete last batch; pixels, caption, key and label are those of one sample."""
     batches = loader(sources[fmt], shuffle=shuffle, labels=True)
-    found = list(batches)
+    result = list(batches)
     assert batches.count == len(CAPTIONED)
-    assert len(found) == len(batches) == len(CAPTIONED) // 12
+    assert len(result) == len(batches) == len(CAPTIONED) // 12
     numbers = []
-    for batch in found:
+    for batch in result:
         assert batch["image"].shape == (12, 3, SIZE, SIZE)
         assert batch["image"].dtype == torch.uint8
         assert {batch[name].dtype for name in ("ids", "rows", "text_ids", "image_ids")} == {torch.int64}
@@ -197,7 +197,7 @@ def test_one_pass_takes_every_captioned_sample_once(sources, fmt, shuffle):
     assert set(numbers) <= CAPTIONED
 
 
-def test_images_are_told_apart_by_rows_where_labels_are_not_asked_for(source):
+def test_image_ids_are_rows_without_labels(source):
     batch = next(iter(loader(source)))
     assert torch.equal(batch["image_ids"], batch["rows"])
 
@@ -205,9 +205,9 @@ def test_images_are_told_apart_by_rows_where_labels_are_not_asked_for(source):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_row_is_the_same_sample_in_every_source_and_shuffle(sources, fmt):
     """Captioned samples numbered through, whatever the units."""
-    wanted = [f"{number}.png" for number in sorted(CAPTIONED)]
+    expected = [f"{number}.png" for number in sorted(CAPTIONED)]
     for shuffle in ("rows", "blocks"):
-        assert loader(sources[fmt], shuffle=shuffle).keys([38, 0, 38, 17]) == [wanted[i] for i in (38, 0, 38, 17)]
+        assert loader(sources[fmt], shuffle=shuffle).keys([38, 0, 38, 17]) == [expected[i] for i in (38, 0, 38, 17)]
 
 
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
@@ -249,33 +249,33 @@ def test_a_rank_decodes_its_share_only(source):
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
 def test_workers_change_no_byte(broken, shuffle):
     """Over two passes, with augmentation and images that are replaced."""
-    made = [
+    runs = [
         everything(endless(loader(broken, shuffle=shuffle, workers=workers, crop=0.3, flip=True)), 5)
         for workers in (0, 1, 2)
     ]
-    assert equal(made[0], made[1])
-    assert equal(made[0], made[2])
+    assert equal(runs[0], runs[1])
+    assert equal(runs[0], runs[2])
 
 
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
 @pytest.mark.parametrize("after", range(7))
-def test_a_restored_loader_goes_on_exactly(broken, after, shuffle):
+def test_a_restored_loader_continues_exactly(broken, after, shuffle):
     """From every position of two passes, on one rank or two, augmentation and replaced images included."""
     options = {"shuffle": shuffle, "crop": 0.3, "flip": True}
     first = loader(broken, **options)
     stream = endless(first)
     list(itertools.islice(stream, after))
     state = dict(first.state_dict())
-    wanted = everything(stream, 5)
+    expected = everything(stream, 5)
     second = loader(broken, **options)
     second.load_state_dict(state)
     assert second.state_dict() == state
-    assert equal(everything(endless(second), 5), wanted)
+    assert equal(everything(endless(second), 5), expected)
     halves = [loader(broken, **options, rank=rank, world_size=2) for rank in range(2)]
     for half in halves:
         half.load_state_dict(state)
     both = zip(*(itertools.islice(endless(half), 5) for half in halves), strict=True)
-    assert equal(everything(itertools.chain(*both)), wanted)
+    assert equal(everything(itertools.chain(*both)), expected)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -317,11 +317,11 @@ def test_a_chosen_shuffle_gives_way_to_the_checkpoints(source, before, now):
     first = loader(source, shuffle=before)
     stream = endless(first)
     next(stream)
-    state, wanted = first.state_dict(), everything(stream, 4)
+    state, expected = first.state_dict(), everything(stream, 4)
     second = loader(source, shuffle=now, auto_shuffle=True)
     second.load_state_dict(state)
     assert second.shuffle == before
-    assert equal(everything(endless(second), 4), wanted)
+    assert equal(everything(endless(second), 4), expected)
 
 
 def test_augmentation_varies_from_pass_to_pass_and_not_from_run_to_run(source):
@@ -354,9 +354,9 @@ def test_an_unusable_image_is_replaced_by_a_pair_that_belongs_together(broken):
     assert all("truncated or broken" in reason for reason in batches.skipped)
 
 
-def test_stand_ins_come_from_the_window(broken, monkeypatch):
+def test_replacements_come_from_the_window(broken, monkeypatch):
     """And from the first samples of it, so that no more than those outlive it."""
-    monkeypatch.setattr(image_loader, "SPARES", 4)
+    monkeypatch.setattr(image_loader, "MAX_REPLACEMENTS", 4)
     (batch,) = loader(broken, batch_size=len(CAPTIONED))
     numbers, counts = np.unique(batch["ids"][:, 0].numpy(), return_counts=True)
     assert 1 <= (counts > 1).sum() <= 4
@@ -368,11 +368,11 @@ def test_too_many_unusable_images_end_the_pass(tmp_path):
     spec = write_csv(tmp_path, [b"x" if number % 3 else png(number) for number in range(COUNT)])
     stream = iter(loader(open_source(spec), max_skipped=0.5))
     next(stream)
-    told = (
+    message = (
         r"^10 of 1[58] images \(\d\d\.\d%\) could not be used, more than data.max_skipped \(50.0%\); "
-        r"the first is '\d+.png': not an image \(1 bytes\). Mend the images, or raise data.max_skipped$"
+        r"the first is '\d+.png': not an image \(1 bytes\). Fix the images, or raise data.max_skipped$"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         list(stream)
 
 
@@ -404,12 +404,12 @@ def test_no_window_stays_when_a_pass_is_over(source, monkeypatch, workers):
     """Nor the thread that reads them, while the loader waits for its next pass."""
     alive = weakref.WeakSet()
 
-    class Window(image_loader._Window):
+    class Window(image_loader.SampleWindow):
         def __init__(self, *args):
             alive.add(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(image_loader, "_Window", Window)
+    monkeypatch.setattr(image_loader, "SampleWindow", Window)
     batches = loader(source, shuffle="blocks", workers=workers)
     list(batches)
     assert not alive
@@ -421,7 +421,7 @@ def test_two_windows_at_most_are_in_memory(sources, fmt, monkeypatch):
     """Counted whenever one begins to be read; each is bounded by its units, and holds this rank's share of them."""
     alive, counts = weakref.WeakSet(), []
 
-    class Window(image_loader._Window):
+    class Window(image_loader.SampleWindow):
         def __init__(self, *args):
             alive.add(self)
             counts.append(len(alive))
@@ -438,8 +438,8 @@ def test_two_windows_at_most_are_in_memory(sources, fmt, monkeypatch):
 
     sizes = []
     monkeypatch.setattr(image_loader, "Prefetched", Slow)
-    monkeypatch.setattr(image_loader, "_Window", Window)
-    monkeypatch.setattr(image_loader, "SPARES", 2)
+    monkeypatch.setattr(image_loader, "SampleWindow", Window)
+    monkeypatch.setattr(image_loader, "MAX_REPLACEMENTS", 2)
     for batch in itertools.islice(endless(loader(sources[fmt], shuffle="blocks", rank=1, world_size=2)), 9):
         time.sleep(0.02)
         assert len(batch["rows"]) == 6
@@ -499,13 +499,15 @@ def test_pixels_are_those_of_precompute(tmp_path, tower_weights):
     source = open_source(spec)
     tower = ImageTower(ImageTowerConfig(**TOWER, weights=str(tower_weights), jpeg_draft=True))
     transform, draft = tower.transform(), tower.draft()
-    made = pixel_batches(UnitPixels(source, source.units(20), transform, 7, 10_000, draft), 0, False)
-    wanted = {sample.key: pixels for batch in made for sample, pixels in zip(batch.samples, batch.pixels, strict=True)}
+    decoded = pixel_batches(UnitPixels(source, source.units(20), transform, 7, 10_000, draft), 0, False)
+    expected = {
+        sample.key: pixels for batch in decoded for sample, pixels in zip(batch.samples, batch.pixels, strict=True)
+    }
     decoder = Decoder(transform, tower.image_size, 10_000, draft)
     batches = ImageLoader(source, Tokens(), decoder, batch_size=len(CAPTIONED), seed=0, workers=0, max_skipped=0)
     (batch,) = batches
     for key, pixels in zip(batches.keys(batch["rows"].tolist()), batch["image"], strict=True):
-        assert torch.equal(pixels, wanted[key])
+        assert torch.equal(pixels, expected[key])
 
 
 def test_workers_stay_from_pass_to_pass(source):
@@ -528,7 +530,7 @@ def test_workers_stay_from_pass_to_pass(source):
 
 
 def test_no_worker_outlives_a_pass_that_is_broken_off(source):
-    """Be all of it decoded already, or be it begun anew before it was let go."""
+    """Be all of it decoded already, or be it restarted before it was released."""
     batches = loader(source, workers=2)
     stream, other = iter(batches), iter(batches)
     next(stream)
@@ -543,12 +545,12 @@ def test_no_worker_outlives_a_pass_that_is_broken_off(source):
 
 class Refusing:
     def __call__(self, image):
-        raise UserError("this picture is refused")
+        raise UserError("this image is refused")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_user_error_of_a_worker_stays_one(source, workers):
-    with pytest.raises(UserError, match=r"^this picture is refused$"):
+    with pytest.raises(UserError, match=r"^this image is refused$"):
         next(iter(loader(source, workers=workers, transform=Refusing())))
     assert not multiprocessing.active_children()
 
@@ -565,7 +567,7 @@ def test_an_error_of_the_source_comes_out_as_it_is(tmp_path, monkeypatch, worker
         path = tmp_path / f"{number * 11:02d}.tar"
         path.write_bytes(path.read_bytes()[:2000])
     taken = []
-    with pytest.raises(UserError, match=r"\.tar is torn") as caught:
+    with pytest.raises(UserError, match=r"\.tar is truncated") as caught:
         taken.extend(batches)
     assert len(taken) == sum(len(CAPTIONED & set(range(n * 11, n * 11 + 11))) for n in order[:good]) // 4
     assert not multiprocessing.active_children(), caught
@@ -590,9 +592,9 @@ def test_our_own_mistakes_are_not_hidden(source):
 @pytest.mark.parametrize(
     "last_words",
     [
-        "stream = iter(batches); next(stream); tell()",
-        "list(batches); tell()",
-        "for _ in batches: tell(); exit()",
+        "stream = iter(batches); next(stream); print_pids()",
+        "list(batches); print_pids()",
+        "for _ in batches: print_pids(); exit()",
         PIXELS,
     ],
     ids=["iterator", "between passes", "exit", "pixels"],
@@ -605,17 +607,17 @@ import multiprocessing
 import numpy as np
 import torch
 from siglit.config import SourceSpec
-from siglit.data import decoding
+from siglit.data import decoding, worker_pool
 from siglit.data.decoding import Decoder
 from siglit.data.image_loader import ImageLoader
 from siglit.data.sources import open_source
 
-decoding._WORKER_GRACE = 1000.0
+worker_pool._WORKER_GRACE = 1000.0
 source = open_source(SourceSpec("csv", {spec.path!r}, label_column="label"))
 shrink = lambda image: torch.zeros(3, 4, 4, dtype=torch.uint8)
 tokens = lambda texts: np.zeros((len(texts), 2), np.int32)
 batches = ImageLoader(source, tokens, Decoder(shrink, 4, 1000), batch_size=4, seed=0, workers=2, max_skipped=0)
-tell = lambda: print(*(child.pid for child in multiprocessing.active_children()))
+print_pids = lambda: print(*(child.pid for child in multiprocessing.active_children()))
 {last_words}
 """
     done = subprocess.run(
@@ -634,7 +636,7 @@ def test_the_trainings_random_state_is_left_alone(source):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_tensors_are_pinned_where_asked(source, monkeypatch):
+def test_tensors_are_pinned_with_pin_memory(source, monkeypatch):
     pinned, empty = [], torch.empty
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
     monkeypatch.setattr(
@@ -653,7 +655,7 @@ def test_a_batch_that_cannot_be_filled_or_shared(source):
         loader(source, batch_size=40)
 
 
-def spoilt(source, kinds, share=0.5, **options):
+def corrupted(source, kinds, share=0.5, **options):
     """A loader with corruption, each text of which is a number of its own."""
     corruption = Corruption(frozenset(kinds), share, 0, Tokens.vocab_size, Tokens.eos_id, Tokens.pad_id)
     return loader(source, corruption=corruption, **options)
@@ -662,37 +664,39 @@ def spoilt(source, kinds, share=0.5, **options):
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
 @pytest.mark.parametrize("kinds", [["image"], ["text"], ["alignment"], ["image", "text", "alignment"]])
 def test_corruption_is_the_same_on_any_number_of_ranks_and_after_resuming(source, kinds, shuffle):
-    whole = everything(endless(spoilt(source, kinds, shuffle=shuffle)), 5)
-    parts = [spoilt(source, kinds, shuffle=shuffle, rank=rank, world_size=3) for rank in range(3)]
+    whole = everything(endless(corrupted(source, kinds, shuffle=shuffle)), 5)
+    parts = [corrupted(source, kinds, shuffle=shuffle, rank=rank, world_size=3) for rank in range(3)]
     streams = [endless(part) for part in parts]
     batches = [[next(stream) for stream in streams] for _ in range(5)]
     together = everything(iter([{k: torch.cat([b[k] for b in batch]) for k in batch[0]} for batch in batches]))
     assert equal(together, whole)
-    resumed = spoilt(source, kinds, shuffle=shuffle)
+    resumed = corrupted(source, kinds, shuffle=shuffle)
     resumed.load_state_dict({**resumed.state_dict(), "epoch": 0, "examples": 24})
     assert equal(everything(endless(resumed), 3), {k: v[24:] for k, v in whole.items()})
     for stream in streams:
         stream.close()
 
 
-def test_corruption_spoils_about_its_share_and_nothing_else(source):
-    plain, found = everything(endless(loader(source)), 15), everything(endless(spoilt(source, ["image"])), 15)
-    noise = (plain["image"] != found["image"]).flatten(1).any(1)
+def test_corruption_hits_about_its_share_and_nothing_else(source):
+    plain, result = everything(endless(loader(source)), 15), everything(endless(corrupted(source, ["image"])), 15)
+    noise = (plain["image"] != result["image"]).flatten(1).any(1)
     assert 60 < noise.sum() < 120
-    assert equal({k: plain[k] for k in ("ids", "rows", "text_ids")}, {k: found[k] for k in ("ids", "rows", "text_ids")})
-    assert torch.equal(found["image_ids"] == found["rows"], ~noise)
-    found = everything(endless(spoilt(source, ["alignment"])), 15)
-    moved = (plain["ids"] != found["ids"]).any(1)
+    assert equal(
+        {k: plain[k] for k in ("ids", "rows", "text_ids")}, {k: result[k] for k in ("ids", "rows", "text_ids")}
+    )
+    assert torch.equal(result["image_ids"] == result["rows"], ~noise)
+    result = everything(endless(corrupted(source, ["alignment"])), 15)
+    moved = (plain["ids"] != result["ids"]).any(1)
     assert 40 < moved.sum() < 120
     for start in range(0, 180, 12):  # nothing is lost: the texts of a batch are those of its own pairs
-        batches = plain["ids"][start : start + 12], found["ids"][start : start + 12]
+        batches = plain["ids"][start : start + 12], result["ids"][start : start + 12]
         assert sorted(batches[0].tolist()) == sorted(batches[1].tolist())
-    assert torch.equal(plain["image"], found["image"])
+    assert torch.equal(plain["image"], result["image"])
 
 
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
 def test_a_key_in_two_tars_is_refused_at_the_start(tmp_path, shuffle):
-    """Named are the key and both tars; a sample without a caption is trained on by nobody, and may share its key."""
+    """Named are the key and both tars; a sample without a caption is not trained on, and may share its key."""
     spec = write_webdataset(tmp_path, [png(number) for number in range(COUNT)])
     last = tmp_path / "44.tar"
     last.write_bytes(last.read_bytes().replace(b'"key": "44.png"', b'"key": "00.png"'))

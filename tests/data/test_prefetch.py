@@ -31,9 +31,9 @@ def no_thread_left():
     assert eventually(lambda: not threads())
 
 
-def counted(made, stop=1000):
+def counted(produced, stop=1000):
     for number in range(stop):
-        made.append(number)
+        produced.append(number)
         yield number
 
 
@@ -44,15 +44,15 @@ def test_items_come_in_order_and_end():
 
 
 def test_exactly_two_are_made_ahead():
-    made = []
-    items = Prefetched(counted(made))
+    produced = []
+    items = Prefetched(counted(produced))
     time.sleep(0.05)
-    assert made == [], "nothing starts before the first item is asked for"
+    assert produced == [], "nothing starts before the first item is asked for"
     for taken in range(1, 5):
         next(items)
-        assert eventually(lambda taken=taken: len(made) == taken + 2)
+        assert eventually(lambda taken=taken: len(produced) == taken + 2)
         time.sleep(0.03)
-        assert len(made) == taken + 2
+        assert len(produced) == taken + 2
     items.close()
     with pytest.raises(StopIteration):
         next(items)
@@ -106,7 +106,7 @@ def test_the_thread_ends(end):
 
 
 def test_a_program_ends_with_a_thread_waiting():
-    """At once and quietly, though nobody closed anything."""
+    """At once and quietly, though nothing was closed."""
     code = "from siglit.data.prefetch import Prefetched; import itertools; p = Prefetched(itertools.count()); next(p)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")

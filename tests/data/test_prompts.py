@@ -1,4 +1,4 @@
-"""Names and templates are read as people write them; what is no list of them is told."""
+"""Names and templates are read as people write them; anything else is refused."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def test_prompts_are_every_name_in_every_template(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("n.json", "{", "not valid JSON"),
         ("n.json", {"cat": 0}, "JSON dict"),
@@ -46,13 +46,13 @@ def test_prompts_are_every_name_in_every_template(tmp_path):
         ("n.txt", "cat\n\ndog\n", "line 2 is blank"),
     ],
 )
-def test_what_is_no_list_of_names_is_told(tmp_path, name, content, told):
-    with pytest.raises(UserError, match=told):
+def test_a_file_that_is_no_list_of_names_is_refused(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
         class_names(write(tmp_path / name, content))
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"eval.classes is .*nope.txt, but .* \(No such file .* siglit:cifar10, "):
+    with pytest.raises(UserError, match=r"eval.classes is .*nope.txt, which .* \(No such file .* siglit:cifar10, "):
         class_names(str(tmp_path / "nope.txt"))
     (tmp_path / "n.txt").write_bytes("Käse".encode("latin-1"))
     with pytest.raises(UserError, match="is not UTF-8"):
@@ -60,7 +60,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_a_template_without_a_place_for_the_name_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"prompt 2 is 'a photo of a \{c\}'.*\{\} for the name"):
+    with pytest.raises(UserError, match=r"prompt 2 is 'a photo of a \{c\}'.*\{\} in place of the name"):
         templates(write(tmp_path / "t.json", ["a {}", "a photo of a {c}"]))
 
 
@@ -163,12 +163,12 @@ def test_names_are_those_that_packages_carry(name):
 
 def test_half_a_letter_is_refused(tmp_path):
     """It could be neither encoded nor written into the result."""
-    with pytest.raises(UserError, match=r"class 1 is '\\ud83d', but a name"):
+    with pytest.raises(UserError, match=r"class 1 is '\\ud83d', expected a name"):
         class_names(write(tmp_path / "n.json", ["cat", "\ud83d"]))
     with pytest.raises(UserError, match="prompt 1 is"):
         templates(write(tmp_path / "t.json", ["{} \ud83d"]))
 
 
 def test_a_path_with_a_null_byte_is_named():
-    with pytest.raises(UserError, match=r"eval.classes is a\x00b, but that is no file to read"):
+    with pytest.raises(UserError, match=r"eval.classes is a\x00b, which cannot be read"):
         class_names("a\x00b")

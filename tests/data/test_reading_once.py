@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from siglit.config import SourceSpec
-from siglit.data import listings
+from siglit.data import tar_source
 from siglit.data.decoding import UnitPixels, pixel_batches
 from siglit.data.sources import open_source
-from siglit.embedding import _stretch
+from siglit.embedding import _units_of_rank
 from tests.data.test_image_loader import COUNT, loader, png, small, to_pixels, write_parquet, write_webdataset
 
 __all__ = ["small"]  # the fixture
@@ -55,13 +55,13 @@ def image_reads(tmp_path, monkeypatch):
 
 @pytest.fixture
 def index_passes(tmp_path, monkeypatch):
-    log, index = Log(tmp_path / "passes"), listings.index_tar
+    log, index = Log(tmp_path / "passes"), tar_source.index_tar
 
     def logged(path):
         log.add(path.name)
         return index(path)
 
-    monkeypatch.setattr(listings, "index_tar", logged)
+    monkeypatch.setattr(tar_source, "index_tar", logged)
     return log
 
 
@@ -109,7 +109,7 @@ def test_one_row_group_is_in_memory(tmp_path, monkeypatch):
     assert counts == [0] * len(GROUPS)
 
 
-def test_an_image_that_nobody_looks_at_is_not_read(tmp_path, image_reads):
+def test_an_image_without_annotation_is_not_read(tmp_path, image_reads):
     """No caption and no label: no reason to read its row group."""
     rows = {"image": [png(1)] * 8, "caption": ["a"] * 4 + [""] * 4}
     pq.write_table(pa.table(rows), tmp_path / "x.parquet", row_group_size=4)
@@ -122,15 +122,15 @@ def test_an_image_that_nobody_looks_at_is_not_read(tmp_path, image_reads):
 def test_training_reads_as_often_with_workers_as_without(tmp_path, image_reads, shuffle):
     """Held rows: every row group with a caption once. Blocks: once for each window that has rows of it."""
     source = written(tmp_path / "set", write_parquet)
-    found = []
+    result = []
     for workers in (0, 2):
         batches = loader(source, shuffle=shuffle, workers=workers)
         list(batches)
         batches.close()
-        found.append(image_reads.take())
-    assert found[0] == found[1]
+        result.append(image_reads.take())
+    assert result[0] == result[1]
     captioned = COUNT // 4
-    assert len(found[0]) == captioned if shuffle == "rows" else captioned <= len(found[0]) <= 2 * captioned
+    assert len(result[0]) == captioned if shuffle == "rows" else captioned <= len(result[0]) <= 2 * captioned
 
 
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
@@ -146,12 +146,12 @@ def test_training_indexes_a_tar_once_when_it_starts_and_once_a_pass(tmp_path, in
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_ranks_take_neighbouring_units_and_every_unit_once(ranks):
     units = list(range(5))
-    dealt = [_stretch(units, rank, ranks) for rank in range(ranks)]
-    assert [unit for mine in dealt for unit in mine] == units
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    parts = [_units_of_rank(units, rank, ranks) for rank in range(ranks)]
+    assert [unit for mine in parts for unit in mine] == units
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_the_thread_that_reads_ends_where_nobody_takes_more(tmp_path):
+def test_the_thread_that_reads_ends_with_its_consumer(tmp_path):
     source = written(tmp_path / "set", write_parquet)
     batches = pixel_batches(UnitPixels(source, source.units(10), to_pixels, 3, 10_000), 1, False)
     next(batches)

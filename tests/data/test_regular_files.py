@@ -11,8 +11,8 @@ from PIL import Image
 from siglit.config import SourceSpec, TokenizerConfig
 from siglit.data import prompts
 from siglit.data.decoding import UnitPixels, pixel_batches
-from siglit.data.listings import read_part
-from siglit.data.sources import FilePart, open_source, source_identity
+from siglit.data.samples import FilePart, read_part
+from siglit.data.sources import open_source, source_identity
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
 from siglit.models.pretrained_text import load_text_model
@@ -67,9 +67,9 @@ def one_line(error):
 @pytest.mark.parametrize("fmt", ["csv", "jsonl", "coco", "karpathy", "xm3600"])
 def test_a_listing(odd, fmt):
     spec = SourceSpec(fmt, str(odd("listing")), split="train" if fmt == "karpathy" else None)
-    wanted = "there is no" if fmt == "xm3600" and odd.kind == "folder" else LINE
+    expected = "there is no" if fmt == "xm3600" and odd.kind == "folder" else LINE
     for ask in (open_source, source_identity):
-        with pytest.raises(UserError, match=wanted) as error:
+        with pytest.raises(UserError, match=expected) as error:
             ask(spec)
         one_line(error)
 
@@ -119,7 +119,7 @@ def test_a_listing_above_the_limit(tmp_path):
 
 
 def test_a_text_in_a_tar_above_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("siglit.data.sources.MAX_BYTES", 10)
+    monkeypatch.setattr("siglit.data.tar_source.MAX_BYTES", 10)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         info = tarfile.TarInfo("a.txt")
         info.size = 11
@@ -153,8 +153,8 @@ def test_a_weights_file_in_a_folder(odd, tmp_path):
 
 @pytest.mark.parametrize("name", ["words.model", "words"])
 def test_a_tokenizer(odd, name):
-    wanted = "cannot load the tokenizer" if odd.kind == "folder" and name == "words" else LINE
-    with pytest.raises(UserError, match=wanted) as error:
+    expected = "cannot load the tokenizer" if odd.kind == "folder" and name == "words" else LINE
+    with pytest.raises(UserError, match=expected) as error:
         load_tokenizer(str(odd(name)), TokenizerConfig())
     one_line(error)
 
@@ -172,7 +172,7 @@ def test_a_file_of_a_text_towers_folder(odd, tmp_path):
 
 def test_a_list_of_class_names(odd):
     with pytest.raises(UserError, match=LINE) as error:
-        prompts._entries(str(odd("names.txt")), "eval.classes")
+        prompts._read_list(str(odd("names.txt")), "eval.classes")
     one_line(error)
 
 

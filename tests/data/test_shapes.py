@@ -1,4 +1,4 @@
-"""The generated set: different scenes, complete and different descriptions, the same pictures for the same seed."""
+"""The generated set: different scenes, complete and different descriptions, the same images for the same seed."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from siglit.data.shapes import (
-    COLOURS,
+    COLORS,
     IMAGE_SIZE,
     LAYOUTS,
     SHAPES,
@@ -41,7 +41,7 @@ def test_every_word_and_layout_is_used(scenes):
     assert {s.layout for s in scenes} == set(LAYOUTS)
     assert {len(s.things) for s in scenes} == {2, 3}
     things = {thing for s in scenes for thing in s.things}
-    assert {t.colour for t in things} == set(COLOURS)
+    assert {t.color for t in things} == set(COLORS)
     assert {t.shape for t in things} == set(SHAPES)
     assert {t.size for t in things} == set(SIZES)
 
@@ -66,12 +66,12 @@ def test_every_caption_names_every_object(scenes):
     for scene in scenes[:200]:
         for text in captions(scene):
             for thing in scene.things:
-                for word in (thing.colour, thing.shape, thing.size):
+                for word in (thing.color, thing.shape, thing.size):
                     assert word in text or SYNONYMS[word] in text
 
 
 def test_objects_lie_as_the_layout_says(scenes):
-    """In reading order: left to right, top to bottom, and inside the picture, apart from each other."""
+    """In reading order: left to right, top to bottom, and inside the image, apart from each other."""
     signs = {"row": (1, 0), "column": (0, 1), "diagonal": (1, 1), "antidiagonal": (-1, 1)}
     for number, scene in enumerate(scenes[:300]):
         places = arrange(scene, (0, number))
@@ -86,13 +86,13 @@ def test_objects_lie_as_the_layout_says(scenes):
         assert (places[~large, 2] < 0.1).all()
 
 
-def test_an_object_is_drawn_in_its_colour_at_its_place(scenes):
+def test_an_object_is_drawn_in_its_color_at_its_place(scenes):
     for number, scene in enumerate(scenes[:60]):
         pixels = np.asarray(draw_image(scene, (0, number))).astype(int)
         for thing, (x, y, _) in zip(scene.things, arrange(scene, (0, number)), strict=True):
             if thing.shape != "ring":
                 middle = pixels[int(y * IMAGE_SIZE), int(x * IMAGE_SIZE)]
-                assert np.abs(middle - COLOURS[thing.colour]).max() <= 14
+                assert np.abs(middle - COLORS[thing.color]).max() <= 14
 
 
 def test_the_same_seed_gives_the_same_bytes():

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from siglit.data import shuffle
-from siglit.data.shuffle import BlockShuffle, RowShuffle, Share, choose_captions, choose_image_shuffle, choose_shuffle
+from siglit.data import random_hash, shuffle
+from siglit.data.order import Share
+from siglit.data.random_hash import choose_captions
+from siglit.data.shuffle import BlockShuffle, RowShuffle, choose_image_shuffle, choose_shuffle
 
 
 def offsets(rows, every=3):
@@ -19,7 +21,7 @@ def fetch(rows):
     return {"rows": rows}
 
 
-def dealt(order, total, epoch=0, first=0, ranks=1):
+def batches_of(order, total, epoch=0, first=0, ranks=1):
     """(batches, total) rows, the ranks' parts put together."""
     shares = [order.batches(epoch, first, Share(total, rank, ranks), fetch) for rank in range(ranks)]
     return np.array([np.concatenate([part["rows"] for part in parts]) for parts in zip(*shares, strict=True)])
@@ -33,12 +35,12 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 80, 81, 1000])
 @pytest.mark.parametrize("total", [1, 12, 64, 500])
-def test_blocks_deal_every_captioned_row_once(small_blocks, rows, total):
+def test_blocks_hold_every_captioned_row_once(small_blocks, rows, total):
     """For caches of less than a block, less than a window and many; for batches of less and more than a window."""
     order = BlockShuffle(offsets(rows), 0)
     captioned = {row for row in range(rows) if row % 3}
     assert order.count == len(captioned)
-    seen = dealt(order, total).reshape(-1).tolist()
+    seen = batches_of(order, total).reshape(-1).tolist()
     assert len(seen) == len(set(seen)) == len(captioned) // total * total
     assert set(seen) <= captioned
 
@@ -47,44 +49,44 @@ def test_blocks_deal_every_captioned_row_once(small_blocks, rows, total):
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_any_number_of_ranks_and_any_start_give_the_same_batches(small_blocks, kind, ranks):
     order = kind(offsets(1000), 7)
-    whole = dealt(order, 12, epoch=2)
+    whole = batches_of(order, 12, epoch=2)
     assert len(whole) == 666 // 12
     for first in (0, 1, 4, 5, 30, 54):
-        assert np.array_equal(dealt(order, 12, epoch=2, first=first, ranks=ranks), whole[first:])
+        assert np.array_equal(batches_of(order, 12, epoch=2, first=first, ranks=ranks), whole[first:])
 
 
 @pytest.mark.parametrize("kind", [RowShuffle, BlockShuffle])
 def test_seed_and_pass_decide(small_blocks, kind):
     order = kind(offsets(1000), 7)
-    assert np.array_equal(dealt(order, 12), dealt(kind(offsets(1000), 7), 12))
-    assert not np.array_equal(dealt(order, 12), dealt(order, 12, epoch=1))
-    assert not np.array_equal(dealt(order, 12), dealt(kind(offsets(1000), 8), 12))
+    assert np.array_equal(batches_of(order, 12), batches_of(kind(offsets(1000), 7), 12))
+    assert not np.array_equal(batches_of(order, 12), batches_of(order, 12, epoch=1))
+    assert not np.array_equal(batches_of(order, 12), batches_of(kind(offsets(1000), 8), 12))
 
 
 def test_rows_are_numpys_permutation():
     """The order that it always was, in half the memory."""
-    wanted = np.random.default_rng((3, 1, 0)).permutation(np.flatnonzero(np.arange(300) % 3))
-    assert dealt(RowShuffle(offsets(300), 3), 1, epoch=1)[:, 0].tolist() == wanted.tolist()
+    expected = np.random.default_rng((3, 1, 0)).permutation(np.flatnonzero(np.arange(300) % 3))
+    assert batches_of(RowShuffle(offsets(300), 3), 1, epoch=1)[:, 0].tolist() == expected.tolist()
 
 
 def test_blocks_read_forwards_within_a_window(small_blocks):
-    """Every window's rows are asked for in ascending order, though dealt in another; two windows at a time."""
-    asked = []
+    """Every window's rows are asked for in ascending order, though batches have another; two windows at a time."""
+    requested = []
 
     def watch(rows):
-        asked.append(rows)
+        requested.append(rows)
         return {"rows": rows}
 
     order = BlockShuffle(offsets(800, every=10**9), 0)
     given = [batch["rows"] for batch in order.batches(0, 0, Share(9), watch)]
-    flat = np.concatenate(asked)
+    flat = np.concatenate(requested)
     assert (np.diff(flat) < 0).sum() == 799 // (16 * 5), "as many ways back as there are further windows"
     assert (np.diff(np.concatenate(given)) < 0).mean() > 0.4, "an increase as often as a decrease"
 
 
 def test_blocks_mix_a_window(small_blocks):
     """A batch of 16 of a window of 5 blocks meets at least 3 of them: one block alone never fills it."""
-    batches = dealt(BlockShuffle(offsets(800, every=10**9), 0), 16)
+    batches = batches_of(BlockShuffle(offsets(800, every=10**9), 0), 16)
     assert min(len(set(batch // 16)) for batch in batches) >= 3
 
 
@@ -144,18 +146,18 @@ def test_a_caption_is_drawn_evenly_from_seed_pass_and_row():
 
 def test_splitmix64_is_splitmix64():
     """First outputs of the published generator, seed 1234567."""
-    wanted = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     states = np.array([(1234567 + n * 0x9E3779B97F4A7C15) % 2**64 for n in range(3)], np.uint64)
-    assert shuffle._splitmix64(states).tolist() == wanted
+    assert random_hash._splitmix64(states).tolist() == expected
 
 
 @pytest.mark.parametrize(("free", "chosen"), [(2_000_000, "rows"), (1_999_999, "blocks")])
-def test_blocks_are_chosen_above_half_of_the_free_memory(monkeypatch, free, chosen):
+def test_blocks_are_chosen_above_half_of_thefree_memory(monkeypatch, free, chosen):
     class Cache(SimpleNamespace):
         def __len__(self):
             return 5000
 
-    monkeypatch.setattr(shuffle, "_free_memory", lambda: free)
+    monkeypatch.setattr(shuffle, "free_memory", lambda: free)
     assert choose_shuffle(Cache(dim=100))[0] == chosen
 
 
@@ -165,11 +167,11 @@ def test_every_process_of_a_machine_holds_the_images(monkeypatch, processes, cho
         def memory(self):
             return 1000
 
-    monkeypatch.setattr(shuffle, "_free_memory", lambda: 5000)
+    monkeypatch.setattr(shuffle, "free_memory", lambda: 5000)
     assert choose_image_shuffle(Source(), processes)[0] == chosen
 
 
-def test_the_free_memory_is_the_machines():
+def test_thefree_memory_is_the_machines():
     with open("/proc/meminfo") as file:
         total = int(file.readline().split()[1]) * 1024
-    assert 1 << 20 < shuffle._free_memory() < total
+    assert 1 << 20 < shuffle.free_memory() < total

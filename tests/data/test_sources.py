@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from siglit.config import SourceSpec
-from siglit.data import listings
-from siglit.data.sources import FilePart, open_source
+from siglit.data import samples as samples_module
+from siglit.data import tar_source, tars
+from siglit.data.samples import FilePart
+from siglit.data.sources import open_source
 from siglit.errors import UserError
 
 
@@ -66,8 +68,8 @@ def refused(fmt, path, *words, **options):
     return text
 
 
-def captions_of(found):
-    return {sample.key: sample.captions for sample in found}
+def captions_of(result):
+    return {sample.key: sample.captions for sample in result}
 
 
 class TestText:
@@ -155,14 +157,14 @@ class TestText:
             {"image": "b", "caption": "four", "alt": "five", "lang": "en"},
             {"image": "c", "caption": None, "alt": None, "lang": "en"},
         )
-        found = samples("jsonl", path, caption_column="caption, alt", lang_column="lang")
-        assert [s.captions for s in found] == [("one", "zwei", "drei"), ("four", "five"), ()]
-        assert [s.langs for s in found] == [("en", "de", "de"), ("en", "en"), ()]
+        result = samples("jsonl", path, caption_column="caption, alt", lang_column="lang")
+        assert [s.captions for s in result] == [("one", "zwei", "drei"), ("four", "five"), ()]
+        assert [s.langs for s in result] == [("en", "de", "de"), ("en", "en"), ()]
 
     def test_languages_must_match_captions(self, tmp_path):
         for lang in (["en"], None, ["en", None]):
             path = write_jsonl(tmp_path / "x.jsonl", {"image": "a", "caption": ["b", "c"], "lang": lang})
-            refused("jsonl", path, "line 1", "lang", "give one each", lang_column="lang")
+            refused("jsonl", path, "line 1", "lang", "expected one for each", lang_column="lang")
 
     @pytest.mark.parametrize("line", ["{", "[1]", '"a"', "[" * 100_000])
     def test_broken_json_lines_name_their_line(self, tmp_path, line):
@@ -177,7 +179,7 @@ class TestText:
         path = write(tmp_path / "x.csv", "filepath,title\na.jpg, \nb.jpg,\nc.jpg,\u3000\nc.jpg,d\n")
         assert captions_of(samples("csv", path)) == {"a.jpg": (), "b.jpg": (), "c.jpg": ("d",)}
 
-    def test_half_surrogates_are_mended_in_captions_and_refused_in_keys(self, tmp_path):
+    def test_half_surrogates_are_replaced_in_captions_and_refused_in_keys(self, tmp_path):
         path = write(tmp_path / "x.jsonl", '{"image": "a", "caption": ["cut \\ud83d", "\\ud83d\\ude00"]}\n')
         assert captions_of(samples("jsonl", path)) == {"a": ("cut \ufffd", "😀")}
         refused("jsonl", write(tmp_path / "x.jsonl", '{"image": "\\ud83d", "caption": "a"}\n'), "line 1", "Unicode")
@@ -197,9 +199,9 @@ class TestText:
             write(tmp_path / name, "file_name,text\nsub/a.png,one\n")
         else:
             write_jsonl(tmp_path / name, {"file_name": "sub/a.png", "text": "one"})
-        (found,) = samples("folder", tmp_path)
-        assert (found.key, found.captions) == ("sub/a.png", ("one",))
-        assert found.image == FilePart(str(tmp_path / "sub/a.png"))
+        (result,) = samples("folder", tmp_path)
+        assert (result.key, result.captions) == ("sub/a.png", ("one",))
+        assert result.image == FilePart(str(tmp_path / "sub/a.png"))
 
     def test_image_folder_needs_exactly_one_metadata_file(self, tmp_path):
         refused("folder", tmp_path, "no metadata.csv or metadata.jsonl")
@@ -211,10 +213,10 @@ class TestText:
 class TestPaths:
     def test_images_may_lie_elsewhere_and_may_be_missing(self, tmp_path):
         path = write(tmp_path / "x.csv", "filepath,title\na.jpg,one\n/abs/b.jpg,two\n")
-        found = samples("csv", path, images=str(tmp_path / "pics"))
-        assert [s.image.path for s in found] == [str(tmp_path / "pics/a.jpg"), "/abs/b.jpg"]
+        result = samples("csv", path, images=str(tmp_path / "pics"))
+        assert [s.image.path for s in result] == [str(tmp_path / "pics/a.jpg"), "/abs/b.jpg"]
         with pytest.raises(FileNotFoundError):
-            found[0].image_bytes()
+            result[0].image_bytes()
 
     def test_variables_and_home_expand(self, tmp_path, monkeypatch):
         write(tmp_path / "x.csv", "filepath,title\na.jpg,one\n")
@@ -230,8 +232,8 @@ class TestPaths:
         for number in (2, 10, 1):
             write_parquet(tmp_path / f"p{number}.parquet", {"image": [b"x"], "caption": ["c"]})
         for pattern in ("", "/*.parquet", "/p{1,2,10}.parquet", "/p{1..2}.parquet,{0}/p10.parquet", "/**/p*"):
-            found = samples("parquet", str(tmp_path) + pattern.replace("{0}", str(tmp_path)))
-            assert [sample.key for sample in found] == ["p1:0", "p2:0", "p10:0"], pattern
+            result = samples("parquet", str(tmp_path) + pattern.replace("{0}", str(tmp_path)))
+            assert [sample.key for sample in result] == ["p1:0", "p2:0", "p10:0"], pattern
         refused("parquet", tmp_path / "q*.parquet", "no file matches", "q*.parquet")
         refused("parquet", tmp_path / "p{1..3}.parquet", "no file matches", "p3.parquet")
         refused("webdataset", tmp_path, "no file matches", "*.tar")
@@ -330,11 +332,11 @@ class TestMemory:
         monkeypatch.setattr(pq.ParquetFile, "read_row_group", None)
         assert 60_000 < opened.memory() < 66_000
 
-    def test_a_carried_sample_needs_no_source(self, tmp_path):
+    def test_a_detached_sample_needs_no_source(self, tmp_path):
         opened = source(
             "parquet", write_parquet(tmp_path / "x.parquet", {"image": [b"A", b"B"], "caption": ["a", "b"]})
         )
-        sample = opened.load(opened.units(2)[0])[1].carried()
+        sample = opened.load(opened.units(2)[0])[1].detached()
         (tmp_path / "x.parquet").unlink()
         assert sample.image == pickle.loads(pickle.dumps(sample)).image_bytes() == b"B"
 
@@ -349,10 +351,10 @@ class TestCocoAndKarpathy:
             {"image_id": 3, "caption": "three"},
         ]
         path = write_json(tmp_path / "x.json", {"images": self.IMAGES, "annotations": notes})
-        found = samples("coco", path, images="val2017")
-        assert captions_of(found) == {"b.jpg": ("two",), "a.jpg": ("one", "three"), "c.jpg": ()}
-        assert [s.key for s in found] == ["b.jpg", "a.jpg", "c.jpg"]
-        assert found[0].image == FilePart("val2017/b.jpg")
+        result = samples("coco", path, images="val2017")
+        assert captions_of(result) == {"b.jpg": ("two",), "a.jpg": ("one", "three"), "c.jpg": ()}
+        assert [s.key for s in result] == ["b.jpg", "a.jpg", "c.jpg"]
+        assert result[0].image == FilePart("val2017/b.jpg")
 
     def test_coco_mistakes(self, tmp_path):
         path = tmp_path / "x.json"
@@ -375,13 +377,13 @@ class TestCocoAndKarpathy:
 
     def test_karpathy_train_includes_restval(self, tmp_path):
         path = self.karpathy(tmp_path)
-        found = samples("karpathy", path, split="train")
-        assert captions_of(found) == {"train.jpg": ("a train",), "restval.jpg": ("a restval",)}
+        result = samples("karpathy", path, split="train")
+        assert captions_of(result) == {"train.jpg": ("a train",), "restval.jpg": ("a restval",)}
         assert captions_of(samples("karpathy", path, split="test")) == {"test.jpg": ("a test",)}
 
     def test_karpathy_file_path_of_coco(self, tmp_path):
-        (found,) = samples("karpathy", self.karpathy(tmp_path, filepath="val2014"), split="val")
-        assert (found.key, found.image) == ("val2014/val.jpg", FilePart(str(tmp_path / "val2014/val.jpg")))
+        (result,) = samples("karpathy", self.karpathy(tmp_path, filepath="val2014"), split="val")
+        assert (result.key, result.image) == ("val2014/val.jpg", FilePart(str(tmp_path / "val2014/val.jpg")))
 
     def test_karpathy_mistakes(self, tmp_path):
         refused("karpathy", self.karpathy(tmp_path), "no split dev", "restval, test, train, val", split="dev")
@@ -420,11 +422,11 @@ class TestParquet:
         self.table(tmp_path, "a.parquet", 3)
         self.table(tmp_path, "b.parquet", 4)
         opened = source("parquet", tmp_path)
-        found = [s for unit in opened.units(5) for s in opened.load(unit)]
-        assert [s.key for s in found] == ["a:0", "a:1", "a:2", "b:0", "b:1", "b:2", "b:3"]
-        assert [s.image_bytes() for s in found[2:4]] == [b"image 2", b"image 0"]
-        assert [s.label for s in found] == [0, 1, 2, 0, 1, 2, 3]
-        assert list(opened.captions()) == [s.captions for s in found]
+        result = [s for unit in opened.units(5) for s in opened.load(unit)]
+        assert [s.key for s in result] == ["a:0", "a:1", "a:2", "b:0", "b:1", "b:2", "b:3"]
+        assert [s.image_bytes() for s in result[2:4]] == [b"image 2", b"image 0"]
+        assert [s.label for s in result] == [0, 1, 2, 0, 1, 2, 3]
+        assert list(opened.captions()) == [s.captions for s in result]
         assert [s.key for s in opened.load(opened.units(5)[0])[1:3]] == ["a:1", "a:2"]
 
     @pytest.mark.parametrize("kind", ["string", "binary", "large_binary", "struct"])
@@ -437,7 +439,7 @@ class TestParquet:
 
     def test_a_sample_reads_only_its_row_group(self, tmp_path, monkeypatch):
         opened = source("parquet", self.table(tmp_path, count=6))
-        found = opened.load(opened.units(6)[0])
+        result = opened.load(opened.units(6)[0])
         reads = []
         original = pq.ParquetFile.read_row_group
         monkeypatch.setattr(
@@ -445,9 +447,9 @@ class TestParquet:
             "read_row_group",
             lambda self, i, columns: reads.append(i) or original(self, i, columns=columns),
         )
-        assert len(found) == 6
+        assert len(result) == 6
         assert reads == []
-        assert [found[i].image_bytes() for i in (4, 5, 0)] == [b"image 4", b"image 5", b"image 0"]
+        assert [result[i].image_bytes() for i in (4, 5, 0)] == [b"image 4", b"image 5", b"image 0"]
         assert reads == [2, 0]
 
     def test_captions_read_no_images(self, tmp_path, monkeypatch):
@@ -482,8 +484,8 @@ class TestParquet:
         refused("parquet", self.table(tmp_path, count=2, id=["p", None]), "row 1", "key is None", key_column="id")
 
     def test_labels(self, tmp_path):
-        found = samples("parquet", self.table(tmp_path, count=2, label=[1, None]))
-        assert [s.label for s in found] == [1, None]
+        result = samples("parquet", self.table(tmp_path, count=2, label=[1, None]))
+        assert [s.label for s in result] == [1, None]
         refused("parquet", self.table(tmp_path, count=2, label=[1, None]), "row 1", "missing", label_column="label")
         path = self.table(tmp_path, count=2, label=[1.0, float("nan")])
         assert [s.label for s in samples("parquet", path)] == [None, None]
@@ -525,19 +527,19 @@ class TestWebdataset:
             ("._5.jpg", b""),
         ]
         path = write_tar(tmp_path / "x.tar", members)
-        found = samples("webdataset", path)
-        assert captions_of(found) == {"000/1": ("one",), "2": ("from json",), "3": (), "4": ("no image",)}
-        assert [s.image_bytes() for s in found] == [b"J1", b"P2", b"", b""]
-        assert [s.label for s in found] == [None, None, 7, None]
+        result = samples("webdataset", path)
+        assert captions_of(result) == {"000/1": ("one",), "2": ("from json",), "3": (), "4": ("no image",)}
+        assert [s.image_bytes() for s in result] == [b"J1", b"P2", b"", b""]
+        assert [s.label for s in result] == [None, None, 7, None]
 
     def test_columns_of_the_json(self, tmp_path):
         path = write_tar(tmp_path / "x.tar", [("1.jpg", b""), ("1.txt", b"one"), ("1.json", self.META)])
         options = {"caption_column": "caption,alt", "label_column": "label", "key_column": "uid", "lang_column": "lang"}
-        (found,) = samples("webdataset", path, **options)
-        assert found.captions == ("from json", "x", "y")
-        assert (found.key, found.label, found.langs) == ("u1", 4, ("en", "en", "en"))
-        (found,) = samples("webdataset", path, label_column="label")
-        assert (found.captions, found.label) == (("one",), 4)
+        (result,) = samples("webdataset", path, **options)
+        assert result.captions == ("from json", "x", "y")
+        assert (result.key, result.label, result.langs) == ("u1", 4, ("en", "en", "en"))
+        (result,) = samples("webdataset", path, label_column="label")
+        assert (result.captions, result.label) == (("one",), 4)
 
     def test_one_unit_per_tar_whatever_the_shard_size(self, tmp_path):
         for number in (10, 9):
@@ -549,10 +551,13 @@ class TestWebdataset:
 
     def test_loading_reads_no_images(self, tmp_path, monkeypatch):
         path = write_tar(tmp_path / "x.tar", [("1.jpg", b"x" * 5000), ("1.txt", b"one")])
-        read, original = [], listings.read_part
-        monkeypatch.setattr(listings, "read_part", lambda path, at, size: read.append(size) or original(path, at, size))
-        (found,) = samples("webdataset", path)
-        assert found.image == FilePart(path, 512, 5000)
+        read, original = [], samples_module.read_part
+        for module in (samples_module, tars, tar_source):
+            monkeypatch.setattr(
+                module, "read_part", lambda path, at, size: read.append(size) or original(path, at, size)
+            )
+        (result,) = samples("webdataset", path)
+        assert result.image == FilePart(path, 512, 5000)
         assert max(read) <= 512
 
     def test_long_and_hostile_names_stay_names(self, tmp_path):
@@ -565,8 +570,8 @@ class TestWebdataset:
             link = tarfile.TarInfo("2.jpg")
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             tar.addfile(link)
-        (found,) = samples("webdataset", tmp_path / "x.tar")
-        assert (found.key, found.captions, found.image_bytes()) == (name, ("z",), b"z")
+        (result,) = samples("webdataset", tmp_path / "x.tar")
+        assert (result.key, result.captions, result.image_bytes()) == (name, ("z",), b"z")
 
     def test_duplicates_name_both_offsets(self, tmp_path):
         path = write_tar(tmp_path / "x.tar", [("1.jpg", b"a"), ("2.jpg", b"b"), ("1.jpg", b"c")])
@@ -582,18 +587,18 @@ class TestWebdataset:
         refused("webdataset", path, "x.tar is compressed", "unpack")
 
     @pytest.mark.parametrize("cut", [0, 100, 600, 1024, 1100, 1536, 2048, 2600, 3072])
-    def test_torn_tar(self, tmp_path, cut):
+    def test_truncated_tar(self, tmp_path, cut):
         """Cut in a header, in a member, and between two members, which tarfile takes for the end."""
         path = Path(write_tar(tmp_path / "x.tar", [("1.jpg", b"a" * 300), ("1.txt", b"one"), ("2.jpg", b"b" * 500)]))
         path.write_bytes(path.read_bytes()[:cut])
-        refused("webdataset", path, "x.tar is torn")
+        refused("webdataset", path, "x.tar is truncated")
 
     def test_damaged_header_in_the_middle(self, tmp_path):
         path = Path(write_tar(tmp_path / "x.tar", [("1.jpg", b"a"), ("2.jpg", b"b"), ("3.jpg", b"c")]))
         data = bytearray(path.read_bytes())
         data[1024 : 1024 + 512] = b"\xaa" * 512
         path.write_bytes(data)
-        refused("webdataset", path, "x.tar is torn", "byte 1024")
+        refused("webdataset", path, "x.tar is truncated", "byte 1024")
 
     def test_an_empty_tar_is_an_empty_unit(self, tmp_path):
         """img2dataset writes one when every download of a shard failed."""
@@ -605,7 +610,7 @@ class TestWebdataset:
         refused("webdataset", write_tar(path, [("1.json", b"{")]), "x.tar, sample 1", "JSON")
         refused("webdataset", write_tar(path, [("1.cls", b"cat")]), "sample 1", ".cls", "'cat'")
         refused("webdataset", write_tar(path, [("1.jpg", b"")]), "sample 1", "label", "missing", label_column="label")
-        refused("webdataset", write(path, "hello"), "x.tar is torn, or no tar")
+        refused("webdataset", write(path, "hello"), "x.tar is truncated, or not a tar")
 
 
 class FakeDataset:
@@ -660,9 +665,9 @@ class TestHub:
         return calls
 
     def test_images_come_undecoded(self, hub):
-        found = samples("hub", "owner/set", split="train")
-        assert [(s.key, s.image_bytes(), s.captions, s.label) for s in found][4] == ("train:4", b"4", ("c4",), 4)
-        assert len(found) == 5
+        result = samples("hub", "owner/set", split="train")
+        assert [(s.key, s.image_bytes(), s.captions, s.label) for s in result][4] == ("train:4", b"4", ("c4",), 4)
+        assert len(result) == 5
         assert hub == [("owner/set", {"split": "train"})]
 
     def test_identity_and_captions(self, hub):
@@ -686,11 +691,11 @@ DATA = Path(os.environ.get("SIGLIT_DATA", "/nonexistent"))
 
 @pytest.mark.skipif(not (DATA / "emoji").is_dir(), reason="SIGLIT_DATA has no emoji")
 def test_real_emoji():
-    found = samples("xm3600", "${SIGLIT_DATA}/emoji")
-    assert len(found) == 1650
-    assert all(len(s.captions) == len(s.langs) > 0 for s in found)
-    assert len({lang for s in found for lang in s.langs}) == 36
-    assert all(s.image_bytes().startswith(b"\x89PNG") for s in found[::100])
+    result = samples("xm3600", "${SIGLIT_DATA}/emoji")
+    assert len(result) == 1650
+    assert all(len(s.captions) == len(s.langs) > 0 for s in result)
+    assert len({lang for s in result for lang in s.langs}) == 36
+    assert all(s.image_bytes().startswith(b"\x89PNG") for s in result[::100])
 
 
 @pytest.mark.skipif(not (DATA / "cifar10").is_dir(), reason="SIGLIT_DATA has no cifar10")

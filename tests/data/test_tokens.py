@@ -119,7 +119,7 @@ def refuse(*_, **__):
 def test_a_folder_that_takes_no_file_is_warned_about_and_done_without(cache, monkeypatch, step):
     """Read-only, or full: space is claimed before the map is written, where a full disk would kill the process."""
     monkeypatch.setattr(np.lib.format if step == "open_memmap" else os, step, refuse)
-    with pytest.warns(UserWarning, match=r"cannot keep token ids in .* \(Permission denied\)"):
+    with pytest.warns(UserWarning, match=r"cannot write token ids into .* \(Permission denied\)"):
         ids = token_ids(cache, WordLengths())
     assert np.array_equal(ids, WordLengths()([text for row in CAPTIONS for text in row]))
     assert token_files(cache) == []

@@ -16,7 +16,7 @@ import siglit
 from siglit.cache import EmbeddingCache
 from siglit.cli import main
 from siglit.commands.train import TrainProgress
-from siglit.data.epoch_loader import CacheLoader
+from siglit.data.cache_loader import CacheLoader
 from siglit.runs.launch import quiet_lightning
 from siglit.training import monitor as watching
 from siglit.training.monitor import Clock, TrainingMonitor
