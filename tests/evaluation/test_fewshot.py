@@ -97,5 +97,5 @@ def test_classes_may_have_any_numbers():
 
 
 def test_more_shots_than_images_are_refused():
-    with pytest.raises(ValueError, match="3 images of every class are to be drawn, but one has 2"):
+    with pytest.raises(ValueError, match="cannot draw 3 images of every class: one class has 2"):
         draw_shots(np.array([0, 0, 1, 1, 1]), np.arange(2), [1, 3], seed=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from siglit.evaluation import index
-from siglit.evaluation.index import build, compare, is_index_of, kept_or_built, nearest_images, save_index
+from siglit.evaluation.index import build, compare, is_index_of, load_or_build, nearest_images, save_index
 from tests.evaluation.reference import random_set
 
 
@@ -127,24 +127,24 @@ def test_the_kept_file_gives_the_reported_figures(tmp_path):
     assert found.build_seconds > 0
 
 
-def test_a_kept_index_is_found_again(tmp_path, monkeypatch):
+def test_a_saved_index_is_loaded_again(tmp_path, monkeypatch):
     """The same figures, the time of the first building; another factory, other images or half a file build anew."""
     zimg, ztxt, image_of_text = random_set(300, 50, 16)
     path = tmp_path / "some.faiss"
-    first = kept_or_built(zimg, "IVF8,PQ4x4", path)
+    first = load_or_build(zimg, "IVF8,PQ4x4", path)
     built = []
     monkeypatch.setattr(index, "build", lambda *of: built.append(of[1]) or build(*of))
-    again = kept_or_built(zimg, "IVF8,PQ4x4", path)
+    again = load_or_build(zimg, "IVF8,PQ4x4", path)
     assert not built
     assert again.seconds == first.seconds
     figures = [compare(one, zimg, ztxt, image_of_text) for one in (first, again)]
     assert figures[0].metrics == figures[1].metrics
-    kept_or_built(zimg, "IVF8,PQ4x4fs", path)
-    kept_or_built(zimg[:200], "IVF8,PQ4x4fs", path)
+    load_or_build(zimg, "IVF8,PQ4x4fs", path)
+    load_or_build(zimg[:200], "IVF8,PQ4x4fs", path)
     path.write_bytes(path.read_bytes()[:-40])
-    kept_or_built(zimg[:200], "IVF8,PQ4x4fs", path)
+    load_or_build(zimg[:200], "IVF8,PQ4x4fs", path)
     path.with_suffix(".json").unlink()
-    kept_or_built(zimg[:200], "IVF8,PQ4x4fs", path)
+    load_or_build(zimg[:200], "IVF8,PQ4x4fs", path)
     assert built == ["IVF8,PQ4x4fs"] * 4
 
 
@@ -162,15 +162,15 @@ def test_a_damaged_index_is_built_again(tmp_path, damage):
     """Its figures would be those of other vectors."""
     zimg, *_ = random_set(300, 50, 16)
     path = tmp_path / "images.faiss"
-    kept_or_built(zimg, "IVF8,Flat", path)
+    load_or_build(zimg, "IVF8,Flat", path)
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    kept_or_built(zimg, "IVF8,Flat", path)
+    load_or_build(zimg, "IVF8,Flat", path)
     assert path.read_bytes() == whole
 
 
 def test_an_exact_index_is_known_to_be_whole(tmp_path):
-    """Damaged files, and those over other images, are told from it."""
+    """Damaged files, and those over other images, are recognized."""
     zimg, *_ = random_set(30, 5, 16)
     path = tmp_path / "images.faiss"
     assert not is_index_of(path, zimg)
@@ -197,7 +197,7 @@ def test_queries_are_searched_in_parts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("factory", "told"),
+    ("factory", "message"),
     [
         ("bogus", "could not parse index string bogus"),
         ("IVF4,Flat", r"training points \(3\) should be at least as large as number of clusters \(4\)"),
@@ -208,9 +208,9 @@ def test_queries_are_searched_in_parts(tmp_path, monkeypatch):
         ("IVF2_HNSW1,Flat", "HNSW1 is too small"),
     ],
 )
-def test_an_index_that_cannot_be_built_is_told_in_a_line(tmp_path, factory, told):
+def test_an_index_that_cannot_be_built_raises_one_line(tmp_path, factory, message):
     zimg = random_set(3, 1, 16)[0]
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(ValueError, match=message) as error:
         build(zimg, factory, tmp_path / "some.index")
     assert str(error.value).startswith(f"faiss cannot build '{factory}' over 3 images of width 16: ")
     assert "\n" not in str(error.value)
@@ -235,18 +235,18 @@ def test_the_report_is_json_and_a_few_lines(tmp_path):
 class OnGpu:
     """As much of an index on GPUs as is used; counts what goes through it."""
 
-    def __init__(self, kept):
-        self.kept, self.searched = kept, 0
+    def __init__(self, on_cpu):
+        self.on_cpu, self.searched = on_cpu, 0
 
     def train(self, rows):
-        self.kept.train(rows)
+        self.on_cpu.train(rows)
 
     def add(self, rows):
-        self.kept.add(rows)
+        self.on_cpu.add(rows)
 
     def search(self, rows, depth):
         self.searched += len(rows)
-        return self.kept.search(rows, depth)
+        return self.on_cpu.search(rows, depth)
 
 
 def test_gpus_are_used_where_faiss_has_them(tmp_path, monkeypatch):
@@ -256,17 +256,17 @@ def test_gpus_are_used_where_faiss_has_them(tmp_path, monkeypatch):
 
     class Space:
         def set_index_parameter(self, opened, name, value):
-            faiss.ParameterSpace().set_index_parameter(opened.kept, name, value)
+            faiss.ParameterSpace().set_index_parameter(opened.on_cpu, name, value)
 
-    made = []
+    on_gpu = []
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
     monkeypatch.setattr(
-        faiss, "index_cpu_to_all_gpus", lambda kept: made.append(OnGpu(kept)) or made[-1], raising=False
+        faiss, "index_cpu_to_all_gpus", lambda on_cpu: on_gpu.append(OnGpu(on_cpu)) or on_gpu[-1], raising=False
     )
-    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda opened: opened.kept, raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda opened: opened.on_cpu, raising=False)
     monkeypatch.setattr(faiss, "GpuParameterSpace", Space, raising=False)
     found = approximate("IVF4,Flat", arrays, tmp_path)
-    assert made[0].searched == 3 * 90 + 1  # and a first one to see that it can be searched
+    assert on_gpu[0].searched == 3 * 90 + 1  # and a first one to see that it can be searched
     assert found.metrics == expected.metrics
     assert [p.recall for p in found.sweep] == [p.recall for p in expected.sweep]
 

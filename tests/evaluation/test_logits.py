@@ -143,8 +143,8 @@ def test_equal_captions_are_no_negatives_of_each_others_images():
     ztxt = np.repeat(zimg[:1], 2, axis=0)
     rows = np.arange(2)
     same = logit_health(zimg, ztxt, rows, T, B, batch_size=2, text_ids=np.zeros(2, int), quiet=True)
-    told_apart = logit_health(zimg, ztxt, rows, T, B, batch_size=2, quiet=True)
-    assert (sum(same.negative), sum(told_apart.negative)) == (0, 2)
+    different = logit_health(zimg, ztxt, rows, T, B, batch_size=2, quiet=True)
+    assert (sum(same.negative), sum(different.negative)) == (0, 2)
     assert same.negative_mean is None
     assert same.prior == 1
     assert same.to_json()["negatives"] == 0
@@ -173,9 +173,9 @@ def test_nothing_as_large_as_all_pairs_is_ever_made():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"zimg": np.empty((0, 4))}, "0 and 3"),
+        ({"zimg": np.empty((0, 4))}, "0 images and 3 texts"),
         ({"ztxt": np.ones((2, 4))}, "every row of ztxt"),
         ({"image_of_text": np.array([0, 1, 9])}, "rows of zimg"),
         ({"ztxt": np.full((3, 4), np.nan)}, "finite"),
@@ -184,9 +184,9 @@ def test_nothing_as_large_as_all_pairs_is_ever_made():
         ({"b": float("inf")}, "b finite"),
     ],
 )
-def test_what_gives_no_logits_is_refused(change, told):
+def test_what_gives_no_logits_is_refused(change, message):
     given = {"zimg": np.eye(3, 4), "ztxt": np.eye(3, 4), "image_of_text": np.arange(3), "t": T, "b": B} | change
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         logit_health(**given, batch_size=2, quiet=True)
 
 

@@ -114,7 +114,7 @@ def test_thousands_of_texts_of_an_image_are_compared_by_its_best_ten():
     image_of_text = rng.permutation(np.repeat(np.arange(3), [2000, 900, 100]))
     ztxt = unit(zimg[image_of_text] + 0.7 * rng.standard_normal((3000, 6)))
     own = (zimg[image_of_text] * ztxt).sum(1)
-    best = retrieval._best_right(own, image_of_text, 3)
+    best = retrieval._best_own_scores(own, image_of_text, 3)
     for image in range(3):
         assert np.array_equal(best[image], -np.sort(-own[image_of_text == image])[:10])
     assert retrieval_metrics(zimg, ztxt, image_of_text, KS) == pytest.approx(
@@ -182,7 +182,7 @@ def test_a_text_that_is_not_a_number_is_a_right_answer_never_found():
     ("images", "texts", "image_of_text"), [(0, 2, [0, 0]), (2, 0, []), (2, 2, [0]), (2, 2, [0, 2]), (2, 2, [-1, 0])]
 )
 def test_arrays_that_do_not_fit_raise(images, texts, image_of_text):
-    with pytest.raises(ValueError, match=r"retrieval needs|must name a row"):
+    with pytest.raises(ValueError, match=r"retrieval needs|must have a row"):
         retrieval_metrics(
             np.ones((images, 3), np.float32), np.ones((texts, 3), np.float32), np.array(image_of_text, np.int64)
         )

@@ -135,7 +135,7 @@ def test_what_is_not_a_number_is_right_nowhere(drawn):
     assert classify(broken, zcls, labels).top == {1: 0.0, 5: 0.0}
 
 
-def test_top_5_of_five_classes_is_not_told():
+def test_top_5_of_five_classes_is_left_out():
     zimg = np.eye(6, dtype=np.float32)
     assert set(classify(zimg, zimg, np.arange(6)).top) == {1, 5}
     assert classify(zimg[:5], zimg[:5], np.arange(5)).top == {1: 1.0}
@@ -143,12 +143,12 @@ def test_top_5_of_five_classes_is_not_told():
 
 def test_arrays_that_do_not_fit_are_refused():
     zimg = np.eye(3, dtype=np.float32)
-    for labels, classes, told in (
+    for labels, classes, message in (
         ([0, 1, 3], 3, "label 3"),
         ([-1, -1, -1], 3, "got none"),
         ([0, 0, 0], 1, "two classes"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             classify(zimg, zimg[:classes], np.array(labels))
     with pytest.raises(ValueError, match="needs a prompt"):
         class_embeddings(zimg, np.array([0, 0, 2]), 3)
