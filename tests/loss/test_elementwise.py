@@ -1,4 +1,4 @@
-"""Losses and their gradients are right to float32's last digits, compiled or not; a failure to compile warns once."""
+"""Losses and their gradients are correct to float32's last digits, compiled or not; a failure to compile warns once."""
 
 import shutil
 import warnings
@@ -32,18 +32,18 @@ def assert_accurate(function):
         LOGITS.clone(), torch.tensor(1.0), torch.tensor(0.0), torch.float32
     )
     exact = LOGITS.double()
-    wanted, down = torch.logaddexp(exact, torch.zeros_like(exact)), torch.sigmoid(exact)
-    for found, right in ((loss, wanted), (grad_logits, down), (grad_sum, down), (products, down * exact)):
-        error = (found.double().flatten() - right.flatten()).abs() / right.flatten().abs().clamp_min(1e-300)
+    expected, down = torch.logaddexp(exact, torch.zeros_like(exact)), torch.sigmoid(exact)
+    for actual, right in ((loss, expected), (grad_logits, down), (grad_sum, down), (products, down * exact)):
+        error = (actual.double().flatten() - right.flatten()).abs() / right.flatten().abs().clamp_min(1e-300)
         assert error.max() < 1e-6
 
 
-def test_uncompiled_values_are_right_to_a_millionth():
+def test_uncompiled_values_are_correct_to_a_millionth():
     assert_accurate(all_negative)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_compiled_values_are_right_to_a_millionth(compile_all):
+def test_compiled_values_are_correct_to_a_millionth(compile_all):
     """The one test that really compiles, some ten seconds."""
     compiled = fused(all_negative, 1)
     with warnings.catch_warnings():

@@ -67,9 +67,9 @@ def in_group(rank, size, exchange):
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_a_group_of_some_ranks_trains_like_one_process_on_their_pairs(ranks, exchange):
     first, second = ranks.run(in_group, 3, exchange)[1:]
-    wanted = value_and_gradients(sigmoid, *batch(8, 5)[:2], 7.0, -3.0)
-    found = [(a + b) / 2 if a.ndim == 0 else torch.cat([a, b]) / 2 for a, b in zip(first, second, strict=True)]
-    assert_equal(found, wanted)
+    expected = value_and_gradients(sigmoid, *batch(8, 5)[:2], 7.0, -3.0)
+    actual = [(a + b) / 2 if a.ndim == 0 else torch.cat([a, b]) / 2 for a, b in zip(first, second, strict=True)]
+    assert_equal(actual, expected)
 
 
 def apart(rank, size, odd, which):
