@@ -185,7 +185,7 @@ def plan(
     options = {"--devices": devices, "--gpu-memory": gpu_memory, "--examples-per-second": examples_per_second}
     for name, value in {**options, "--rows": rows}.items():
         if value is not None and value <= 0:
-            raise UserError(f"{name} is {value}, but must be more than 0")
+            raise UserError(f"{name} is {value}, but it must be more than 0")
     train = experiment.train if devices is None else replace(experiment.train, devices=devices, nodes=1)
     check_batch_size(train)
     rows = rows or _rows(experiment)
@@ -202,7 +202,7 @@ class _Device:
     """What each device of the run is."""
 
     type: str
-    """"cuda" or "cpu"."""
+    """Of torch: "cuda" or "cpu"."""
     memory_gib: float | None
     precision: str
     """Lightning's."""
