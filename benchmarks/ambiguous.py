@@ -24,7 +24,7 @@ TREATMENTS = ("negative", "drop", "positive")
 
 
 def main() -> None:
-    """Train and look, treatment by treatment."""
+    """Train and evaluate with each treatment."""
     options = parser(__doc__)
     options.add_argument(
         "-c", "--config", required=True, help="experiment whose captions repeat and whose rows have labels"
@@ -35,15 +35,15 @@ def main() -> None:
     names = {
         "t": "t",
         "b": "b",
-        "matching": "mean probability of matching pairs (right: 1)",
-        "others": "mean probability of other pairs (right: 0)",
+        "matching": "mean probability of matching pairs (ideal: 1)",
+        "others": "mean probability of other pairs (ideal: 0)",
         "calibration_error": "calibration error",
         "label_accuracy": "class accuracy",
     }
     table = [
-        (f"{treatment}: {told}", f"{figures[treatment][name]:.4f}", "")
+        (f"{treatment}: {label}", f"{figures[treatment][name]:.4f}", "")
         for treatment in figures
-        for name, told in names.items()
+        for name, label in names.items()
     ]
     report(f"ambiguous pairs in {args.config}", table, figures, args.json)
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.batches --json batches.json
 
-A step is forward and backward of the tower and the sigmoid loss, without an optimiser. "Making" a batch is timed with
+A step is forward and backward of the tower and the sigmoid loss, without an optimizer. "Making" a batch is timed with
 nothing else going on, so it bounds what the thread can take from the step; "waiting" is what is left of it in `next`.
 """
 
@@ -117,7 +117,7 @@ def times(batches: CacheLoader, args: argparse.Namespace) -> dict[str, float]:
 
 
 def memory(batches: CacheLoader) -> float:
-    """Highest memory during a pass of slow steps, in batches, without the one in the taker's hand."""
+    """Peak memory during a pass of slow steps, in batches, without the one that the step has."""
     tracemalloc.start()
     try:
         for number, batch in enumerate(batches):

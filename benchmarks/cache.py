@@ -2,7 +2,7 @@
 
     python -m benchmarks.cache --json cache.json
 
-All contenders hold the same rows and are asked for the same ones in each turn; files are warm in the page cache.
+All contenders hold the same rows and gather the same ones in each turn; files are warm in the page cache.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         figures = measure(args, Path(folder))
-    table = [(name, f"{value:.2f}", wanted) for name, (value, wanted) in figures["ratios"].items()]
+    table = [(name, f"{value:.2f}", target) for name, (value, target) in figures["ratios"].items()]
     table += [(f"rows/s: {name}", f"{value:,.0f}", "") for name, value in figures["rows_per_second"].items()]
     figures["ratios"] = {name: value for name, (value, _) in figures["ratios"].items()}
     title = f"gather: {args.batch} shuffled of {args.rows} rows × {args.dim} float16, median of {args.repeats} turns"
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    """Time all contenders: rows/s by name, and (ratio, wanted) by name."""
+    """Time all contenders: rows/s by name, and (ratio, target) by name."""
     rng = np.random.default_rng(0)
     data = rng.standard_normal((args.rows, args.dim), np.float32).astype(np.float16)
     caches = {shards: make_cache(folder / str(shards), data, shards) for shards in (1, 64)}
@@ -101,8 +101,8 @@ def _ratios(seconds: dict[str, list[float]]) -> dict[str, tuple[float, str]]:
         "in order, siglit / embedding-reader": ("embedding-reader, in order", "siglit, 64 shards, in order", ""),
     }
     return {
-        name: (ratio(seconds[slow], seconds[fast]), wanted)
-        for name, (slow, fast, wanted) in compared.items()
+        name: (ratio(seconds[slow], seconds[fast]), target)
+        for name, (slow, fast, target) in compared.items()
         if slow in seconds
     }
 

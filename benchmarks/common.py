@@ -1,7 +1,7 @@
-"""What every benchmark says of itself: hardware, versions, commit; interleaved timing; the table and its JSON.
+"""What all benchmarks share: hardware, versions and commit; interleaved timing; the table and its JSON.
 
-Knows nothing of what is measured. Contenders take turns in one run, and what counts is the ratio of two of the same
-turn: the machine's other work then meets both.
+Knows nothing of what is measured. Contenders take turns in one run, and what is compared is the ratio of two times of
+the same turn, so that other work on the machine affects both.
 """
 
 import argparse
@@ -41,10 +41,10 @@ PACKAGES = (
 
 def parser(text: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks share."""
-    made = argparse.ArgumentParser(description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--json", type=Path, help="write the figures here")
-    made.add_argument("--threads", type=int, default=machine.cores(), help="torch threads of the main process")
-    return made
+    options = argparse.ArgumentParser(description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options.add_argument("--json", type=Path, help="write the figures here")
+    options.add_argument("--threads", type=int, default=machine.cores(), help="torch threads of the main process")
+    return options
 
 
 def plain_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def plain_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def stamp() -> dict[str, Any]:
-    """Where and of what this was measured."""
+    """Return hardware, versions, commit and time of the measurement."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -72,7 +72,7 @@ def stamp() -> dict[str, Any]:
 def interleaved(
     contenders: Mapping[str, Callable[[], object]], repeats: int, before: Callable[[], object] | None = None
 ) -> dict[str, list[float]]:
-    """Time each contender `repeats` times, in turns whose order changes; one turn before that does not count.
+    """Time each contender `repeats` times, in turns whose order changes, after one turn that is not counted.
 
     Args:
         contenders: what is timed, by name.
@@ -91,7 +91,7 @@ def interleaved(
         for name in order:
             begun = time.perf_counter()
             contenders[name]()
-            if turn:
+            if turn > 0:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
 
@@ -102,7 +102,7 @@ def ratio(upper: list[float], lower: list[float]) -> float:
 
 
 def free_memory(device: str = "cpu") -> int:
-    """Bytes that a process could still take."""
+    """Return the bytes that a process can still allocate."""
     if device != "cpu":
         import torch
 
@@ -111,7 +111,7 @@ def free_memory(device: str = "cpu") -> int:
 
 
 def begin_peak(device: str = "cpu") -> tuple[int, str]:
-    """Set the high-water mark back; bytes held now, and how the peak will be known."""
+    """Reset the high-water mark; return the bytes held now, and the name of the counter that measures the peak."""
     if device != "cpu":
         import torch
 
@@ -120,7 +120,7 @@ def begin_peak(device: str = "cpu") -> tuple[int, str]:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated(), "torch.cuda.max_memory_allocated"
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the warm-up has freed would hide what comes
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the warm-up freed would hide later allocations
         _CLEAR.write_text("5", encoding="ascii")
     except (OSError, AttributeError):  # not Linux or not glibc: the mark of the whole process, warm-up included
         return peak_rss(), "ru_maxrss, warm-up included"
@@ -128,7 +128,7 @@ def begin_peak(device: str = "cpu") -> tuple[int, str]:
 
 
 def peak(device: str = "cpu") -> int:
-    """Most bytes held since `begin_peak`."""
+    """Return the most bytes held since `begin_peak`."""
     if device != "cpu":
         import torch
 
@@ -138,7 +138,7 @@ def peak(device: str = "cpu") -> int:
 
 
 def peak_rss() -> int:
-    """Most bytes this process ever held."""
+    """Return the most bytes this process ever held."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -155,13 +155,14 @@ def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 def report(title: str, rows: list[tuple[str, str, str]], figures: Mapping[str, Any], path: Path | None) -> None:
-    """Print (what, figure, wanted) as a table with the stamp; write figures and stamp as JSON if a path is given."""
-    made = stamp()
-    gpu = f", {made['gpu']}" if made["gpu"] else ""
-    print(f"{title}\n{made['cores']} cores of {made['cpu']}{gpu}, load {made['load']}, Python {made['python']}")
-    print(", ".join(f"{k} {v}" for k, v in made["versions"].items()) + f"; commit {made['commit'] or 'unknown'}")
+    """Print (name, figure, target) as a table with the stamp; write figures and stamp as JSON if a path is given."""
+    context = stamp()
+    gpu = f", {context['gpu']}" if context["gpu"] else ""
+    machine_line = f"{context['cores']} cores of {context['cpu']}{gpu}, load {context['load']}"
+    print(f"{title}\n{machine_line}, Python {context['python']}")
+    print(", ".join(f"{k} {v}" for k, v in context["versions"].items()) + f"; commit {context['commit'] or 'unknown'}")
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for what, figure, wanted in rows:
-        print(f"  {what:<{widths[0]}}  {figure:>{widths[1]}}" + (f"  (wanted: {wanted})" if wanted else ""))
+    for name, figure, target in rows:
+        print(f"  {name:<{widths[0]}}  {figure:>{widths[1]}}" + (f"  (target: {target})" if target else ""))
     if path is not None:
-        path.write_text(json.dumps({"title": title, **made, **figures}, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"title": title, **context, **figures}, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.decoding --json decoding.json
 
-One process, one thread. What the draft changes is told as the difference of the pixels that reach the tower.
+One process, one thread. The effect of the draft is reported as the difference of the pixels that the tower gets.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def main() -> None:
     figures = {"options": plain_options(args), "retrieval": {}}
     for images in args.images:
         figures["retrieval"][images] = retrieval(images, args)
-        table += told(images, args, figures["retrieval"][images])
+        table += table_rows(images, args, figures["retrieval"][images])
     figures["encoding"] = encoding(args)
     table += [
         ("encode_ids / forward passes of the distinct captions", f"{figures['encoding']['ratio']:.3f}", "< 1.05"),
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def contenders(images: int, args: argparse.Namespace) -> dict[str, Run]:
-    """Who takes part, on one set; each returns R@K where it gives that."""
+    """Return the contenders on one set; each returns R@K if it computes that."""
     rng = np.random.default_rng(0)
     zimg = unit(rng.standard_normal((images, args.dim), np.float32))
     image_of_text = np.repeat(np.arange(images), args.per_image)
@@ -109,12 +109,12 @@ def clip_benchmark(images: torch.Tensor, texts: torch.Tensor, image_of_text: tor
     scores = texts @ images.t()
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[torch.arange(len(scores)), image_of_text] = True
-    found = {}
-    for direction, rows, right in (("text_to_image", scores, positive), ("image_to_text", scores.T, positive.T)):
+    recall = {}
+    for direction, rows, correct in (("text_to_image", scores, positive), ("image_to_text", scores.T, positive.T)):
         for k in KS:
-            hits = batchify(recall_at_k, rows, right, CLIP_BATCH, "cpu", k=k) > 0
-            found[f"{direction}/R@{k}"] = hits.double().mean().item()
-    return found
+            hits = batchify(recall_at_k, rows, correct, CLIP_BATCH, "cpu", k=k) > 0
+            recall[f"{direction}/R@{k}"] = hits.double().mean().item()
+    return recall
 
 
 def retrieval(images: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -130,16 +130,16 @@ def retrieval(images: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def told(images: int, args: argparse.Namespace, found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of the table."""
+def table_rows(images: int, args: argparse.Namespace, figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of the report on one set."""
     size = f"{images:,} × {images * args.per_image:,}"
-    rows = [(f"{size}: {name}", f"{statistics.median(times):.2f} s", "") for name, times in found["seconds"].items()]
-    rows.append((f"{size}: faiss / siglit", f"{found['faiss / siglit']:.2f}", "> 1"))
-    rows.append((f"{size}: siglit / one product alone", f"{found['siglit / product']:.2f}", ""))
-    for name, one in found["alone"].items():
-        figure = one.get("failed") or f"{one['added_bytes'] / 2**20:,.0f} MiB, {one['seconds']:.2f} s"
+    rows = [(f"{size}: {name}", f"{statistics.median(times):.2f} s", "") for name, times in figures["seconds"].items()]
+    rows.append((f"{size}: faiss / siglit", f"{figures['faiss / siglit']:.2f}", "> 1"))
+    rows.append((f"{size}: siglit / one product alone", f"{figures['siglit / product']:.2f}", ""))
+    for name, by_itself in figures["alone"].items():
+        figure = by_itself.get("failed") or f"{by_itself['added_bytes'] / 2**20:,.0f} MiB, {by_itself['seconds']:.2f} s"
         rows.append((f"{size}: {name}, in its own process", figure, ""))
-    theirs, ours = (found["alone"].get(name, {}).get("recall") for name in (CLIP, OURS))
+    theirs, ours = (figures["alone"].get(name, {}).get("recall") for name in (CLIP, OURS))
     if theirs and ours:
         apart = max(abs(value - ours[name]) for name, value in theirs.items())
         rows.append((f"{size}: R@K, siglit and {CLIP} apart by at most", f"{apart:.2g}", "0"))
@@ -152,9 +152,9 @@ def alone(args: argparse.Namespace) -> dict[str, Any]:
     run = contenders(args.images[0], args)[args.alone]
     before, way = begin_peak()
     begun = time.perf_counter()
-    found = run()
+    metrics = run()
     seconds = time.perf_counter() - begun
-    recall = {name: value for name, value in found.items() if "/R@" in name}
+    recall = {name: value for name, value in metrics.items() if "/R@" in name}
     return {"added_bytes": max(0, peak() - before), "seconds": seconds, "measured_by": way, "recall": recall}
 
 
@@ -201,7 +201,7 @@ def encoding(args: argparse.Namespace) -> dict[str, float]:
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """Normalise in place: the largest sets leave no room for a copy."""
+    """Normalize in place: the largest sets leave no memory for a copy."""
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows
 

@@ -19,7 +19,7 @@ from benchmarks.loss_memory import in_a_process
 from siglit.loss import elementwise
 
 MIB = 2**20
-LEAST_MEMORY = 64  # MiB wanted at n = 8,192
+TARGET_MEMORY = 64  # MiB, target at n = 8,192
 Rows = list[tuple[str, str, str]]
 
 
@@ -52,11 +52,11 @@ def main() -> None:
     if args.table:
         rows += table(args, figures)
     title = f"sigmoid loss, D = {args.dim}, {args.device}, {args.threads} threads, median of {args.repeats} turns"
-    report(title, rows or [("nothing was asked for", "", "")], figures, args.json)
+    report(title, rows or [("nothing to measure", "", "")], figures, args.json)
 
 
 def times(args: argparse.Namespace, dtype: str, unlocked: bool, figures: dict[str, Any]) -> Rows:
-    """Seconds of each contender, and what the issue of the loss asks for as ratios."""
+    """Return the seconds of each contender, and their ratios with targets."""
     pairs = Pairs.draw(args.n, args.dim, dtype, unlocked, args.device)
     runs = contenders(pairs)
     _agree(pairs, runs, dtype)
@@ -65,9 +65,9 @@ def times(args: argparse.Namespace, dtype: str, unlocked: bool, figures: dict[st
     name = f"n = {args.n:,}, {dtype}, {'both sides' if unlocked else 'locked'}"
     best = min((peer for peer in PEERS if peer in seconds), key=lambda peer: statistics.median(seconds[peer]))
     fastest = seconds[best]
-    wanted = "≤ 0.8" if unlocked else "≤ 0.65"
+    target = "≤ 0.8" if unlocked else "≤ 0.65"
     ratios = {
-        f"siglit / fastest peer ({best})": (ratio(seconds["siglit"], fastest), wanted),
+        f"siglit / fastest peer ({best})": (ratio(seconds["siglit"], fastest), target),
         f"siglit, eager / fastest peer ({best})": (ratio(seconds["siglit, eager"], fastest), "≤ 1"),
         "rate of siglit / of the products in tiles": (
             ratio(seconds[LIMITS[0]], seconds["siglit"]),
@@ -79,7 +79,7 @@ def times(args: argparse.Namespace, dtype: str, unlocked: bool, figures: dict[st
     figures["seconds"][name] = {run: statistics.median(taken) for run, taken in seconds.items()}
     figures["ratios"][name] = {what: value for what, (value, _) in ratios.items()}
     compiled = "compiled" if elementwise.compiling(args.n**2) else "siglit is eager: n is small, or no compiler"
-    rows = [(f"{name}: {what}", f"{value:.2f}", wanted) for what, (value, wanted) in ratios.items()]
+    rows = [(f"{name}: {what}", f"{value:.2f}", target) for what, (value, target) in ratios.items()]
     rows += [(f"{name}: {run}", f"{taken:.3f} s", "") for run, taken in figures["seconds"][name].items()]
     return [*rows, (f"{name}: siglit", compiled, "")]
 
@@ -98,25 +98,25 @@ def memory(args: argparse.Namespace, unlocked: bool, figures: dict[str, Any]) ->
             free = free_memory(args.device)
             if likely > free / 2:
                 added[name] = likely
-                told = f"not run: about {likely / MIB:,.0f} MiB, as its memory grows with n², {free / MIB:,.0f} free"
-                rows.append((f"{head} {name}", told, ""))
+                reason = f"not run: about {likely / MIB:,.0f} MiB, as its memory grows with n², {free / MIB:,.0f} free"
+                rows.append((f"{head} {name}", reason, ""))
                 continue
-            found = in_a_process(name, n, args, dtype, unlocked)
-            if "failed" in found:
-                rows.append((f"{head} {name}", f"failed: {found['failed'][:80]}", ""))
+            result = in_a_process(name, n, args, dtype, unlocked)
+            if "failed" in result:
+                rows.append((f"{head} {name}", f"failed: {result['failed'][:80]}", ""))
                 continue
-            added[name] = found["added_bytes"]
+            added[name] = result["added_bytes"]
             run.append(name)
-            wanted = f"≤ {LEAST_MEMORY} MiB" if name == "siglit" and n == args.n else ""
-            rows.append((f"{head} {name}", f"{added[name] / MIB:,.0f} MiB", wanted))
+            target = f"≤ {TARGET_MEMORY} MiB" if name == "siglit" and n == args.n else ""
+            rows.append((f"{head} {name}", f"{added[name] / MIB:,.0f} MiB", target))
         small = small or added
         figures["memory"][case] = {"added_bytes": added, "measured": run}
         leanest = min((peer for peer in PEERS if added.get(peer)), key=added.__getitem__, default=None)
         if leanest and "siglit" in added:
-            wanted = "≤ 0.1" if n == args.memory_n else ""
+            target = "≤ 0.1" if n == args.memory_n else ""
             of = leanest if leanest in run else f"{leanest}, which was not run"
             rows.append(
-                (f"{head} siglit / of the leanest peer ({of})", f"{added['siglit'] / added[leanest]:.3f}", wanted)
+                (f"{head} siglit / of the leanest peer ({of})", f"{added['siglit'] / added[leanest]:.3f}", target)
             )
     return rows
 
@@ -127,14 +127,14 @@ def table(args: argparse.Namespace, figures: dict[str, Any]) -> Rows:
     seconds, n = 0.0, 4096
     while n <= 2**20:
         if 4 * seconds > args.budget_seconds:
-            told = f"not run: about {4 * seconds:,.0f} s, --budget-seconds is {args.budget_seconds:g}"
-            return [*rows, (f"n = {n:,}: siglit alone", told, "")]
-        found = in_a_process("siglit", n, args, args.dtype[0], bool(args.unlocked))
-        if "failed" in found:
-            return [*rows, (f"n = {n:,}: siglit alone", f"failed: {found['failed'][:80]}", "")]
-        seconds = found["seconds"]
-        figures["table"].append({"n": n, **found})
-        rows.append((f"n = {n:,}: siglit alone", f"{found['added_bytes'] / MIB:,.0f} MiB, {seconds:,.2f} s", ""))
+            reason = f"not run: about {4 * seconds:,.0f} s, --budget-seconds is {args.budget_seconds:g}"
+            return [*rows, (f"n = {n:,}: siglit alone", reason, "")]
+        result = in_a_process("siglit", n, args, args.dtype[0], bool(args.unlocked))
+        if "failed" in result:
+            return [*rows, (f"n = {n:,}: siglit alone", f"failed: {result['failed'][:80]}", "")]
+        seconds = result["seconds"]
+        figures["table"].append({"n": n, **result})
+        rows.append((f"n = {n:,}: siglit alone", f"{result['added_bytes'] / MIB:,.0f} MiB, {seconds:,.2f} s", ""))
         n *= 2
     return rows
 
@@ -147,7 +147,7 @@ def _likely_bytes(name: str, n: int, before: float | None, n_before: int) -> flo
 
 
 def _agree(pairs: Pairs, runs: dict[str, Any], dtype: str) -> None:
-    """Fail unless all contenders find one value and one gradient of the texts."""
+    """Fail unless all contenders compute one value and one gradient of the texts."""
     tolerance = 1e-3 if dtype == "float32" else 5e-2
     value = runs["siglit"]()
     gradient = pairs.ztxt.grad.float()

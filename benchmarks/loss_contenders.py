@@ -1,4 +1,4 @@
-"""Who takes part in `benchmarks.loss`: each contender makes a value and its gradients of one batch of pairs.
+"""The contenders of `benchmarks.loss`: each computes a value and its gradients for one batch of pairs.
 
 Peers are open_clip's module as installed, the same formula in strips, and what people write by hand. The matrix
 products alone are the limit: no exact loss can be faster. Shapes: n pairs, D embedding width.
@@ -62,7 +62,7 @@ class Pairs:
 
 def contenders(pairs: Pairs) -> dict[str, Callable[[], torch.Tensor | None]]:
     """Forward and backward of each by name; open_clip's only where it is installed."""
-    made: dict[str, Callable[[], torch.Tensor | None]] = {
+    runs: dict[str, Callable[[], torch.Tensor | None]] = {
         "siglit": lambda: pairs.backward(sigmoid_loss),
         "siglit, eager": lambda: _eager(pairs),
         PEERS[1]: lambda: pairs.backward(in_strips),
@@ -74,8 +74,8 @@ def contenders(pairs: Pairs) -> dict[str, Callable[[], torch.Tensor | None]]:
     try:
         from open_clip.loss import SigLipLoss
     except ImportError:
-        return made
-    return made | {PEERS[0]: lambda: pairs.backward(SigLipLoss())}
+        return runs
+    return runs | {PEERS[0]: lambda: pairs.backward(SigLipLoss())}
 
 
 def by_hand(zimg: torch.Tensor, ztxt: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""One optimiser step of a micro text tower at a global batch of N pairs from a cache, in one process.
+"""One optimizer step of a micro text tower at a global batch of N pairs from a cache, in one process.
 
     python -m benchmarks.million --pairs 131072 --json million.json
 
 The tower runs twice, in micro-batches: without a graph to embed all captions, and again for its gradients once the
-loss has found those of the embeddings (GradCache, arXiv:2101.06983). So one micro-batch's activations are alive at a
+loss has computed those of the embeddings (GradCache, arXiv:2101.06983). So one micro-batch's activations are alive at a
 time, and of the whole batch only rows of width D. Shapes: N pairs, D embedding width, L tokens.
 """
 
@@ -35,7 +35,7 @@ GIB = 2**30
 
 
 class Model(nn.Module):
-    """The tower with t' and b, as the optimiser sees them."""
+    """The tower with t' and b, as the optimizer sees them."""
 
     def __init__(self, dim: int, length: int):
         super().__init__()
@@ -144,7 +144,7 @@ def step(cache: EmbeddingCache, args: argparse.Namespace) -> tuple[Parts, float]
             meter.advance(len(ztxt[some]))
 
     ztxt.requires_grad_()
-    with parts.part("loss", len(cache) ** 2) as meter, told_by_tile(meter):
+    with parts.part("loss", len(cache) ** 2) as meter, advanced_by_tile(meter):
         loss = sigmoid_loss(zimg, ztxt, model.log_scale.exp(), model.logit_bias)
         loss.backward()
     gradient = ztxt.grad
@@ -156,7 +156,7 @@ def step(cache: EmbeddingCache, args: argparse.Namespace) -> tuple[Parts, float]
             model.embed(ids[some]).backward(gradient[some].float())
             meter.advance(len(gradient[some]))
 
-    with parts.part("optimiser", 1, "steps") as meter:
+    with parts.part("optimizer", 1, "steps") as meter:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         meter.advance(1)
@@ -164,16 +164,16 @@ def step(cache: EmbeddingCache, args: argparse.Namespace) -> tuple[Parts, float]
 
 
 @contextlib.contextmanager
-def told_by_tile(meter: Meter) -> Iterator[None]:
-    """Advance the meter by the pairs of each tile that the sigmoid loss has done; the loss itself tells nothing."""
+def advanced_by_tile(meter: Meter) -> Iterator[None]:
+    """Advance the meter by the pairs of each tile, as the sigmoid loss itself reports no progress."""
     cut = sigmoid.tiles
 
-    def told(*given: Any) -> Iterator[tuple[slice, slice]]:
+    def counted(*given: Any) -> Iterator[tuple[slice, slice]]:
         for rows, columns in cut(*given):
             yield rows, columns
             meter.advance((rows.stop - rows.start) * (columns.stop - columns.start))
 
-    with mock.patch.object(sigmoid, "tiles", told):
+    with mock.patch.object(sigmoid, "tiles", counted):
         yield
 
 

@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         )
         writing.append(0.0)
         with mock.patch.object(embedding, "_write", timed(embedding._write, writing)):
-            # What is asked of the stage is the time of its work, not of loading the tower before it.
+            # The time of the stage is that of its work, without loading the tower before it.
             inside.append(siglit.precompute(experiment).splits["train"].seconds)
 
     def decode() -> list[torch.Tensor]:

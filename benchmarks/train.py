@@ -5,29 +5,29 @@
     python -m benchmarks.train --parts tower --device cuda --text L12 --batch 32768 --micro-batch 4096 --steps 20
     python -m benchmarks.train --text micro --batch 64 --rows 1024 --repeats 1 --steps 4 --image-tower test_vit
 
-How the contenders are made comparable:
+How the contenders are comparable:
 
-- **siglit** is a whole run of the stage, Lightning, batches from the cache, loss, clipping, optimiser and metrics.csv
-  included (a row every 10 steps, or every turn where a turn has fewer). It goes on through the measurement, and the
+- **siglit** is a whole run of the stage, Lightning, batches from the cache, loss, clipping, optimizer and metrics.csv
+  included (a row every 10 steps, or every turn where a turn has fewer). It runs through the whole measurement, and the
   others take their turns between two of its steps. The first turn counts for nobody. Its rare parts are left out for
   what they are: tokenising, validation and checkpoints.
 - **tower**: the bare tower is a copy of the one in training, forward and backward on fixed random tokens. A batch
   that does not fit in memory goes in micro-batches, whose activations siglit makes again in backward: one forward
   pass more. So there are two bare towers then: one that recomputes the same micro-batches, which shows what siglit
   adds to a step, and one that goes forward and backward through each at once, which is what the step would cost if
-  the batch fitted. `--micro-batch 0` takes the batch at once: nothing is recomputed anywhere. Loss and optimiser are
+  the batch fitted. `--micro-batch 0` takes the batch at once: nothing is recomputed anywhere. Loss and optimizer are
   timed alone, on tensors of the same shapes.
 - **open_clip**: a step of its own towers and loss as `open_clip_train` takes it, with AdamW, which siglit is given
   there too. Its image tower is the timm model whose rows siglit would have in the cache, with random weights; the
   images are decoded already and lie on the device, one batch for all steps: in its favour, as decoding and augmenting
   would come on top. Both recompute the text tower, or neither; its images need no gradient.
-- **sail**: the same step, a plain loop around siglit's tower, loss and optimiser, on batches of either kind. A turn
+- **sail**: the same step, a plain loop around siglit's tower, loss and optimizer, on batches of either kind. A turn
   begins with a batch in hand and the workers running. Memory is what belongs to the processes alone after a pass
   (anonymous pages, those that processes share counted once): what N rows take more than N / 2, for a row. Rows of the
   cache are pages of a file, which the kernel can drop, and which all processes of a machine share.
 
 Model FLOP/s count the tower's forward pass three times and the loss's two products, whatever is recomputed. The hours
-of four devices are projected: tower and loss are shared out, the optimiser is not, and no exchange is counted.
+of four devices are projected: tower and loss are shared out, the optimizer is not, and no exchange is counted.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from benchmarks.train_contenders import (
     KEPT,
     LOSS,
     OPEN_CLIP,
-    OPTIMISER,
+    OPTIMIZER,
     forward_flops,
     image_tower,
     open_clip_step,
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def recomputing(args: argparse.Namespace) -> bool:
-    """Tell whether the activations of the towers are made again in backward."""
+    """Tell whether the activations of the towers are recomputed in backward."""
     return 0 < args.micro_batch < args.batch
 
 
@@ -122,18 +122,18 @@ def tower(folder: Path, args: argparse.Namespace, size: str, cache: EmbeddingCac
         flops = 3 * args.batch * forward_flops(module, args.length) + 2 * 2 * args.batch**2 * args.dim
         return parts_of_a_step(module, args)
 
-    experiment = recipe(folder, args, size=size, cache=cache, optimiser="lion")
+    experiment = recipe(folder, args, size=size, cache=cache, optimizer="lion")
     seconds = in_turns(experiment, make, steps=args.steps, repeats=args.repeats)
     mine = seconds[SIGLIT]
     bare = BARE if recomputing(args) else KEPT
-    shares = {name: ratio(seconds[name], mine) for name in (bare, LOSS, OPTIMISER)}
+    shares = {name: ratio(seconds[name], mine) for name in (bare, LOSS, OPTIMIZER)}
     shares["the rest: data, logging, Lightning"] = 1 - sum(shares.values())
     of_bare = {name: ratio(seconds[name], mine) for name in (BARE, KEPT) if name in seconds}
     step = {name: statistics.median(taken) / args.steps for name, taken in seconds.items()}
     figures |= {"of_bare": of_bare, "shares": shares, "step_seconds": step, "model_flops": flops}
     head = f"text {size}"
-    wanted = {bare: "≥ 93 %"}
-    rows = [(f"{head}: examples/s of siglit / {n}", f"{v:.1%}", wanted.get(n, "")) for n, v in of_bare.items()]
+    targets = {bare: "≥ 93 %"}
+    rows = [(f"{head}: examples/s of siglit / {n}", f"{v:.1%}", targets.get(n, "")) for n, v in of_bare.items()]
     rows += [(f"{head}: of a step, {name}", f"{share:.2%}", "") for name, share in shares.items() if name != bare]
     rows += [(f"{head}: examples/s, {n}", f"{args.batch / step[n]:,.1f}", "") for n in (SIGLIT, *of_bare)]
     return [*rows, *speed(size, args, flops, step, figures)]
@@ -142,14 +142,14 @@ def tower(folder: Path, args: argparse.Namespace, size: str, cache: EmbeddingCac
 def speed(size: str, args: argparse.Namespace, flops: int, step: dict[str, float], figures: dict[str, Any]) -> Rows:
     """Seconds and model FLOP/s of a step, their share of the peak where it is known, and hours of the paper's run."""
     head, rate = f"text {size}", flops / step[SIGLIT]
-    wanted = "< 1.3 s on an H200" if (args.device, size, args.batch) == ("cuda", "L12", 32_768) else ""
-    rows = [(f"{head}: a step of siglit", f"{step[SIGLIT]:.3f} s", wanted)]
+    target = "< 1.3 s on an H200" if (args.device, size, args.batch) == ("cuda", "L12", 32_768) else ""
+    rows = [(f"{head}: a step of siglit", f"{step[SIGLIT]:.3f} s", target)]
     rows.append((f"{head}: model TFLOP/s", f"{rate / 1e12:.3f}", ""))
     if args.device == "cpu":
         return rows
     name = torch.cuda.get_device_name()
     peak = next((flops for word, flops in DENSE_BF16_FLOPS.items() if word in name), None)
-    four = (step[SIGLIT] - step[OPTIMISER]) / 4 + step[OPTIMISER]
+    four = (step[SIGLIT] - step[OPTIMIZER]) / 4 + step[OPTIMIZER]
     hours = {devices: STEPS_OF_THE_PAPER * taken / 3600 for devices, taken in ((1, step[SIGLIT]), (4, four))}
     figures |= {"hours": hours, "of_peak": peak and rate / peak}
     if peak:
@@ -164,7 +164,7 @@ def open_clip(folder: Path, args: argparse.Namespace, figures: dict[str, Any]) -
     """Examples/s of `siglit train` on the rows of a locked tower, as a multiple of open_clip's on its images."""
     size = args.text[0]
     cache = write_cache(folder, args, dim=image_tower(args.image_tower).num_features, count=args.rows)
-    experiment = recipe(folder, args, size=size, cache=cache, optimiser="adamw")
+    experiment = recipe(folder, args, size=size, cache=cache, optimizer="adamw")
     seconds = in_turns(
         experiment, lambda _: {OPEN_CLIP: open_clip_step(size, args)}, steps=args.steps, repeats=args.repeats
     )

@@ -1,4 +1,4 @@
-"""Who takes turns with siglit in `benchmarks.train`: the parts of its own step, and open_clip on images.
+"""The contenders of `benchmarks.train`: the parts of its own step, and open_clip on images.
 
 Knows nothing of turns. Each contender is a function that takes `--steps` steps of its own.
 Shapes: B pairs of a step, L tokens, D embedding width.
@@ -21,19 +21,19 @@ from siglit.models.text_tower import PRESETS
 from siglit.training.module import SigLiT
 
 BARE, KEPT = "bare tower, recomputed alike", "bare tower, nothing recomputed"
-LOSS, OPTIMISER = "loss", "optimiser"
+LOSS, OPTIMIZER = "loss", "optimizer"
 OPEN_CLIP = "open_clip, images, --lock-image"
 _MAX_LOG_SCALE = math.log(100)
 
 
 def parts_of_a_step(module: SigLiT, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Forward and backward of the bare tower, the loss, and clipping with the optimiser, each `--steps` times.
+    """Forward and backward of the bare tower, the loss, and clipping with the optimizer, each `--steps` times.
 
     They work on a copy of what the run trains. Without micro-batches nothing is recomputed on either side, and there
     is one bare tower only.
     """
     device, micro = module.device, args.micro_batch or args.batch
-    # Together: the copied optimiser must hold the copied weights.
+    # Together: the copied optimizer must hold the copied weights.
     tower, optimizer = copy.deepcopy((module.text_tower, module.optimizers(use_pl_optimizer=False)))
     if args.device == "cuda":
         tower.compile()
@@ -64,17 +64,17 @@ def parts_of_a_step(module: SigLiT, args: argparse.Namespace) -> dict[str, Calla
         for tensor in sides:
             tensor.grad = None
 
-    def optimise() -> None:
-        for parameter, slope in given:
-            parameter.grad = slope
+    def optimize() -> None:
+        for parameter, gradient in given:
+            parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(tower.parameters(), OptimConfig.clip)
         optimizer.step()
         tower.zero_grad()
 
-    made = {KEPT: kept, LOSS: loss, OPTIMISER: optimise}
+    runs = {KEPT: kept, LOSS: loss, OPTIMIZER: optimize}
     if micro < args.batch:
-        made[BARE] = recomputed
-    return {name: _several(run, args.steps) for name, run in made.items()}
+        runs[BARE] = recomputed
+    return {name: _several(run, args.steps) for name, run in runs.items()}
 
 
 def forward_flops(module: SigLiT, length: int) -> int:

@@ -63,7 +63,7 @@ class SailRows(Dataset):
 
 
 class Model(nn.Module):
-    """The tower with t' and b, as the optimiser sees them."""
+    """The tower with t' and b, as the optimizer sees them."""
 
     def __init__(self, args: argparse.Namespace):
         super().__init__()
@@ -113,7 +113,7 @@ def _loaders() -> dict[str, Callable[..., Iterable]]:
         return CacheLoader(cache, ids, batch_size=args.batch, seed=0, pin_memory=args.device == "cuda")
 
     def theirs(workers: int) -> Callable[..., DataLoader]:
-        def made(_: EmbeddingCache, ids: np.ndarray, held: SailRows, args: argparse.Namespace) -> DataLoader:
+        def open_batches(_: EmbeddingCache, ids: np.ndarray, held: SailRows, args: argparse.Namespace) -> DataLoader:
             return DataLoader(
                 held,
                 batch_size=args.batch,
@@ -124,7 +124,7 @@ def _loaders() -> dict[str, Callable[..., Iterable]]:
                 pin_memory=args.device == "cuda",
             )
 
-        return made
+        return open_batches
 
     return {OURS: ours} | {f"SAIL's, {workers} workers": theirs(workers) for workers in WORKERS}
 
@@ -189,14 +189,14 @@ def _bytes_per_row(folder: Path, args: argparse.Namespace, cache: EmbeddingCache
     half = write_cache(folder, args, dim=cache.dim, count=len(cache) // 2)
     for some in (half, cache):
         _token_ids(folder, some, args)  # not in the processes that are measured: it takes memory of its own
-    found = {}
+    bytes_per_row = {}
     for name in _loaders():
         taken = []
         for some in (half, cache):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 taken.append(pool.submit(_bytes_of_a_pass, name, folder, str(some.path), args).result())
-        found[name] = (taken[1] - taken[0]) / (len(cache) - len(half))
-    return found
+        bytes_per_row[name] = (taken[1] - taken[0]) / (len(cache) - len(half))
+    return bytes_per_row
 
 
 def _bytes_of_a_pass(name: str, folder: Path, path: str, args: argparse.Namespace) -> int:

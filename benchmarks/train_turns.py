@@ -1,6 +1,6 @@
 """A real `siglit train` on a generated cache, within which other contenders take their turns.
 
-Knows nothing of who they are. The run goes on through the whole measurement: what is timed of it is its steady state.
+Knows nothing of the contenders. One run lasts for the whole measurement: what is timed is its steady state.
 Shapes: N rows of the cache, D embedding width, B pairs of a step, L tokens.
 """
 
@@ -98,23 +98,23 @@ def in_turns(
 
 
 def _now() -> float:
-    """Seconds on a clock, once the device has done all that it was told."""
+    """Seconds of a clock, after the device has finished its queue."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def recipe(folder: Path, args: argparse.Namespace, *, size: str, cache: EmbeddingCache, optimiser: str) -> Experiment:
+def recipe(folder: Path, args: argparse.Namespace, *, size: str, cache: EmbeddingCache, optimizer: str) -> Experiment:
     """Write down a locked training on the cache with a text tower of that size."""
     cuda = args.device == "cuda"
     return Experiment(
         data=DataConfig(train=SourceSpec(format="csv", path="unused: the cache is imported")),
-        output_dir=str(folder / f"run-{size}-{optimiser}-{cache.dim}"),
+        output_dir=str(folder / f"run-{size}-{optimizer}-{cache.dim}"),
         image_tower=ImageTowerConfig(model="random"),
         cache=CacheConfig(path=str(Path(cache.path).parent)),
         tokenizer=TokenizerConfig(path=str(folder / "tokenizer"), length=args.length),
         text_tower=TextTowerConfig(size=size),
-        optim=OptimConfig(name=optimiser),
+        optim=OptimConfig(name=optimizer),
         train=TrainConfig(
             batch_size=args.batch,
             micro_batch_size=args.micro_batch or None,
@@ -160,7 +160,7 @@ def write_cache(folder: Path, args: argparse.Namespace, *, dim: int, count: int)
 def _write_tokenizer(folder: Path) -> None:
     """A word is a token, so that the vocabulary has its full size without a corpus to learn it from."""
     words = (*_SPECIAL, *map(str, range(VOCABULARY - len(_SPECIAL))))
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = dict(zip(("pad_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)

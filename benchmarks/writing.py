@@ -75,8 +75,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     )
 
 
-def _sync(file, wanted: bool) -> None:
-    if wanted:
+def _sync(file, durable: bool) -> None:
+    if durable:
         file.flush()
         os.fsync(file.fileno())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from siglit.config import Experiment
 from siglit.models.tokenizer import load_tokenizer
-from siglit.planning.memory import tokenizer_or_numbers
+from siglit.planning.memory import tokenizer_or_placeholder
 from siglit.runs.launch import check_batch_fits, check_batch_size, quiet_lightning
 from siglit.training.data import open_data
 from siglit.training.module import SigLiT
@@ -41,7 +41,7 @@ def dry_run(experiment: Experiment) -> DryRun:
     check_batch_fits(train, data.count)
     steps = total_steps(train, data.count)
     named = experiment.tokenizer.path or experiment.text_tower.pretrained
-    found = load_tokenizer(named, experiment.tokenizer) if named else tokenizer_or_numbers(experiment)
+    found = load_tokenizer(named, experiment.tokenizer) if named else tokenizer_or_placeholder(experiment)
     data.tokenizer = found  # type: ignore[assignment]
     module = SigLiT(experiment, steps)
     module.build(data)

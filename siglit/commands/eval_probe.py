@@ -66,17 +66,17 @@ def eval_probe(experiment: Experiment) -> ProbeResult:
             splits.numbered(splits.val),
             len(splits.classes),
             device=device,
-            told=lambda: meter.advance(1),
+            on_pass=lambda: meter.advance(1),
         )
     result = ProbeResult(
-        top1=probed.found.top[1],
-        top5=probed.found.top.get(5),
-        mean_per_class=probed.found.mean_per_class,
+        top1=probed.test.top[1],
+        top5=probed.test.top.get(5),
+        mean_per_class=probed.test.mean_per_class,
         l2=probed.l2,
         held_out={f"{l2:g}": share for l2, share in probed.held_out.items()},
         gradient=probed.gradient,
         train_images=len(splits.train.rows),
-        images=probed.found.images,
+        images=probed.test.images,
         classes=len(splits.classes),
         of=splits.of,
     )

@@ -39,7 +39,7 @@ class RetrievalResult:
     """Share of labelled images whose nearest distinct caption is one of their class."""
     folds: dict[str, float] = field(default_factory=dict)
     """Where there is more than one: their "count", and the mean of the metrics over them."""
-    index: indices.Approximate | None = None
+    index: indices.IndexComparison | None = None
     """The approximate index that was asked for."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Checkpoint and cache."""
@@ -135,7 +135,7 @@ def _folds(folds: int, arrays: tuple[np.ndarray, np.ndarray, np.ndarray], device
         raise UserError(f"eval.folds is {folds}, but {error}; choose fewer, or 1 for none") from error
 
 
-def _build(experiment: Experiment, trained: TrainedRun) -> indices.Built | None:
+def _build(experiment: Experiment, trained: TrainedRun) -> indices.ApproximateIndex | None:
     """The index of eval.index, kept beside the exact one; before the captions, whose work a wrong name would cost."""
     factory = experiment.eval.index
     if factory is None:
@@ -143,7 +143,7 @@ def _build(experiment: Experiment, trained: TrainedRun) -> indices.Built | None:
     exact = trained.index_file
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", factory)
     try:
-        return indices.kept_or_built(trained.zimg, factory, exact.with_name(f"{exact.stem}-{name}{exact.suffix}"))
+        return indices.load_or_build(trained.zimg, factory, exact.with_name(f"{exact.stem}-{name}{exact.suffix}"))
     except ValueError as error:
         raise UserError(f"eval.index: {error}; choose another factory string, such as HNSW32, or none") from error
 

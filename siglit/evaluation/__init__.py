@@ -1,1 +1,1 @@
-"""Arrays in, numbers out: retrieval and what a person looks at. The only home of faiss."""
+"""Arrays in, numbers out: the metrics of retrieval and classification, and search indices. The only home of faiss."""

@@ -1,4 +1,4 @@
-"""Captions and images to unit rows for evaluation, each distinct text encoded once.
+"""Encode captions and images as unit rows for evaluation, each distinct caption once.
 
 Knows the towers only as functions. Shapes: N inputs of any kind, M captions, L tokens, D embedding width.
 """
@@ -22,9 +22,8 @@ def encode_ids(
 ) -> np.ndarray:
     """Embed (M, L) token ids as (M, D) float32 unit rows; equal captions share one pass through the tower."""
     distinct, inverse = np.unique(ids, axis=0, return_inverse=True)
-    told = "captions"
-    found = encode(tower, distinct.astype(np.int64), batch_size=batch_size, device=device, told=told, quiet=quiet)
-    return found[inverse.reshape(-1)]
+    rows = encode(tower, distinct.astype(np.int64), batch_size=batch_size, device=device, unit="captions", quiet=quiet)
+    return rows[inverse.reshape(-1)]
 
 
 def encode(
@@ -33,12 +32,12 @@ def encode(
     *,
     batch_size: int,
     device: torch.device,
-    told: str,
+    unit: str,
     quiet: bool = False,
 ) -> np.ndarray:
-    """Embed (N, …) inputs as (N, D) float32 unit rows; `told` is the plural noun of what they are."""
+    """Embed (N, …) inputs as (N, D) float32 unit rows; `unit` is the plural noun that the progress shows."""
     parts = []
-    with torch.inference_mode(), Meter("encoding", len(inputs), told, quiet=quiet) as meter:
+    with torch.inference_mode(), Meter("encoding", len(inputs), unit, quiet=quiet) as meter:
         for start in range(0, len(inputs), batch_size):
             block = torch.from_numpy(inputs[start : start + batch_size]).to(device)
             parts.append(F.normalize(tower(block).float(), dim=1).cpu().numpy())
@@ -47,5 +46,5 @@ def encode(
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Normalise (N, D) float16 tower outputs to float32 unit rows."""
+    """Normalize (N, D) float16 tower outputs to float32 unit rows."""
     return F.normalize(torch.from_numpy(rows).float(), dim=1).numpy()

@@ -22,15 +22,15 @@ class Ridge:
     mean: np.ndarray
     """(D,) float64, of the shots."""
     std: np.ndarray
-    """(D,) float64, of the shots, and 1e-5."""
+    """(D,) float64, of the shots, plus 1e-5."""
     weights: np.ndarray
     """(D + 1, C) float64, the bias last."""
 
     def predict(self, rows: np.ndarray) -> np.ndarray:
-        """Class of each of (N, D) rows: (N,) integers in [0, C)."""
+        """Return the classes of (N, D) rows: (N,) integers in [0, C)."""
         blocks = (rows[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows), _ROWS_AT_ONCE))
-        found = [(_features(block, self.mean, self.std) @ self.weights).argmax(1) for block in blocks]
-        return np.concatenate(found)
+        predicted = [(_features(block, self.mean, self.std) @ self.weights).argmax(1) for block in blocks]
+        return np.concatenate(predicted)
 
 
 def draw_shots(labels: np.ndarray, classes: np.ndarray, shots: Sequence[int], seed: int) -> dict[int, np.ndarray]:
@@ -40,22 +40,22 @@ def draw_shots(labels: np.ndarray, classes: np.ndarray, shots: Sequence[int], se
     so that more shots contain fewer. From the same images in the same order, big_vision draws the same.
 
     Args:
-        labels: (N,) classes; other labels are left out.
+        labels: (N,) classes; images whose label is not in `classes` are left out.
         classes: (C,) ascending.
-        shots: numbers of images per class.
+        shots: numbers of images per class to draw.
         seed: of numpy's default generator.
 
     Returns:
         {k: (C · k,) rows, class by class}.
 
     Raises:
-        ValueError: a class has fewer images than that.
+        ValueError: a class has fewer images than the largest of `shots`.
     """
     order = np.argsort(labels, kind="stable")
     bounds = np.searchsorted(labels[order], [classes, classes + 1])
     fewest = int((bounds[1] - bounds[0]).min())
     if fewest < max(shots):
-        raise ValueError(f"{max(shots)} images of every class are to be drawn, but one has {fewest}")
+        raise ValueError(f"cannot draw {max(shots)} images of every class: one class has {fewest}")
     draw = np.random.default_rng(seed)
     of_class = [draw.permutation(order[start:end]) for start, end in bounds.T]
     return {k: np.concatenate([rows[:k] for rows in of_class]) for k in shots}
@@ -65,7 +65,7 @@ def fit_ridge(rows: np.ndarray, labels: np.ndarray, classes: int, l2: float = L2
     """Regress targets of ±1 on whitened features and a constant feature of 100, which the penalty hardly reaches.
 
     Args:
-        rows: (n, D) outputs of an image tower, not normalised.
+        rows: (n, D) outputs of an image tower, not normalized.
         labels: (n,) integers in [0, C).
         classes: C.
         l2: penalty.

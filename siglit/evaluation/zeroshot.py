@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image belongs to the class whose prompts lie nearest to it.
+"""Zero-shot classification: the class of an image is the one whose prompts are nearest to it.
 
 Arrays in, numbers out; knows nothing of names or files. Shapes: N images, P prompts, C classes, D embedding width.
 """
@@ -9,13 +9,13 @@ import numpy as np
 
 from siglit.evaluation.classification import Classification, tally
 
-# The same product of unit rows differs by this much at most with its place in a float32 matrix product.
+# How much the same dot product of unit rows may differ between positions of a float32 matrix product.
 _TIE = 1e-6
 _SCORES_AT_ONCE = 1 << 22
 
 
 def class_embeddings(ztxt: np.ndarray, class_of_prompt: np.ndarray, classes: int) -> np.ndarray:
-    """Mean of the normalised embeddings of a class's prompts, normalised again.
+    """Average the unit embeddings of each class's prompts and normalize the means.
 
     Args:
         ztxt: (P, D) unit rows.
@@ -26,15 +26,17 @@ def class_embeddings(ztxt: np.ndarray, class_of_prompt: np.ndarray, classes: int
         (C, D) float32 unit rows.
 
     Raises:
-        ValueError: a class has no prompt, or the arrays do not fit each other.
+        ValueError: a class has no prompt, or the lengths of the arrays differ.
 
-    Source: CLIP_benchmark `zero_shot_classifier`, as open_clip and LiT (arXiv:2111.07991) do it too.
+    Source: CLIP_benchmark `zero_shot_classifier`; open_clip and LiT (arXiv:2111.07991) do the same.
     """
     if len(ztxt) != len(class_of_prompt):
-        raise ValueError(f"{len(ztxt)} prompts, but classes of {len(class_of_prompt)}")
+        raise ValueError(f"ztxt has {len(ztxt)} prompts, but class_of_prompt has {len(class_of_prompt)} entries")
     counts = np.bincount(class_of_prompt, minlength=classes)
     if len(counts) != classes or not counts.all():
-        raise ValueError(f"every one of {classes} classes needs a prompt, got {np.flatnonzero(counts).tolist()}")
+        raise ValueError(
+            f"each of the {classes} classes needs a prompt, but only {np.flatnonzero(counts).tolist()} have one"
+        )
     sums = np.zeros((classes, ztxt.shape[1]))
     np.add.at(sums, class_of_prompt, ztxt)
     means = sums / counts[:, None]
@@ -42,9 +44,9 @@ def class_embeddings(ztxt: np.ndarray, class_of_prompt: np.ndarray, classes: int
 
 
 def classify(zimg: np.ndarray, zcls: np.ndarray, labels: np.ndarray, ks: Sequence[int] = (1, 5)) -> Classification:
-    """Put every image into the class with the nearest embedding.
+    """Predict for every image the class with the nearest embedding, and compare with the labels.
 
-    Equal scores (to 1e-6) count against the model; no (N, C) matrix is held.
+    Ties (to 1e-6) count against the model. The (N, C) scores are computed in blocks.
 
     Args:
         zimg: (N, D) float32 unit rows.
@@ -53,13 +55,13 @@ def classify(zimg: np.ndarray, zcls: np.ndarray, labels: np.ndarray, ks: Sequenc
         ks: cut-offs.
 
     Raises:
-        ValueError: no image has a label, one has a label that is no class, or there are fewer than two classes.
+        ValueError: no image has a label, a label is C or more, or there are fewer than two classes.
 
     Source: CLIP_benchmark `zeroshot_classification`, whose values these equal where no scores tie.
     """
     known = np.flatnonzero(labels >= 0)
-    if len(known) and labels.max() >= len(zcls):
-        raise ValueError(f"an image has label {labels.max()}, but there are {len(zcls)} classes, counted from 0")
+    if len(known) > 0 and labels.max() >= len(zcls):
+        raise ValueError(f"an image has label {labels.max()}, but there are {len(zcls)} classes, numbered from 0")
     step = max(1, _SCORES_AT_ONCE // len(zcls))
     blocks = (known[start : start + step] for start in range(0, len(known), step))
     return tally(((zimg[rows] @ zcls.T, labels[rows]) for rows in blocks), len(zcls), ks, _TIE)

@@ -1,7 +1,7 @@
-"""How ranks share embeddings: the block of every rank is brought past every other one, and what it earns goes home.
+"""How ranks share embeddings: every rank receives every other rank's block and returns a gradient for it.
 
-Knows process groups, not losses. Nothing here is differentiable: the losses compute gradients as the blocks come by and
-send those home too, so that backward has nothing to communicate.
+Knows process groups, not losses. Nothing here is differentiable: the losses compute the gradients of a block while they
+have it and return them at once, so that backward has nothing to communicate.
 Shapes: B rows per rank, W ranks, D columns.
 """
 
@@ -16,31 +16,48 @@ Exchange = Literal["bidir", "shift", "reduce", "gather"]
 EXCHANGES: tuple[str, ...] = get_args(Exchange)
 
 
+def blocks_held(exchange: Exchange | None, ranks: int) -> tuple[int, int]:
+    """Most blocks of B rows that a rank holds during an exchange.
+
+    Args:
+        exchange: how blocks travel; None: not at all.
+        ranks: W.
+
+    Returns:
+        Blocks of rows besides the local one; blocks of gradients, if gradients are returned.
+    """
+    if exchange is None or ranks == 1:
+        return 0, 1
+    if exchange == "gather":
+        return ranks, ranks
+    return (4 if exchange == "bidir" else 2), 3
+
+
 def world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
-    """Return (W, this rank's number); (1, 0) where no process group is set up."""
+    """Return (W, rank of this process); (1, 0) where no process group is set up."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1, 0
     return dist.get_world_size(group), dist.get_rank(group)
 
 
-def disagreement(mine: str, wrong: bool, group: dist.ProcessGroup | None, device: torch.device) -> str | None:
+def disagreement(description: str, failed: bool, group: dist.ProcessGroup | None, device: torch.device) -> str | None:
     """Compare what all ranks are about to do, so that they fail together instead of waiting for each other.
 
     Args:
-        mine: all that must be the same on every rank, in words.
-        wrong: this rank cannot go on, and `mine` says why.
+        description: everything that must be the same on every rank, in words; the problem if this rank has failed.
+        failed: this rank cannot take part.
         group: the ranks.
         device: where the group's tensors live.
 
     Returns:
-        None if all ranks say the same and none is wrong; else, on all of them, what each said.
+        None if all descriptions are equal and no rank has failed; else, on every rank, a message with all descriptions.
     """
-    digest = int.from_bytes(hashlib.sha256(mine.encode()).digest()[:7], "big")
-    told = gather_rows(torch.tensor([[digest, wrong]], device=device), group)
-    if not bool((told != told.new_tensor([digest, 0])).any()):
+    digest = int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
+    digests = gather_rows(torch.tensor([[digest, failed]], device=device), group)
+    if not bool((digests != digests.new_tensor([digest, 0])).any()):
         return None
-    texts: list[str] = [""] * len(told)
-    dist.all_gather_object(texts, mine, group=group)
+    texts: list[str] = [""] * len(digests)
+    dist.all_gather_object(texts, description, group=group)
     return "the ranks do not agree: " + "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
 
 
@@ -51,28 +68,32 @@ def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
     if ranks == 1:
         return rows
     gathered = rows.new_empty(ranks * len(rows), *rows.shape[1:])
-    # torch 2.14 renamed it and warns of the old name, which is all that earlier versions have.
+    # torch 2.14 renamed this function and warns about the old name, the only one that earlier versions have.
     all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
     all_gather(gathered, rows, group=group)
     return gathered
 
 
 class BlockExchange:
-    """The visits of all ranks' blocks to this one; around the ring, its own comes first.
+    """Brings the blocks of all ranks to this one and returns their gradients; around the ring, its own comes first.
 
-    Iterate to get (rank it belongs to, tensors of the block); call `give` with what the block has earned before the
-    next one is taken; `collected` then holds the sum of what all ranks gave to this rank's block. All ranks must do the
-    same. The next block is on its way while the present one is worked on.
+    Iterate to get (rank that owns the block, tensors of the block). Call `return_grad` with the gradient that this rank
+    computed for a block before taking the next one; after the last one, `local_grad` holds the sum of the gradients
+    that all ranks computed for this rank's block. All ranks must make the same calls. The next block is on its way
+    while the current one is worked on.
 
-    | exchange | a block travels | rounds | rows held besides one's own |
+    | exchange | a block travels | rounds | rows held besides the local block |
     |---|---|---|---|
     | bidir | both ways round the ring, half way each | W / 2 | 4 B |
     | shift | once round the ring | W − 1 | 2 B |
-    | reduce | by a broadcast from its rank, and home by a reduction | W | 2 B |
-    | gather | to all at once, and home by a reduce-scatter | 1 | W B |
+    | reduce | by a broadcast from its owner; its gradient returns by a reduction | W | 2 B |
+    | gather | to all at once; its gradient returns by a reduce-scatter | 1 | W B |
 
-    A rank sends (W − 1) B rows and as many rows home; around the ring, earnings go straight home instead of along with
-    the block, which takes as many bytes and leaves no rank waiting for another's sum.
+    A rank sends (W − 1) B rows and as many rows of gradients. Around the ring, a gradient goes straight to the owner
+    instead of along with the block: this takes as many bytes and leaves no rank waiting for another rank's sum.
+
+    Attributes:
+        local_grad: None where no gradients were returned.
     """
 
     def __init__(
@@ -81,112 +102,127 @@ class BlockExchange:
         exchange: Exchange | None = "bidir",
         group: dist.ProcessGroup | None = None,
     ):
-        """Take this rank's block: tensors of equal shapes on all ranks; with no exchange, it is the only one."""
-        self._mine = [tensor.detach().contiguous() for tensor in tensors]
+        """Prepare the exchange.
+
+        Args:
+            tensors: the local block: (B, …) each, of equal shapes on all ranks.
+            exchange: how blocks travel; None: the local block is the only one.
+            group: the ranks.
+        """
+        self._local = [tensor.detach().contiguous() for tensor in tensors]
         self._exchange, self._group = exchange, group
         self._ranks, self._rank = world(group) if exchange else (1, 0)
-        self.collected: torch.Tensor | None = None
-        self._earned: list[torch.Tensor] = []
-        # Of the reply under way: its requests, where it arrives, and what must live until it has left.
-        self._reply: tuple[list[dist.Work], torch.Tensor | None, torch.Tensor] | None = None
-        self._origin = -1
+        self.local_grad: torch.Tensor | None = None
+        self._block_grads: list[torch.Tensor] = []
+        # The return in flight: its requests, the tensor it arrives in, and the tensor that must live until it is sent.
+        self._in_flight: tuple[list[dist.Work], torch.Tensor | None, torch.Tensor] | None = None
+        self._owner = -1
 
     def __iter__(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """Yield (rank, tensors) W times."""
+        """Yield (owner's rank, tensors) W times."""
         if self._ranks == 1:
-            blocks = iter([(self._rank, self._mine)])
+            blocks = iter([(self._rank, self._local)])
         elif self._exchange in ("bidir", "shift"):
             blocks = self._around_the_ring()
         else:
             blocks = self._broadcasts() if self._exchange == "reduce" else self._gathered()
-        for self._origin, tensors in blocks:
-            yield self._origin, tensors
+        for self._owner, tensors in blocks:
+            yield self._owner, tensors
         self._finish()
 
-    def give(self, earned: torch.Tensor) -> None:
-        """Send home what the block that is here has earned; the tensor must not be changed afterwards."""
+    def return_grad(self, block_grad: torch.Tensor) -> None:
+        """Send the gradient of the current block to its owner; the tensor must not be changed afterwards."""
         if self._ranks == 1:
-            self.collected = earned
+            self.local_grad = block_grad
         elif self._exchange == "gather":
-            self._earned.append(earned)
+            self._block_grads.append(block_grad)
         elif self._exchange == "reduce":
-            self._wait_for_reply()
-            work = dist.reduce(earned, self._global(self._origin), group=self._group, async_op=True)
+            self._wait_for_return()
+            work = dist.reduce(block_grad, self._global_rank(self._owner), group=self._group, async_op=True)
             assert work is not None
-            self._reply = [work], earned if self._origin == self._rank else None, earned
-        elif self._origin == self._rank:
-            self.collected = earned
+            self._in_flight = [work], block_grad if self._owner == self._rank else None, block_grad
+        elif self._owner == self._rank:
+            self.local_grad = block_grad
         else:
-            self._wait_for_reply()
-            # Whoever is as far from me as I am from the block's home works on mine now.
-            worker = (2 * self._rank - self._origin) % self._ranks
-            arriving = torch.empty_like(earned)
-            ops = self._swap([earned], self._origin, [arriving], worker, tag=1)
-            self._reply = dist.batch_isend_irecv(ops), arriving, earned
+            self._wait_for_return()
+            # The rank whose distance from this one is that of this one from the block's owner has the local block now.
+            sender = (2 * self._rank - self._owner) % self._ranks
+            received = torch.empty_like(block_grad)
+            ops = self._send_and_receive([block_grad], self._owner, [received], sender, tag=1)
+            self._in_flight = dist.batch_isend_irecv(ops), received, block_grad
 
     def _around_the_ring(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
         to_left = (self._ranks - 1) // 2 if self._exchange == "bidir" else 0
         steps = {1: self._ranks - 1 - to_left, -1: to_left}
-        yield self._rank, self._mine
-        here = {way: self._mine for way in steps if steps[way]}
-        coming = self._pass_on(here)
+        yield self._rank, self._local
+        current = {direction: self._local for direction in steps if steps[direction]}
+        arriving = self._pass_on(current)
         for step in range(1, steps[1] + 1):
-            works, here = coming
+            works, current = arriving
             _wait(works)
-            coming = self._pass_on({way: tensors for way, tensors in here.items() if step < steps[way]})
-            for way, tensors in here.items():
-                yield (self._rank - way * step) % self._ranks, tensors
+            arriving = self._pass_on(
+                {direction: tensors for direction, tensors in current.items() if step < steps[direction]}
+            )
+            for direction, tensors in current.items():
+                yield (self._rank - direction * step) % self._ranks, tensors
 
-    def _pass_on(self, here: dict[int, list[torch.Tensor]]) -> tuple[list[dist.Work], dict[int, list[torch.Tensor]]]:
-        """Send blocks on to the right (way 1) and to the left (−1) and receive those that come the same ways."""
-        coming = {way: [torch.empty_like(tensor) for tensor in self._mine] for way in here}
+    def _pass_on(self, current: dict[int, list[torch.Tensor]]) -> tuple[list[dist.Work], dict[int, list[torch.Tensor]]]:
+        """Send blocks on, to the right (direction 1) and to the left (−1), and receive those that travel likewise."""
+        arriving = {direction: [torch.empty_like(tensor) for tensor in self._local] for direction in current}
         ops = []
-        for way, tensors in here.items():
-            ops += self._swap(tensors, (self._rank + way) % self._ranks, coming[way], (self._rank - way) % self._ranks)
-        return dist.batch_isend_irecv(ops) if ops else [], coming
+        for direction, tensors in current.items():
+            ops += self._send_and_receive(
+                tensors,
+                (self._rank + direction) % self._ranks,
+                arriving[direction],
+                (self._rank - direction) % self._ranks,
+            )
+        return dist.batch_isend_irecv(ops) if len(ops) > 0 else [], arriving
 
     def _broadcasts(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        coming = self._broadcast(0)
-        for origin in range(self._ranks):
-            works, tensors = coming
+        arriving = self._broadcast(0)
+        for owner in range(self._ranks):
+            works, tensors = arriving
             _wait(works)
-            if origin + 1 < self._ranks:
-                coming = self._broadcast(origin + 1)
-            yield origin, tensors
+            if owner + 1 < self._ranks:
+                arriving = self._broadcast(owner + 1)
+            yield owner, tensors
 
-    def _broadcast(self, origin: int) -> tuple[list[dist.Work], list[torch.Tensor]]:
-        tensors = self._mine if origin == self._rank else [torch.empty_like(tensor) for tensor in self._mine]
-        works = [dist.broadcast(t, self._global(origin), group=self._group, async_op=True) for t in tensors]
+    def _broadcast(self, owner: int) -> tuple[list[dist.Work], list[torch.Tensor]]:
+        tensors = self._local if owner == self._rank else [torch.empty_like(tensor) for tensor in self._local]
+        works = [dist.broadcast(t, self._global_rank(owner), group=self._group, async_op=True) for t in tensors]
         return [work for work in works if work is not None], tensors
 
     def _gathered(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        gathered = [gather_rows(tensor, self._group).unflatten(0, (self._ranks, -1)) for tensor in self._mine]
-        for origin in range(self._ranks):
-            yield origin, [tensor[origin] for tensor in gathered]
+        gathered = [gather_rows(tensor, self._group).unflatten(0, (self._ranks, -1)) for tensor in self._local]
+        for owner in range(self._ranks):
+            yield owner, [tensor[owner] for tensor in gathered]
 
     def _finish(self) -> None:
-        self._wait_for_reply()
-        if self._earned:
-            self.collected = torch.empty_like(self._earned[0])
-            dist.reduce_scatter(self.collected, self._earned, group=self._group)
-            self._earned = []
+        self._wait_for_return()
+        if len(self._block_grads) > 0:
+            self.local_grad = torch.empty_like(self._block_grads[0])
+            dist.reduce_scatter(self.local_grad, self._block_grads, group=self._group)
+            self._block_grads = []
 
-    def _wait_for_reply(self) -> None:
-        if self._reply is None:
+    def _wait_for_return(self) -> None:
+        if self._in_flight is None:
             return
-        works, arrived, _ = self._reply
+        works, arrived, _ = self._in_flight
         _wait(works)
         if arrived is not None:
-            self.collected = arrived if self.collected is None else self.collected.add_(arrived)
-        self._reply = None
+            self.local_grad = arrived if self.local_grad is None else self.local_grad.add_(arrived)
+        self._in_flight = None
 
-    def _swap(
-        self, out: Sequence[torch.Tensor], to: int, into: Sequence[torch.Tensor], of: int, tag: int = 0
+    def _send_and_receive(
+        self, sent: Sequence[torch.Tensor], to: int, received: Sequence[torch.Tensor], source: int, tag: int = 0
     ) -> list[dist.P2POp]:
-        sends = [dist.P2POp(dist.isend, tensor, self._global(to), self._group, tag) for tensor in out]
-        return sends + [dist.P2POp(dist.irecv, tensor, self._global(of), self._group, tag) for tensor in into]
+        sends = [dist.P2POp(dist.isend, tensor, self._global_rank(to), self._group, tag) for tensor in sent]
+        return sends + [
+            dist.P2POp(dist.irecv, tensor, self._global_rank(source), self._group, tag) for tensor in received
+        ]
 
-    def _global(self, rank: int) -> int:
+    def _global_rank(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
 

@@ -1,4 +1,4 @@
-"""What the losses of this package share: checked inputs, and an autograd function whose gradients are made in forward.
+"""What the losses share: checks of their inputs, and an autograd function that computes its gradients in forward.
 
 Knows no formula. Shapes: B pairs per rank, D embedding width.
 """
@@ -17,11 +17,11 @@ Compute = Callable[..., tuple[torch.Tensor | None, ...]]
 
 
 class LossWithGradients(torch.autograd.Function):
-    """A scalar whose gradients are known as soon as its value is; backward only scales them."""
+    """A scalar whose gradients are computed together with its value; backward only scales them."""
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, *inputs: torch.Tensor) -> torch.Tensor:
-        """Return the first thing that `compute` gives for the inputs; the others are their gradients, or None."""
+        """Return the first result of `compute`, the loss, and keep the others: each input's gradient, or None."""
         with torch.autocast(inputs[0].device.type, enabled=False):
             loss, *gradients = compute(*(tensor.detach() for tensor in inputs))
         assert loss is not None
@@ -32,23 +32,23 @@ class LossWithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Scale the gradients, in their own wide type, before they take the inputs'."""
-        scale = torch.mul if _graph_is_kept() else torch.Tensor.mul_  # in place: there is no need for a second copy
+        """Scale the gradients in float32 or wider, then convert them to the types of the inputs."""
+        scale = torch.mul if _graph_is_kept() else torch.Tensor.mul_  # in place: saves a copy of the gradients
         saved = zip(ctx.saved_tensors, ctx.like, ctx.needs_input_grad[1:], strict=True)
         return None, *(
-            scale(gradient, upstream).to(dtype).reshape(shape) if wanted and gradient is not None else None
-            for gradient, (dtype, shape), wanted in saved
+            scale(gradient, upstream).to(dtype).reshape(shape) if needed and gradient is not None else None
+            for gradient, (dtype, shape), needed in saved
         )
 
 
 def _graph_is_kept() -> bool:
-    """Whether backward may be asked for again (`retain_graph`); true where this torch does not tell."""
-    tells: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return tells is None or tells()
+    """Tell whether backward may run again (`retain_graph`); True where this version of torch cannot say."""
+    keeps: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or keeps()
 
 
 def scalar(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
-    """A learned scalar as it is; a number in the type of the loss, where the embeddings are."""
+    """Return a learned scalar unchanged; a number as a tensor in the type of the loss, on the device of `like`."""
     return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=wide(like.dtype), device=like.device)
 
 
@@ -63,25 +63,26 @@ def check(
     agreed: object = None,
     problem: str | None = None,
 ) -> None:
-    """Make sure that every rank brings one batch of the same shape, before any waits for another.
+    """Check that all ranks have batches of the same shape and the same options, before any rank waits for another.
 
     Args:
         zimg: (B, D).
         ztxt: (B, D).
         group: the ranks.
-        exchange: how they will exchange blocks; None: not at all.
+        exchange: how the ranks exchange blocks; None: not at all.
         chunk_size: side of a tile.
         ids: (B,) each.
-        agreed: what else must be the same on all ranks, as text shows it.
-        problem: what is known to be wrong on this rank already.
+        agreed: what else must be the same on all ranks; compared as text.
+        problem: an error that this rank has already found.
 
     Raises:
-        ValueError: something is wrong with a rank's batch, or they differ; raised on all ranks.
+        ValueError: a rank's batch has the wrong shape or type, an option is not valid, or the ranks differ; raised on
+            all ranks.
     """
     shapes = [tuple(tensor.shape) for tensor in (zimg, ztxt)]
     if problem is not None:
         pass
-    elif shapes[0] != shapes[1] or zimg.ndim != 2 or not len(zimg):
+    elif shapes[0] != shapes[1] or zimg.ndim != 2 or len(zimg) == 0:
         problem = f"the loss needs two (B, D) tensors of one shape, got {shapes[0]} and {shapes[1]}"
     elif zimg.dtype != ztxt.dtype or not zimg.is_floating_point():
         problem = f"the loss needs images and texts of one floating-point type, got {zimg.dtype} and {ztxt.dtype}"
@@ -92,8 +93,8 @@ def check(
     elif exchange not in (*EXCHANGES, None):
         problem = f"exchange is {exchange!r}, it must be one of {', '.join(EXCHANGES)}"
     if exchange is not None and world(group)[0] > 1:
-        # A rank's wrong batch may have no rows to speak of.
-        brought = problem or f"B, D = {shapes[0]}, {zimg.dtype}, {exchange}, {len(ids)} ids, {agreed}"
-        problem = disagreement(brought, problem is not None, group, zimg.device)
+        # The shapes of an invalid batch cannot be described, so its problem takes their place.
+        description = problem or f"B, D = {shapes[0]}, {zimg.dtype}, {exchange}, {len(ids)} ids, {agreed}"
+        problem = disagreement(description, problem is not None, group, zimg.device)
     if problem is not None:
         raise ValueError(problem)

@@ -1,19 +1,20 @@
-"""The sigmoid loss as a module that takes the place of open_clip's.
+"""The sigmoid loss as a drop-in replacement of open_clip's module.
 
 Shapes: B pairs per rank, D embedding width.
 """
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from siglit.loss.exchange import EXCHANGES, Exchange, world
 from siglit.loss.sigmoid import sigmoid_loss
 
 
 class SigLipLoss(nn.Module):
-    """The sigmoid loss with the interface of `open_clip.loss.SigLipLoss`, whose values and gradients it has.
+    """The sigmoid loss with the interface, values and gradients of `open_clip.loss.SigLipLoss`.
 
-    As there, each rank's images meet all texts: the value of a rank is the mean over its images.
+    As in open_clip, each rank compares its images with all texts: its value is the mean over its images.
     """
 
     def __init__(
@@ -27,14 +28,14 @@ class SigLipLoss(nn.Module):
         """Take open_clip's arguments.
 
         Args:
-            cache_labels: has no effect, as in open_clip; labels are never made.
-            rank: this process among all; must be that of the process group.
-            world_size: number of processes; 1: the loss of this process alone, whether or not there are others.
+            cache_labels: has no effect, as in open_clip; no label matrix is built.
+            rank: rank of this process; must be that of the process group.
+            world_size: number of processes; 1: the loss of this process alone, even in a larger group.
             dist_impl: how texts travel; None: "bidir".
             chunk_size: see `sigmoid_loss`.
 
         Raises:
-            ValueError: `dist_impl` is none of the exchanges.
+            ValueError: `dist_impl` is not one of the exchanges.
         """
         super().__init__()
         if dist_impl is not None and dist_impl not in EXCHANGES:
@@ -46,7 +47,7 @@ class SigLipLoss(nn.Module):
     def get_ground_truth(
         self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
     ) -> torch.Tensor:
-        """(num_logits, num_logits) of −1, with +1 on the diagonal unless `negative_only`."""
+        """Return (num_logits, num_logits) labels: −1, and +1 on the diagonal unless `negative_only`."""
         labels = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
         return labels if negative_only else labels.fill_diagonal_(1)
 
@@ -57,10 +58,11 @@ class SigLipLoss(nn.Module):
         logit_scale: torch.Tensor,
         logit_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(I, T) logits, all at once."""
+        """Return all (I, T) logits at once."""
         logits = logit_scale * image_features @ text_features.T
         return logits if logit_bias is None else logits + logit_bias
 
+    @override
     def forward(
         self,
         image_features: torch.Tensor,
@@ -69,10 +71,10 @@ class SigLipLoss(nn.Module):
         logit_bias: torch.Tensor | None,
         output_dict: bool = False,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Loss of this rank's (B, D) images; as {"contrastive_loss": loss} if `output_dict`.
+        """Return the loss of this rank's (B, D) images; as {"contrastive_loss": loss} if `output_dict`.
 
         Raises:
-            ValueError: `world_size` is not the number of ranks, or as `sigmoid_loss`.
+            ValueError: `world_size` differs from the size of the process group, or as `sigmoid_loss`.
         """
         ranks = world()[0]
         if self.world_size > 1 and self.world_size != ranks:

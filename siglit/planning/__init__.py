@@ -1,1 +1,1 @@
-"""What a training run will take, before it runs: memory and throughput."""
+"""What a training run needs, estimated before it starts: memory and throughput."""

@@ -1,8 +1,8 @@
-"""What a training run will hold in memory, counted before it runs: no data, no weights, no device, no arithmetic.
+"""Memory of a training run, counted before it starts: without data, weights, device or arithmetic.
 
-The towers are built without numbers and one training step is walked through on tensors that have shapes only; every
-storage is counted from the operation that makes it to the moment it is freed. The loss is left out of the walk and
-counted from the sizes of its tiles and rows (docs/loss.md). Knows neither time nor files.
+The towers are built on the meta device and one training step of each runs on fake tensors, which have shapes and no
+values. Every storage is counted from the operation that allocates it until it is freed. The loss is counted by
+`loss.memory_bytes`. Knows neither time nor files.
 Shapes: b pairs per device, m pairs of a micro-batch, D embedding width, L tokens, W devices.
 """
 
@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
-from siglit.config import Experiment
+from siglit.config import Experiment, LossConfig
 from siglit.data.epoch_loader import Batch
 from siglit.errors import UserError
-from siglit.loss.elementwise import compiling
-from siglit.loss.tiles import tiles
+from siglit.loss import LossMemory, memory_bytes
 from siglit.models.image_tower import ImageEncoder, ImageTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
 from siglit.runs.tokenizer import tokenizer_path
@@ -33,84 +33,86 @@ from siglit.training.module import SigLiT
 from siglit.training.optim import parameter_groups, state_bytes
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-_WALKED = (32, 64)
-"""Sizes of the two walks that a line is drawn through: large enough for every operation to do what it does at scale."""
+_SAMPLED_PAIRS = (32, 64)
+"""Sizes of the two steps that a line is drawn through: large enough to run the same operations as a full batch."""
 
 
-class Vocabulary:
-    """Stands for a tokenizer that is not there yet: only its numbers are asked for."""
+class TokenizerPlaceholder:
+    """What the towers need to know of a tokenizer that is not trained yet."""
 
     fingerprint = "not trained yet"
     eos_id = pad_id = 1
 
     def __init__(self, vocab_size: int, length: int):
-        """Take the numbers."""
+        """Take the vocabulary size and the number of tokens L."""
         self.vocab_size, self.length = vocab_size, length
 
 
-class RandomData(TrainDataModule):
+class RandomDataModule(TrainDataModule):
     """Random pairs of the shapes that the experiment trains on, and an image side with random weights."""
 
     def __init__(self, experiment: Experiment):
-        """Look at the architectures; nothing is read but a tokenizer, where there is one."""
+        """Read the shapes off the architectures; the only file that is read is the tokenizer, if there is one."""
         super().__init__(experiment)
-        self.tokenizer = tokenizer_or_numbers(experiment)  # type: ignore[assignment]
+        self.tokenizer = tokenizer_or_placeholder(experiment)  # type: ignore[assignment]
         self._config = replace(experiment.image_tower, pretrained=False, weights=None)
         with torch.device("meta"):
             tower = ImageTower(self._config)
         self.image_size, self.width = tower.image_size, tower.embedding_width
         self.locked = experiment.mode == "locked"
 
+    @override
     def captions(self) -> Iterable[str]:
-        """There are none."""
         return ()
 
+    @override
     def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:
-        """As in training, on the default device."""
         tower = None if self.locked else ImageTower(self._config, trainable=True)
         return ImageEncoder(tower, width=self.width, head=self._config.head), {}
 
     def batch(self, pairs: int) -> Batch:
-        """Draw a batch."""
+        """Draw a batch of this many pairs."""
         if self.locked:
             image = torch.randn(pairs, self.width).half()
         else:
             image = torch.randint(0, 256, (pairs, 3, self.image_size, self.image_size), dtype=torch.uint8)
-        numbers = torch.arange(pairs)
+        indices = torch.arange(pairs)
         ids = torch.randint(0, self.tokenizer.vocab_size, (pairs, self.tokenizer.length))
-        return {"image": image, "ids": ids, "rows": numbers, "text_ids": numbers, "image_ids": numbers}
+        return {"image": image, "ids": ids, "rows": indices, "text_ids": indices, "image_ids": indices}
 
+    @override
     def prepare_data(self) -> None:
-        """Nothing is to be made."""
+        """Skip training a tokenizer."""
 
+    @override
     def setup(self, stage: str) -> None:
-        """Nothing is to be opened."""
+        """Open nothing."""
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Bytes alive after each of a series of operations, each growing with the number of pairs."""
+class BytesByPairs:
+    """Live bytes after each of a series of operations, each linear in the number of pairs."""
 
     fixed: np.ndarray
     per_pair: np.ndarray
 
-    def __call__(self, pairs: int) -> int:
-        """At most, for so many pairs."""
+    def peak(self, pairs: int) -> int:
+        """Return the most bytes alive at once with this many pairs."""
         return round(float((self.fixed + self.per_pair * pairs).max()))
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Bytes of a tower's work in one step, beside weights, gradients, optimiser and batch."""
+class TowerMemory:
+    """Bytes that one step of a tower allocates: besides weights, gradients, optimizer state and batch."""
 
-    kept: Lines
-    """Between forward and backward: what backward will need, embeddings included."""
-    forward: Lines
-    backward: Lines
+    saved: BytesByPairs
+    """Between forward and backward: what backward needs, embeddings included."""
+    forward: BytesByPairs
+    backward: BytesByPairs
 
-    def most(self, pairs: int) -> int:
-        """At most in both."""
-        return max(self.forward(pairs), self.backward(pairs))
+    def peak(self, pairs: int) -> int:
+        """Return the most bytes alive at once in forward and backward."""
+        return max(self.forward.peak(pairs), self.backward.peak(pairs))
 
 
 @dataclass(frozen=True)
@@ -118,82 +120,80 @@ class MemoryEstimate:
     """Bytes per device."""
 
     parameters: dict[str, int]
-    """Parameters of each tower; a locked image tower has none here."""
+    """Number of parameters of each tower; a locked image tower has none here."""
     weights: int
     gradients: int
     optimizer: int
-    """Its state."""
-    largest: int
-    """Of the largest parameter."""
+    """The optimizer's state."""
+    largest_parameter: int
     batch: int
     """A batch of b pairs."""
     pairs: int
-    """Per device b."""
+    """Pairs per device, b."""
     dim: int
-    loss_tiles: int
-    """While the loss is computed."""
-    loss_rows: int
-    """Until backward has begun."""
-    image: Walk
-    text: Walk
+    loss: LossMemory
+    """Rows live until backward has begun, the tile during the loss."""
+    image: TowerMemory
+    text: TowerMemory
 
-    def kept(self, pairs: int) -> int:
-        """Bytes that both towers keep for backward after a pass of so many pairs."""
-        return self.image.kept(pairs) + self.text.kept(pairs)
+    def saved(self, pairs: int) -> int:
+        """Return the bytes that both towers save for backward after a pass of this many pairs."""
+        return self.image.saved.peak(pairs) + self.text.saved.peak(pairs)
 
     def activations(self, micro_batch_size: int | None) -> int:
-        """Bytes kept for backward at once; micro-batches keep those of one part of one tower."""
+        """Return the bytes saved for backward at once: with micro-batches, of one part of one tower."""
         if micro_batch_size is None or micro_batch_size >= self.pairs:
-            return self.kept(self.pairs)
-        return max(self.image.kept(micro_batch_size), self.text.kept(micro_batch_size))
+            return self.saved(self.pairs)
+        return max(self.image.saved.peak(micro_batch_size), self.text.saved.peak(micro_batch_size))
 
     def peak(self, micro_batch_size: int | None) -> int:
-        """Most bytes of a training step, without the allocator's waste and what the device keeps for itself."""
+        """Return the most bytes alive in a training step, without fragmentation and what the device itself reserves."""
         if micro_batch_size is None or micro_batch_size >= self.pairs:
-            images, kept = self.image.kept(self.pairs), self.kept(self.pairs)
-            forward = max(self.image.forward(self.pairs), images + self.text.forward(self.pairs))
-            # What is made last is worked off first.
-            backward = max(images + self.text.backward(self.pairs), self.image.backward(self.pairs))
+            images, saved = self.image.saved.peak(self.pairs), self.saved(self.pairs)
+            forward = max(self.image.forward.peak(self.pairs), images + self.text.forward.peak(self.pairs))
+            # Backward runs through the texts first, as they were encoded last.
+            backward = max(images + self.text.backward.peak(self.pairs), self.image.backward.peak(self.pairs))
         else:
-            # Embeddings of both sides: of each part, of all, and as unit rows. Backward makes one part again at a time,
-            # but for the last one of the texts, which is there from forward on.
-            kept = 2 * 3 * 4 * self.pairs * self.dim
-            forward = backward = kept + max(self.image.most(micro_batch_size), self.text.most(micro_batch_size))
-            kept += self.text.kept(micro_batch_size)
-        loss = kept + self.loss_tiles + self.loss_rows
-        # An optimiser works parameter by parameter, with a few temporary copies.
-        work = max(forward, loss, backward + self.loss_rows, 2 * self.largest)
+            # Embeddings of both sides: of each part, of all, and as unit rows. Backward recomputes one part at a time,
+            # except the last one of the texts, whose activations are still there from forward.
+            saved = 2 * 3 * 4 * self.pairs * self.dim
+            forward = backward = saved + max(self.image.peak(micro_batch_size), self.text.peak(micro_batch_size))
+            saved += self.text.saved.peak(micro_batch_size)
+        loss = saved + self.loss.tile + self.loss.rows
+        # An optimizer updates one parameter after another, with a few temporary copies.
+        work = max(forward, loss, backward + self.loss.rows, 2 * self.largest_parameter)
         return self.weights + self.gradients + self.optimizer + self.batch + work
 
     def largest_micro_batch(self, budget: float) -> int | None:
-        """Pairs per pass that fit into so many bytes: b, else a power of two, or None if nothing fits."""
+        """Return the largest micro-batch that fits into `budget` bytes: b, else a power of two; None if 1 does not."""
         if self.peak(None) <= budget:
             return self.pairs
         sizes = (2**power for power in range(int(math.log2(self.pairs)), -1, -1) if 2**power < self.pairs)
         return next((size for size in sizes if self.peak(size) <= budget), None)
 
 
-def estimate_memory(experiment: Experiment, *, device: str, precision: str) -> MemoryEstimate:
-    """Count what one of the experiment's devices will hold.
+def estimate_memory(
+    experiment: Experiment, *, device: str, precision: str, world_size: int | None = None
+) -> MemoryEstimate:
+    """Count what one of the experiment's devices holds in training.
 
     Args:
-        experiment: train.devices and train.nodes share the batch; with fsdp2 they share the weights too.
+        experiment: what is trained.
         device: "cpu" or "cuda": decides the tiles of the loss.
         precision: Lightning's.
+        world_size: devices that share the batch and, with fsdp2, the weights; default: train.devices × train.nodes.
 
     Raises:
-        UserError: an architecture is unknown, or its fields do not fit each other.
+        UserError: an architecture is unknown, or its fields contradict each other.
     """
-    experiment = replace(experiment, train=replace(experiment.train, compile=False))
-    data = RandomData(experiment)
-    module = build(experiment, data)
-    ranks = experiment.train.devices * experiment.train.nodes
-    pairs = experiment.train.batch_size // ranks
-    sharers = ranks if experiment.train.strategy == "fsdp2" else 1
+    train = experiment.train
+    ranks = world_size or train.devices * train.nodes
+    data = RandomDataModule(experiment)
+    module = build_on_meta(experiment, data)
+    pairs, dim = train.batch_size // ranks, module.image_tower.dim
+    sharers = ranks if train.strategy == "fsdp2" else 1
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = parameter_groups(module, experiment.optim, {})
-    trained_images = any(p.requires_grad for p in module.image_tower.parameters())
-    rows, tile = _loss_bytes(experiment, module.image_tower.dim, device, precision, trained_images)
     return MemoryEstimate(
         parameters={
             "image tower": sum(p.numel() for p in module.image_tower.parameters()),
@@ -202,125 +202,138 @@ def estimate_memory(experiment: Experiment, *, device: str, precision: str) -> M
         weights=sum(p.nbytes for p in module.parameters()) // sharers,
         gradients=sum(p.nbytes for p in trained) // sharers,
         optimizer=state_bytes(groups, experiment.optim) // sharers,
-        largest=max(p.nbytes for p in trained),
+        largest_parameter=max(p.nbytes for p in trained),
         batch=sum(t.nbytes for t in data.batch(1).values()) * pairs,  # type: ignore[attr-defined]
         pairs=pairs,
-        dim=module.image_tower.dim,
-        loss_tiles=tile,
-        loss_rows=rows,
-        image=_walk(experiment, data, precision, "image"),
-        text=_walk(experiment, data, precision, "text"),
+        dim=dim,
+        loss=_loss_memory(
+            experiment.loss,
+            pairs,
+            dim,
+            world_size=ranks,
+            image_gradient=any(p.requires_grad for p in module.image_tower.parameters()),
+            device=device,
+            precision=precision,
+        ),
+        image=_tower_memory(experiment, data, precision, "image"),
+        text=_tower_memory(experiment, data, precision, "text"),
     )
 
 
-def build(experiment: Experiment, data: RandomData) -> SigLiT:
-    """The training module without numbers: its parameters have shapes and types only."""
+def build_on_meta(experiment: Experiment, data: RandomDataModule) -> SigLiT:
+    """Build the training module on the meta device: its parameters have shapes and types, but no values."""
     with torch.device("meta"):
         module = SigLiT(experiment, 1)
         module.build(data)
     return module
 
 
-def tokenizer_or_numbers(experiment: Experiment) -> Tokenizer | Vocabulary:
-    """The run's tokenizer, or what is known of the one that training will make."""
+def tokenizer_or_placeholder(experiment: Experiment) -> Tokenizer | TokenizerPlaceholder:
+    """Load the run's tokenizer; a placeholder if it is not trained yet."""
     try:
         return load_tokenizer(tokenizer_path(experiment), experiment.tokenizer)
     except UserError:
-        return Vocabulary(experiment.tokenizer.vocab_size, experiment.tokenizer.length)
+        return TokenizerPlaceholder(experiment.tokenizer.vocab_size, experiment.tokenizer.length)
 
 
-def _loss_bytes(experiment: Experiment, dim: int, device: str, precision: str, trained_images: bool) -> tuple[int, int]:
-    """Rows and tiles of the loss, see "What it costs" in docs/loss.md."""
-    ranks = experiment.train.devices * experiment.train.nodes
-    pairs = experiment.train.batch_size // ranks
-    narrow = precision == "bf16-mixed"
-    size = 2 if narrow else 4
-    visiting = {"bidir": 4, "shift": 2, "reduce": 2, "gather": ranks}[experiment.loss.exchange] if ranks > 1 else 0
-    earning = 0
-    if trained_images:
-        earning = 1 if ranks == 1 else ranks if experiment.loss.exchange == "gather" else 3
-    rows = pairs * dim * (2 * size * narrow + visiting * size + 4 + 4 * earning)
-    compiled = compiling(pairs * pairs * ranks)
-    down, across = next(tiles(pairs, pairs, experiment.loss.chunk_size, torch.device(device), compiled))
-    area = (down.stop - down.start) * (across.stop - across.start)
-    # Cosines, losses, slopes and slopes × cosines; compiled, slopes take the cosines' place if their type is the same.
-    return rows, area * ((6 if narrow else 4) if compiled else 16)
+def _loss_memory(
+    config: LossConfig, pairs: int, dim: int, *, world_size: int, image_gradient: bool, device: str, precision: str
+) -> LossMemory:
+    """Return what the loss holds, with the copies of the embeddings that training converts to bfloat16 for it."""
+    bfloat16 = precision == "bf16-mixed"
+    memory = memory_bytes(
+        pairs,
+        dim,
+        world_size=world_size,
+        exchange=config.exchange,
+        dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        image_gradient=image_gradient,
+        chunk_size=config.chunk_size,
+        device=device,
+    )
+    copies = 2 * pairs * dim * torch.bfloat16.itemsize if bfloat16 else 0
+    return replace(memory, rows=memory.rows + copies)
 
 
-def _walk(experiment: Experiment, data: RandomData, precision: str, side: Literal["image", "text"]) -> Walk:
-    """Walk through forward and backward of one tower at two sizes."""
-    few, many = (_bytes_of_step(experiment, data, precision, side, pairs) for pairs in _WALKED)
+def _tower_memory(
+    experiment: Experiment, data: RandomDataModule, precision: str, side: Literal["image", "text"]
+) -> TowerMemory:
+    """Run forward and backward of one tower with two numbers of pairs and interpolate linearly."""
+    few, many = (_live_bytes_of_step(experiment, data, precision, side, pairs) for pairs in _SAMPLED_PAIRS)
     lines = []
     for a, b in zip(few, many, strict=True):
-        assert len(a) == len(b), "the step did other operations for another number of pairs"
-        per_pair = (np.array(b) - np.array(a)) / (_WALKED[1] - _WALKED[0])
-        lines.append(Lines(np.array(a) - per_pair * _WALKED[0], per_pair))
-    return Walk(*lines)
+        assert len(a) == len(b), "the step ran other operations with another number of pairs"
+        per_pair = (np.array(b) - np.array(a)) / (_SAMPLED_PAIRS[1] - _SAMPLED_PAIRS[0])
+        lines.append(BytesByPairs(np.array(a) - per_pair * _SAMPLED_PAIRS[0], per_pair))
+    return TowerMemory(*lines)
 
 
-def _bytes_of_step(
-    experiment: Experiment, data: RandomData, precision: str, side: Literal["image", "text"], pairs: int
+def _live_bytes_of_step(
+    experiment: Experiment, data: RandomDataModule, precision: str, side: Literal["image", "text"], pairs: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Bytes kept between forward and backward, and after each operation of both."""
-    module = build(experiment, data)
+    """Return the bytes alive between forward and backward, after each operation of forward, and of backward."""
+    module = build_on_meta(experiment, data)
     dtype = _AUTOCAST.get(precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _without_numbers(module)
+        _replace_meta_by_fake(module)
         batch = data.batch(pairs)
         tower, inputs = (module.image_tower, batch["image"]) if side == "image" else (module.text_tower, batch["ids"])
         gradients = [p.grad for p in tower.parameters() if p.grad is not None]
-        with _Alive([*tower.parameters(), *tower.buffers(), *gradients, inputs]) as alive:
+        with _LiveBytes([*tower.parameters(), *tower.buffers(), *gradients, inputs]) as live:
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                rows = F.normalize(tower(inputs).float(), dim=1)
-            kept, forward, alive.told = alive.now, alive.told, [0]
+                # Not a call of the tower, which would compile it with train.compile.
+                rows = F.normalize(tower.forward(inputs).float(), dim=1)
+            saved, forward, live.history = live.now, live.history, [0]
             if rows.requires_grad:
                 rows.backward(torch.ones_like(rows))
-    return [kept], forward, alive.told
+    return [saved], forward, live.history
 
 
-def _without_numbers(module: nn.Module) -> None:
-    """Exchange meta tensors for fake ones, which pass for the CPU's: attention then takes the kernel it would take."""
-    made: dict[torch.Tensor, torch.Tensor] = {}
+def _replace_meta_by_fake(module: nn.Module) -> None:
+    """Replace meta tensors by fake ones that claim to be on the CPU, for which attention chooses the CPU's kernel."""
+    fakes: dict[torch.Tensor, torch.Tensor] = {}
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for name, tensor in table.items():
                 if tensor is None:
                     continue
-                if tensor not in made:
+                if tensor not in fakes:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype)
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                         fake.grad = torch.empty_like(fake) if tensor.requires_grad else None
-                    made[tensor] = fake
-                table[name] = made[tensor]  # type: ignore[assignment]
+                    fakes[tensor] = fake
+                table[name] = fakes[tensor]  # type: ignore[assignment]
 
 
-class _Alive(TorchDispatchMode):
-    """Counts bytes of storages made within it for as long as anything holds them."""
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that are allocated within it, for as long as they are referenced."""
 
-    def __init__(self, given: list[torch.Tensor]):
-        """Leave the storages of `given` out."""
+    def __init__(self, excluded: list[torch.Tensor]):
+        """Leave out the storages of `excluded`."""
         super().__init__()
         self.now = 0
-        self.told: list[int] = []
-        self._given = [tensor.untyped_storage() for tensor in given]
-        self._known = {storage._cdata for storage in self._given}
+        self.history: list[int] = []
+        """Bytes alive after each operation."""
+        self._excluded = [tensor.untyped_storage() for tensor in excluded]
+        self._known = {storage._cdata for storage in self._excluded}
 
+    @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._meet(leaf.untyped_storage())
-        self.told.append(self.now)
+                self._count(leaf.untyped_storage())
+        self.history.append(self.now)
         return result
 
-    def _meet(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self._known:
             return
         self._known.add(storage._cdata)
         self.now += storage.nbytes()
-        weakref.finalize(storage, self._part_with, storage._cdata, storage.nbytes())
+        weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
 
-    def _part_with(self, name: int, size: int) -> None:
-        self._known.discard(name)
+    def _release(self, address: int, size: int) -> None:
+        self._known.discard(address)
         self.now -= size

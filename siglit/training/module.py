@@ -199,7 +199,7 @@ class SigLiT(pl.LightningModule):
         size, device = self._experiment.eval.batch_size, self.device
         # Compiling for other shapes and without gradients would take longer than it saves.
         with torch.compiler.set_stance("force_eager"):
-            found = encode(tower, mine, batch_size=size, device=device, told=told, quiet=True)
+            found = encode(tower, mine, batch_size=size, device=device, unit=told, quiet=True)
         return gather_rows(torch.from_numpy(found).to(device)).cpu().numpy()[: len(inputs)]
 
     def configure_optimizers(self) -> Any:

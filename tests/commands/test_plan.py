@@ -20,7 +20,7 @@ import ctypes, gc, sys, warnings
 from pathlib import Path
 import lightning.pytorch as pl
 from siglit.parsing.arguments import parse_command
-from siglit.planning.memory import RandomData
+from siglit.planning.memory import RandomDataModule
 from siglit.training.module import SigLiT
 from siglit.runs.launch import quiet_lightning
 
@@ -29,7 +29,7 @@ def status(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 def train(experiment, pairs):
-    data = RandomData(experiment)
+    data = RandomDataModule(experiment)
     data.train_dataloader = lambda: (data.batch(pairs) for _ in range(2))
     data.val_dataloader = lambda: []
     options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -121,14 +121,14 @@ def test_counts_are_those_of_the_real_module(small):
     """Parameters, and the state after a real optimiser step, of a module with numbers."""
     import torch
 
-    from siglit.planning.memory import RandomData, estimate_memory
+    from siglit.planning.memory import RandomDataModule, estimate_memory
     from siglit.training.module import SigLiT
 
     for name in ("lion", "adamw", "adafactor"):
         experiment = parse("train", "--optim.name", name, "--mode", "scratch", config=str(small))
         counted = estimate_memory(experiment, device="cpu", precision="32-true")
         module = SigLiT(experiment, 10)
-        module.build(RandomData(experiment))
+        module.build(RandomDataModule(experiment))
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer = module.configure_optimizers()["optimizer"]
@@ -156,7 +156,7 @@ def test_command_measures_here_and_leaves_plan_json(small, tmp_path):
     """Without data, weights or tokenizer; the time follows from the measured rate, and devices share it."""
     done = run_siglit("plan", "-c", small, "--devices", 2, "--rows", 5000, cwd=tmp_path, check=0)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert plan["probe"]["pairs"] >= 4
+    assert plan["throughput"]["pairs"] >= 4
     assert "measured here" in done.stdout
     assert plan["examples"] == 1280
     assert plan["device_hours"] == pytest.approx(1280 / plan["examples_per_second"] / 3600)
@@ -169,7 +169,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(small, tmp_path):
     assert "cannot be shared evenly by 3 devices" in done.stderr
 
 
-def test_a_damaged_cache_is_told_of(small, tmp_path):
+def test_a_damaged_cache_raises(small, tmp_path):
     """It is not counted as none, which would hide it until training."""
     index = tmp_path / "cache" / "measured" / "train" / "index.json"
     index.parent.mkdir(parents=True)
@@ -196,11 +196,11 @@ def test_every_experiment_file_parses_and_its_model_is_one_of_timms(path):
 def test_recipe_fits_four_devices_of_80_gib_as_it_stands(path, tmp_path, monkeypatch):
     """Nothing is computed, so the largest towers are planned in seconds."""
     monkeypatch.chdir(tmp_path)
-    told = siglit.plan(parse("plan", config=str(path)), gpu_memory=80, examples_per_second=1000)
-    assert told.devices == 4
-    assert told.micro_batch_size is not None
-    assert (told.asked_micro_batch_size or told.pairs_per_device) <= told.micro_batch_size
-    assert "GiB: fits" in str(told)
+    plan = siglit.plan(parse("plan", config=str(path)), gpu_memory=80, examples_per_second=1000)
+    assert plan.devices == 4
+    assert plan.micro_batch_size is not None
+    assert (plan.requested_micro_batch_size or plan.pairs_per_device) <= plan.micro_batch_size
+    assert "GiB: fits" in str(plan)
 
 
 @pytest.mark.parametrize(

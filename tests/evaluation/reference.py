@@ -24,7 +24,7 @@ def whole_numbers(images, texts, dim, seed=0):
 
 
 def full_ranking(zimg, ztxt, image_of_text, ks):
-    """Metrics of both directions, query by query, a right answer sorted behind the wrong ones that tie with it."""
+    """Metrics of both directions, query by query, a correct answer sorted behind the wrong ones that tie with it."""
     scores = zimg.astype(np.float64) @ ztxt.astype(np.float64).T
 
     def figures(rows, right):

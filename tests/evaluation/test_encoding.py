@@ -43,10 +43,10 @@ def test_equal_captions_share_one_pass(batch_size, dtype):
 
 def test_rows_are_units_in_the_captions_order():
     _, ids = repeated_ids()
-    found = encode_ids(CountingTower(), ids, batch_size=3, device=CPU, quiet=True)
+    actual = encode_ids(CountingTower(), ids, batch_size=3, device=CPU, quiet=True)
     raw = CountingTower()(torch.from_numpy(ids.astype(np.int64))).numpy()
-    assert found.dtype == np.float32
-    assert found == pytest.approx(raw / np.linalg.norm(raw, axis=1, keepdims=True), abs=1e-6)
+    assert actual.dtype == np.float32
+    assert actual == pytest.approx(raw / np.linalg.norm(raw, axis=1, keepdims=True), abs=1e-6)
 
 
 def test_no_gradient_is_recorded():
@@ -60,7 +60,7 @@ def test_no_gradient_is_recorded():
 def test_float16_tower_outputs_become_float32_units():
     """Squares of such rows overflow float16: the norm is taken in float32."""
     rows = (np.random.default_rng(0).standard_normal((5, 9)) * 3e3).astype(np.float16)
-    found = unit_rows(rows)
+    actual = unit_rows(rows)
     wide = rows.astype(np.float64)
-    assert found.dtype == np.float32
-    assert found == pytest.approx(wide / np.linalg.norm(wide, axis=1, keepdims=True), abs=1e-6)
+    assert actual.dtype == np.float32
+    assert actual == pytest.approx(wide / np.linalg.norm(wide, axis=1, keepdims=True), abs=1e-6)

@@ -81,13 +81,13 @@ def test_draws_are_those_of_big_vision():
     labels[::10] = -1
     draw = np.random.default_rng(2)
     indices = [draw.permutation(np.where(labels == c)[0]) for c in range(CLASSES)]
-    found = draw_shots(labels, np.arange(CLASSES), [1, 5, 25], seed=2)
-    for k, rows in found.items():
+    actual = draw_shots(labels, np.arange(CLASSES), [1, 5, 25], seed=2)
+    for k, rows in actual.items():
         np.testing.assert_array_equal(rows, np.concatenate([of[:k] for of in indices]))
         assert np.bincount(labels[rows]).tolist() == [k] * CLASSES
         assert len(set(rows.tolist())) == k * CLASSES
-    assert set(found[1].tolist()) < set(found[5].tolist())
-    assert found[5].tolist() != draw_shots(labels, np.arange(CLASSES), [5], seed=3)[5].tolist()
+    assert set(actual[1].tolist()) < set(actual[5].tolist())
+    assert actual[5].tolist() != draw_shots(labels, np.arange(CLASSES), [5], seed=3)[5].tolist()
 
 
 def test_classes_may_have_any_numbers():
@@ -97,5 +97,5 @@ def test_classes_may_have_any_numbers():
 
 
 def test_more_shots_than_images_are_refused():
-    with pytest.raises(ValueError, match="3 images of every class are to be drawn, but one has 2"):
+    with pytest.raises(ValueError, match="cannot draw 3 images of every class: one class has 2"):
         draw_shots(np.array([0, 0, 1, 1, 1]), np.arange(2), [1, 3], seed=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from siglit.evaluation import index
-from siglit.evaluation.index import build, compare, is_index_of, kept_or_built, nearest_images, save_index
+from siglit.evaluation.index import build, compare, is_index_of, load_or_build, nearest_images, save_index
 from tests.evaluation.reference import random_set
 
 
@@ -69,82 +69,82 @@ def approximate(factory, arrays, folder, ks=(1, 5, 10)):
 
 def test_an_exact_index_has_no_gap(tmp_path):
     arrays = random_set(120, 300, 16)
-    found = approximate("Flat", arrays, tmp_path)
-    assert set(found.gap.values()) == {0.0}
-    assert found.neighbours == 1.0
-    assert found.nprobe is None
-    assert found.sweep == []
+    actual = approximate("Flat", arrays, tmp_path)
+    assert set(actual.gap.values()) == {0.0}
+    assert actual.neighbours == 1.0
+    assert actual.nprobe is None
+    assert actual.sweep == []
     zimg, ztxt, image_of_text = arrays
     order = np.argsort(-(ztxt @ zimg.T), axis=1)
     for k in (1, 5, 10):
         recall = np.mean([image in row[:k] for image, row in zip(image_of_text, order, strict=True)])
-        assert found.exact[f"text_to_image/R@{k}"] == pytest.approx(recall)
+        assert actual.exact[f"text_to_image/R@{k}"] == pytest.approx(recall)
 
 
 @pytest.mark.parametrize("factory", ["IVF4,Flat", "PCA8,IVF4,Flat"])
 def test_an_inverted_file_is_swept_over_its_lists(tmp_path, factory):
     """The default looks into one list of four; also where the inverted file stands behind a transform."""
-    found = approximate(factory, random_set(200, 400, 16), tmp_path)
-    assert all(0 <= gap < 1 for gap in found.gap.values())
-    assert found.gap["text_to_image/R@10"] > 0
-    assert found.neighbours < 1
-    assert found.nprobe == 1
-    assert [probe.nprobe for probe in found.sweep] == [1, 4]
-    assert found.sweep[0].recall == found.metrics["text_to_image/R@1"]
+    actual = approximate(factory, random_set(200, 400, 16), tmp_path)
+    assert all(0 <= gap < 1 for gap in actual.gap.values())
+    assert actual.gap["text_to_image/R@10"] > 0
+    assert actual.neighbours < 1
+    assert actual.nprobe == 1
+    assert [probe.nprobe for probe in actual.sweep] == [1, 4]
+    assert actual.sweep[0].recall == actual.metrics["text_to_image/R@1"]
     if factory == "IVF4,Flat":
-        assert found.sweep[-1].recall == found.exact["text_to_image/R@1"]
+        assert actual.sweep[-1].recall == actual.exact["text_to_image/R@1"]
 
 
 def test_the_sweep_agrees_with_the_figures_above_it(tmp_path):
     """Codes of four bits give many images one score."""
     zimg, ztxt, image_of_text = random_set(300, 600, 16)
-    found = approximate("IVF2,PQ2x2", (zimg, ztxt, image_of_text), tmp_path)
-    assert found.nprobe == found.sweep[0].nprobe == 1
-    assert found.sweep[0].recall == found.metrics["text_to_image/R@1"]
+    actual = approximate("IVF2,PQ2x2", (zimg, ztxt, image_of_text), tmp_path)
+    assert actual.nprobe == actual.sweep[0].nprobe == 1
+    assert actual.sweep[0].recall == actual.metrics["text_to_image/R@1"]
 
 
 def test_lists_are_swept_up_to_64(tmp_path):
-    found = approximate("IVF100,Flat", random_set(200, 50, 8), tmp_path)
-    assert [probe.nprobe for probe in found.sweep] == [1, 4, 16, 64]
-    found = approximate("IVF10,Flat", random_set(200, 50, 8), tmp_path)
-    assert [probe.nprobe for probe in found.sweep] == [1, 4, 10]
+    actual = approximate("IVF100,Flat", random_set(200, 50, 8), tmp_path)
+    assert [probe.nprobe for probe in actual.sweep] == [1, 4, 16, 64]
+    actual = approximate("IVF10,Flat", random_set(200, 50, 8), tmp_path)
+    assert [probe.nprobe for probe in actual.sweep] == [1, 4, 10]
 
 
 def test_the_kept_file_gives_the_reported_figures(tmp_path):
     """Recall and shared neighbours, computed line by line from what the file finds."""
     zimg, ztxt, image_of_text = arrays = random_set(300, 500, 16)
-    found = approximate("IVF8,PQ4x4", arrays, tmp_path)
+    actual = approximate("IVF8,PQ4x4", arrays, tmp_path)
     rows = nearest_images(tmp_path / "some.index", ztxt, 10)[1]
     for k in (1, 5, 10):
         recall = np.mean([image in row[:k] for image, row in zip(image_of_text, rows, strict=True)])
-        assert found.metrics[f"text_to_image/R@{k}"] == pytest.approx(recall)
+        assert actual.metrics[f"text_to_image/R@{k}"] == pytest.approx(recall)
     exact = np.argsort(-(ztxt @ zimg.T), axis=1)[:, :10]
     shared = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), exact.tolist(), strict=True)])
-    assert found.neighbours == pytest.approx(shared)
+    assert actual.neighbours == pytest.approx(shared)
     assert 0 < shared < 1
-    assert found.bytes_per_vector == (tmp_path / "some.index").stat().st_size / 300
-    assert found.ms_per_query == pytest.approx(1e3 * found.query_seconds / 500)
-    assert found.build_seconds > 0
+    assert actual.bytes_per_vector == (tmp_path / "some.index").stat().st_size / 300
+    assert actual.ms_per_query == pytest.approx(1e3 * actual.query_seconds / 500)
+    assert actual.build_seconds > 0
 
 
-def test_a_kept_index_is_found_again(tmp_path, monkeypatch):
+def test_a_saved_index_is_loaded_again(tmp_path, monkeypatch):
     """The same figures, the time of the first building; another factory, other images or half a file build anew."""
     zimg, ztxt, image_of_text = random_set(300, 50, 16)
     path = tmp_path / "some.faiss"
-    first = kept_or_built(zimg, "IVF8,PQ4x4", path)
+    first = load_or_build(zimg, "IVF8,PQ4x4", path)
     built = []
     monkeypatch.setattr(index, "build", lambda *of: built.append(of[1]) or build(*of))
-    again = kept_or_built(zimg, "IVF8,PQ4x4", path)
+    again = load_or_build(zimg, "IVF8,PQ4x4", path)
     assert not built
     assert again.seconds == first.seconds
     figures = [compare(one, zimg, ztxt, image_of_text) for one in (first, again)]
     assert figures[0].metrics == figures[1].metrics
-    kept_or_built(zimg, "IVF8,PQ4x4fs", path)
-    kept_or_built(zimg[:200], "IVF8,PQ4x4fs", path)
+    load_or_build(zimg, "IVF8,PQ4x4fs", path)
+    load_or_build(zimg[:200], "IVF8,PQ4x4fs", path)
     path.write_bytes(path.read_bytes()[:-40])
-    kept_or_built(zimg[:200], "IVF8,PQ4x4fs", path)
+    load_or_build(zimg[:200], "IVF8,PQ4x4fs", path)
     path.with_suffix(".json").unlink()
-    kept_or_built(zimg[:200], "IVF8,PQ4x4fs", path)
+    load_or_build(zimg[:200], "IVF8,PQ4x4fs", path)
     assert built == ["IVF8,PQ4x4fs"] * 4
 
 
@@ -162,15 +162,15 @@ def test_a_damaged_index_is_built_again(tmp_path, damage):
     """Its figures would be those of other vectors."""
     zimg, *_ = random_set(300, 50, 16)
     path = tmp_path / "images.faiss"
-    kept_or_built(zimg, "IVF8,Flat", path)
+    load_or_build(zimg, "IVF8,Flat", path)
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    kept_or_built(zimg, "IVF8,Flat", path)
+    load_or_build(zimg, "IVF8,Flat", path)
     assert path.read_bytes() == whole
 
 
 def test_an_exact_index_is_known_to_be_whole(tmp_path):
-    """Damaged files, and those over other images, are told from it."""
+    """Damaged files, and those over other images, are recognized."""
     zimg, *_ = random_set(30, 5, 16)
     path = tmp_path / "images.faiss"
     assert not is_index_of(path, zimg)
@@ -184,8 +184,8 @@ def test_an_exact_index_is_known_to_be_whole(tmp_path):
 
 
 def test_fewer_images_than_neighbours(tmp_path):
-    found = approximate("Flat", random_set(6, 20, 8), tmp_path)
-    assert found.neighbours == found.metrics["text_to_image/R@10"] == 1.0
+    actual = approximate("Flat", random_set(6, 20, 8), tmp_path)
+    assert actual.neighbours == actual.metrics["text_to_image/R@10"] == 1.0
 
 
 def test_queries_are_searched_in_parts(tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_queries_are_searched_in_parts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("factory", "told"),
+    ("factory", "message"),
     [
         ("bogus", "could not parse index string bogus"),
         ("IVF4,Flat", r"training points \(3\) should be at least as large as number of clusters \(4\)"),
@@ -208,9 +208,9 @@ def test_queries_are_searched_in_parts(tmp_path, monkeypatch):
         ("IVF2_HNSW1,Flat", "HNSW1 is too small"),
     ],
 )
-def test_an_index_that_cannot_be_built_is_told_in_a_line(tmp_path, factory, told):
+def test_an_index_that_cannot_be_built_raises_one_line(tmp_path, factory, message):
     zimg = random_set(3, 1, 16)[0]
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(ValueError, match=message) as error:
         build(zimg, factory, tmp_path / "some.index")
     assert str(error.value).startswith(f"faiss cannot build '{factory}' over 3 images of width 16: ")
     assert "\n" not in str(error.value)
@@ -219,14 +219,14 @@ def test_an_index_that_cannot_be_built_is_told_in_a_line(tmp_path, factory, told
 
 
 def test_the_report_is_json_and_a_few_lines(tmp_path):
-    found = approximate("IVF4,Flat", random_set(100, 90, 8), tmp_path)
-    value = json.loads(json.dumps(found.to_json()))
+    actual = approximate("IVF4,Flat", random_set(100, 90, 8), tmp_path)
+    value = json.loads(json.dumps(actual.to_json()))
     assert value["gap"]["text_to_image/R@5"] == pytest.approx(
         value["exact"]["text_to_image/R@5"] - value["text_to_image/R@5"]
     )
     assert {"factory", "neighbours", "bytes_per_vector", "build_seconds", "ms_per_query", "nprobe"} <= set(value)
     assert [set(probe) for probe in value["sweep"]] == [{"nprobe", "recall", "ms_per_query"}] * 2
-    lines = str(found).splitlines()
+    lines = str(actual).splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("IVF4,Flat: text → image R@1 ")
     assert lines[3].startswith("  nprobe 4: R@1 ")
@@ -235,18 +235,18 @@ def test_the_report_is_json_and_a_few_lines(tmp_path):
 class OnGpu:
     """As much of an index on GPUs as is used; counts what goes through it."""
 
-    def __init__(self, kept):
-        self.kept, self.searched = kept, 0
+    def __init__(self, on_cpu):
+        self.on_cpu, self.searched = on_cpu, 0
 
     def train(self, rows):
-        self.kept.train(rows)
+        self.on_cpu.train(rows)
 
     def add(self, rows):
-        self.kept.add(rows)
+        self.on_cpu.add(rows)
 
     def search(self, rows, depth):
         self.searched += len(rows)
-        return self.kept.search(rows, depth)
+        return self.on_cpu.search(rows, depth)
 
 
 def test_gpus_are_used_where_faiss_has_them(tmp_path, monkeypatch):
@@ -256,19 +256,19 @@ def test_gpus_are_used_where_faiss_has_them(tmp_path, monkeypatch):
 
     class Space:
         def set_index_parameter(self, opened, name, value):
-            faiss.ParameterSpace().set_index_parameter(opened.kept, name, value)
+            faiss.ParameterSpace().set_index_parameter(opened.on_cpu, name, value)
 
-    made = []
+    on_gpu = []
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
     monkeypatch.setattr(
-        faiss, "index_cpu_to_all_gpus", lambda kept: made.append(OnGpu(kept)) or made[-1], raising=False
+        faiss, "index_cpu_to_all_gpus", lambda on_cpu: on_gpu.append(OnGpu(on_cpu)) or on_gpu[-1], raising=False
     )
-    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda opened: opened.kept, raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda opened: opened.on_cpu, raising=False)
     monkeypatch.setattr(faiss, "GpuParameterSpace", Space, raising=False)
-    found = approximate("IVF4,Flat", arrays, tmp_path)
-    assert made[0].searched == 3 * 90 + 1  # and a first one to see that it can be searched
-    assert found.metrics == expected.metrics
-    assert [p.recall for p in found.sweep] == [p.recall for p in expected.sweep]
+    actual = approximate("IVF4,Flat", arrays, tmp_path)
+    assert on_gpu[0].searched == 3 * 90 + 1  # and a first one to see that it can be searched
+    assert actual.metrics == expected.metrics
+    assert [p.recall for p in actual.sweep] == [p.recall for p in expected.sweep]
 
 
 def test_an_index_that_gpus_do_not_have_stays_on_the_cpu(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from siglit.evaluation import linear_probe
-from siglit.evaluation.linear_probe import accuracies_by_l2, fit, objective, probe, standardiser
+from siglit.evaluation.linear_probe import accuracies_by_l2, fit, fit_standardizer, objective, probe
 
 CLASSES, WIDTH = 6, 9
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def images(count, seed=0, noise=2.0):
 
 def features(count=240):
     rows, labels = images(count)
-    return standardiser(rows, CPU, torch.float64)(rows), torch.from_numpy(labels)
+    return fit_standardizer(rows, CPU, torch.float64)(rows), torch.from_numpy(labels)
 
 
 def by_autograd(x, y, weight, bias, l2):
@@ -44,8 +44,8 @@ def test_objective_and_gradient_are_torchs(monkeypatch, at_once):
     x, y = features()
     torch.manual_seed(0)
     weight, bias = torch.randn(CLASSES, WIDTH).double(), torch.randn(CLASSES).double()
-    for found, expected in zip(objective(x, y, weight, bias, 0.3), by_autograd(x, y, weight, bias, 0.3), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(objective(x, y, weight, bias, 0.3), by_autograd(x, y, weight, bias, 0.3), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
@@ -60,9 +60,9 @@ def test_the_gradient_vanishes_where_the_fit_ends(l2):
 
 def test_float32_ends_at_the_same_place():
     x, y = features()
-    exact, found = fit(x, y, CLASSES, 1e-2), fit(x.float(), y, CLASSES, 1e-2)
-    torch.testing.assert_close(found.weight.double(), exact.weight, atol=2e-3, rtol=1e-3)
-    assert found.gradient < 1e-4
+    exact, actual = fit(x, y, CLASSES, 1e-2), fit(x.float(), y, CLASSES, 1e-2)
+    torch.testing.assert_close(actual.weight.double(), exact.weight, atol=2e-3, rtol=1e-3)
+    assert actual.gradient < 1e-4
 
 
 def test_weights_are_those_of_scikit_learn():
@@ -84,8 +84,8 @@ def test_features_have_mean_0_and_deviation_1(monkeypatch):
     rows, _ = images(100)
     monkeypatch.setattr(linear_probe, "_ROWS_AT_ONCE", 7)
     exact = rows.astype(np.float64)
-    found = standardiser(rows, CPU, torch.float64)(rows).numpy()
-    np.testing.assert_allclose(found, (exact - exact.mean(0)) / (exact.std(0) + 1e-5), atol=1e-10)
+    actual = fit_standardizer(rows, CPU, torch.float64)(rows).numpy()
+    np.testing.assert_allclose(actual, (exact - exact.mean(0)) / (exact.std(0) + 1e-5), atol=1e-10)
 
 
 def test_a_start_elsewhere_ends_at_the_same_place():
@@ -108,15 +108,15 @@ def test_the_held_out_rows_are_not_learnt_from():
 def test_the_probe_classifies_test_images_with_its_best_penalty():
     (rows, labels), (test, test_labels) = images(600), images(300, seed=1)
     passes = []
-    found = probe(rows, labels, test, test_labels, CLASSES, device=CPU, told=lambda: passes.append(1))
-    best = max(found.held_out.values())
-    assert found.l2 == max(l2 for l2, share in found.held_out.items() if share == best), "the strongest of the best"
-    x, y = standardiser(rows, CPU)(rows), torch.from_numpy(labels)
-    model = fit(x, y, CLASSES, found.l2)
-    logits = standardiser(rows, CPU)(test) @ model.weight.T + model.bias
-    assert found.found.top[1] == pytest.approx(float((logits.argmax(1).numpy() == test_labels).mean()), abs=0.01)
-    assert found.found.top[1] > 0.5
-    assert set(found.found.top) == {1, 5}
+    actual = probe(rows, labels, test, test_labels, CLASSES, device=CPU, on_pass=lambda: passes.append(1))
+    best = max(actual.held_out.values())
+    assert actual.l2 == max(l2 for l2, share in actual.held_out.items() if share == best), "the strongest of the best"
+    x, y = fit_standardizer(rows, CPU)(rows), torch.from_numpy(labels)
+    model = fit(x, y, CLASSES, actual.l2)
+    logits = fit_standardizer(rows, CPU)(test) @ model.weight.T + model.bias
+    assert actual.test.top[1] == pytest.approx(float((logits.argmax(1).numpy() == test_labels).mean()), abs=0.01)
+    assert actual.test.top[1] > 0.5
+    assert set(actual.test.top) == {1, 5}
     assert len(passes) > 10
 
 
@@ -124,8 +124,8 @@ def test_outputs_that_say_nothing_score_nothing():
     """All rows alike: logits differ by the biases alone, and equal ones count against the probe."""
     rows = np.ones((120, WIDTH), np.float16)
     labels = np.arange(120) % CLASSES
-    found = probe(rows, labels, rows[:60], labels[:60], CLASSES, device=CPU).found
-    assert found.top[1] <= 1 / CLASSES + 1e-9
+    actual = probe(rows, labels, rows[:60], labels[:60], CLASSES, device=CPU).test
+    assert actual.top[1] <= 1 / CLASSES + 1e-9
 
 
 @pytest.mark.cuda
@@ -134,4 +134,4 @@ def test_cuda_finds_what_the_cpu_finds():
     (rows, labels), (test, test_labels) = images(600), images(300, seed=1)
     here = probe(rows, labels, test, test_labels, CLASSES, device=CPU)
     there = probe(rows, labels, test, test_labels, CLASSES, device=torch.device("cuda"))
-    assert there.found.top[1] == pytest.approx(here.found.top[1], abs=0.02)
+    assert there.test.top[1] == pytest.approx(here.test.top[1], abs=0.02)

@@ -44,17 +44,17 @@ def health(data, batch_size=10**9, **options):
 
 def test_the_histogram_is_that_of_the_whole_matrix():
     data = random_set()
-    found, (logits, positive, negative) = health(data), plain(*data)
-    assert (found.positive, found.negative) == tuple(
-        np.histogram(logits[kind], found.edges)[0].tolist() for kind in (positive, negative)
+    actual, (logits, positive, negative) = health(data), plain(*data)
+    assert (actual.positive, actual.negative) == tuple(
+        np.histogram(logits[kind], actual.edges)[0].tolist() for kind in (positive, negative)
     )
-    assert sum(found.positive) == 91
-    assert sum(found.negative) == negative.sum() < 91 * 39
-    assert found.edges[0] <= logits.min() < logits.max() <= found.edges[-1]
-    assert 60 < len(found.positive) <= 120, "the bins cover what was seen, not what could be"
-    assert found.positive_mean == pytest.approx(logits[positive].mean())
-    assert found.negative_mean == pytest.approx(logits[negative].mean())
-    for kind, quantiles in ((positive, found.positive_quantiles), (negative, found.negative_quantiles)):
+    assert sum(actual.positive) == 91
+    assert sum(actual.negative) == negative.sum() < 91 * 39
+    assert actual.edges[0] <= logits.min() < logits.max() <= actual.edges[-1]
+    assert 60 < len(actual.positive) <= 120, "the bins cover what was seen, not what could be"
+    assert actual.positive_mean == pytest.approx(logits[positive].mean())
+    assert actual.negative_mean == pytest.approx(logits[negative].mean())
+    for kind, quantiles in ((positive, actual.positive_quantiles), (negative, actual.negative_quantiles)):
         assert list(quantiles) == ["0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99"]
         for q, value in quantiles.items():
             assert value == pytest.approx(np.quantile(logits[kind], float(q), method="inverted_cdf"), abs=0.01)
@@ -64,10 +64,10 @@ def test_the_histogram_is_that_of_the_whole_matrix():
 def test_calibration_is_that_of_the_whole_matrix(batch_size):
     """Bins hold a twentieth of the positives each; a negative weighs what its chance to be in the batch is."""
     data = random_set(images=60, texts=400)
-    found, (logits, positive, negative) = health(data, batch_size), plain(*data)
+    actual, (logits, positive, negative) = health(data, batch_size), plain(*data)
     share = (min(batch_size, 60) - 1) / 59
     error = total = 0.0
-    for b in found.calibration:
+    for b in actual.calibration:
         inside = (logits >= b.low) & (logits < b.high)
         weights = positive * 1.0 + share * negative
         probability = 1 / (1 + np.exp(-logits))
@@ -77,10 +77,10 @@ def test_calibration_is_that_of_the_whole_matrix(batch_size):
         assert b.predicted == pytest.approx((weights * probability)[inside].sum() / weight)
         assert b.observed == pytest.approx((positive & inside).sum() / weight)
         error, total = error + weight * abs(b.predicted - b.observed), total + weight
-    assert len(found.calibration) == 20
+    assert len(actual.calibration) == 20
     assert total == pytest.approx(positive.sum() + share * negative.sum()), "no pair is left out"
-    assert found.ece == pytest.approx(error / total)
-    assert found.prior == pytest.approx(positive.sum() / total)
+    assert actual.ece == pytest.approx(error / total)
+    assert actual.prior == pytest.approx(positive.sum() / total)
 
 
 def calibrated_set(images=1500, dim=64, mean=0.5, seed=0):
@@ -101,11 +101,11 @@ def calibrated_set(images=1500, dim=64, mean=0.5, seed=0):
 @pytest.mark.parametrize("shift", [0.0, 2.0, -2.0])
 def test_a_model_whose_labels_are_drawn_from_its_probabilities_is_calibrated(shift):
     zimg, ztxt, t, b = calibrated_set()
-    found = logit_health(zimg, ztxt, np.arange(1500), t, b + shift, batch_size=1500, quiet=True)
-    relative = found.ece / found.prior
+    actual = logit_health(zimg, ztxt, np.arange(1500), t, b + shift, batch_size=1500, quiet=True)
+    relative = actual.ece / actual.prior
     assert relative < 0.15 if shift == 0 else relative > 0.4
     if shift:
-        below_even_odds = found.calibration[2:8]
+        below_even_odds = actual.calibration[2:8]
         assert all((b.predicted > b.observed) == (shift > 0) for b in below_even_odds)
 
 
@@ -122,11 +122,11 @@ def test_a_smaller_batch_calls_for_a_larger_bias():
 @pytest.mark.parametrize("block_size", [1, 7, 40, 1000])
 def test_blocks_change_nothing(block_size):
     data = random_set()
-    found, whole = health(data, 32, block_size=block_size).to_json(), health(data, 32).to_json()
-    assert found["positive"] == whole["positive"]
-    assert found["negative"] == whole["negative"]
-    assert found["ece"] == pytest.approx(whole["ece"])
-    assert found["negative_mean"] == pytest.approx(whole["negative_mean"])
+    actual, whole = health(data, 32, block_size=block_size).to_json(), health(data, 32).to_json()
+    assert actual["positive"] == whole["positive"]
+    assert actual["negative"] == whole["negative"]
+    assert actual["ece"] == pytest.approx(whole["ece"])
+    assert actual["negative_mean"] == pytest.approx(whole["negative_mean"])
 
 
 def test_float32_rows_are_counted_like_float64_ones():
@@ -143,14 +143,14 @@ def test_equal_captions_are_no_negatives_of_each_others_images():
     ztxt = np.repeat(zimg[:1], 2, axis=0)
     rows = np.arange(2)
     same = logit_health(zimg, ztxt, rows, T, B, batch_size=2, text_ids=np.zeros(2, int), quiet=True)
-    told_apart = logit_health(zimg, ztxt, rows, T, B, batch_size=2, quiet=True)
-    assert (sum(same.negative), sum(told_apart.negative)) == (0, 2)
+    different = logit_health(zimg, ztxt, rows, T, B, batch_size=2, quiet=True)
+    assert (sum(same.negative), sum(different.negative)) == (0, 2)
     assert same.negative_mean is None
     assert same.prior == 1
     assert same.to_json()["negatives"] == 0
 
 
-def test_nothing_as_large_as_all_pairs_is_ever_made():
+def test_nothing_as_large_as_all_pairs_is_ever_allocated():
     """The largest tensor stays the same when there are sixteen times as many pairs."""
 
     class Largest(TorchDispatchMode):
@@ -163,19 +163,19 @@ def test_nothing_as_large_as_all_pairs_is_ever_made():
                     self.elements = max(self.elements, tensor.numel())
             return made
 
-    found = []
+    actual = []
     for times in (1, 4):
         with Largest() as largest:
             health(random_set(images=500 * times, texts=500 * times), block_size=32)
-        found.append(largest.elements)
-    assert found[0] == found[1]
-    assert found[0] < 500 * 500 / 4
+        actual.append(largest.elements)
+    assert actual[0] == actual[1]
+    assert actual[0] < 500 * 500 / 4
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"zimg": np.empty((0, 4))}, "0 and 3"),
+        ({"zimg": np.empty((0, 4))}, "0 images and 3 texts"),
         ({"ztxt": np.ones((2, 4))}, "every row of ztxt"),
         ({"image_of_text": np.array([0, 1, 9])}, "rows of zimg"),
         ({"ztxt": np.full((3, 4), np.nan)}, "finite"),
@@ -184,9 +184,9 @@ def test_nothing_as_large_as_all_pairs_is_ever_made():
         ({"b": float("inf")}, "b finite"),
     ],
 )
-def test_what_gives_no_logits_is_refused(change, told):
+def test_what_gives_no_logits_is_refused(change, message):
     given = {"zimg": np.eye(3, 4), "ztxt": np.eye(3, 4), "image_of_text": np.arange(3), "t": T, "b": B} | change
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         logit_health(**given, batch_size=2, quiet=True)
 
 
@@ -194,9 +194,9 @@ def test_what_gives_no_logits_is_refused(change, told):
 def test_nearest_rows_are_those_of_the_whole_matrix_without_the_row_itself(k):
     rows = unit(np.random.default_rng(0).standard_normal((30, 6)).astype(np.float32))
     asked = np.array([4, 0, 29])
-    cosines, found = nearest_rows(asked, rows, k)
+    cosines, actual = nearest_rows(asked, rows, k)
     whole = rows @ rows.T
     np.fill_diagonal(whole, -np.inf)
     best = np.argsort(-whole[asked], axis=1)[:, : min(k, 29)]
-    assert found.tolist() == best.tolist()
+    assert actual.tolist() == best.tolist()
     assert cosines == pytest.approx(np.take_along_axis(whole[asked], best, 1), abs=1e-6)

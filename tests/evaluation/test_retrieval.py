@@ -24,9 +24,9 @@ KS = (1, 5, 10, 100)
 def test_equals_a_full_ranking(make, images, texts, dim):
     """Several captions per image, images without, cut-offs beyond the number of texts, and ties."""
     arrays = make(images, texts, dim)
-    found = retrieval_metrics(*arrays, ks=KS)
-    assert list(found)[:6] == [f"image_to_text/{n}" for n in ("R@1", "R@5", "R@10", "R@100", "median_rank", "mAP@10")]
-    assert found == pytest.approx(full_ranking(*arrays, KS))
+    actual = retrieval_metrics(*arrays, ks=KS)
+    assert list(actual)[:6] == [f"image_to_text/{n}" for n in ("R@1", "R@5", "R@10", "R@100", "median_rank", "mAP@10")]
+    assert actual == pytest.approx(full_ranking(*arrays, KS))
 
 
 @pytest.mark.parametrize("make", [random_set, whole_numbers])
@@ -71,12 +71,12 @@ def test_recall_equals_clip_benchmarks(whose):
     ztxt = unit(zimg[image_of_text] + rng.standard_normal((400, 12)))
     scores = torch.from_numpy(ztxt @ zimg.T)
     positive = torch.from_numpy(image_of_text[:, None] == np.arange(80))
-    found = retrieval_metrics(zimg, ztxt, image_of_text, ks=(1, 5, 10, 50))
+    actual = retrieval_metrics(zimg, ztxt, image_of_text, ks=(1, 5, 10, 50))
     for k in (1, 5, 10, 50):
         to_image, to_text = theirs(scores, positive, k), theirs(scores.T, positive.T, k)
-        assert found[f"text_to_image/R@{k}"] == pytest.approx((to_image > 0).float().mean().item())
-        assert found[f"image_to_text/R@{k}"] == pytest.approx((to_text > 0).float().mean().item())
-    assert 0 < found["image_to_text/R@1"] < found["image_to_text/R@10"] < 1
+        assert actual[f"text_to_image/R@{k}"] == pytest.approx((to_image > 0).float().mean().item())
+        assert actual[f"image_to_text/R@{k}"] == pytest.approx((to_text > 0).float().mean().item())
+    assert 0 < actual["image_to_text/R@1"] < actual["image_to_text/R@10"] < 1
 
 
 def test_map_equals_trec_evals():
@@ -101,20 +101,20 @@ def test_median_rank_equals_the_place_in_an_argsort():
     zimg, ztxt, _ = random_set(101, 101, 4)
     image_of_text = np.arange(101)
     scores = zimg @ ztxt.T
-    found = retrieval_metrics(zimg, ztxt, image_of_text)
+    actual = retrieval_metrics(zimg, ztxt, image_of_text)
     for direction, rows in (("image_to_text", scores), ("text_to_image", scores.T)):
         place = np.argsort(np.argsort(-rows, axis=1), axis=1).diagonal() + 1
-        assert found[f"{direction}/median_rank"] == np.median(place) > 1
+        assert actual[f"{direction}/median_rank"] == np.median(place) > 1
 
 
 def test_thousands_of_texts_of_an_image_are_compared_by_its_best_ten():
-    """Captions written for a class: all of them count as right answers, the cut of mAP@10 sees ten."""
+    """Captions written for a class: all of them count as correct answers, the cut of mAP@10 sees ten."""
     rng = np.random.default_rng(0)
     zimg = unit(rng.standard_normal((3, 6)))
     image_of_text = rng.permutation(np.repeat(np.arange(3), [2000, 900, 100]))
     ztxt = unit(zimg[image_of_text] + 0.7 * rng.standard_normal((3000, 6)))
     own = (zimg[image_of_text] * ztxt).sum(1)
-    best = retrieval._best_right(own, image_of_text, 3)
+    best = retrieval._best_own_scores(own, image_of_text, 3)
     for image in range(3):
         assert np.array_equal(best[image], -np.sort(-own[image_of_text == image])[:10])
     assert retrieval_metrics(zimg, ztxt, image_of_text, KS) == pytest.approx(
@@ -125,28 +125,28 @@ def test_thousands_of_texts_of_an_image_are_compared_by_its_best_ten():
 @pytest.mark.parametrize("texts_per_image", [1, 5])
 @pytest.mark.parametrize(("images", "dim"), [(2, 7), (21, 48), (37, 100), (333, 768)])
 def test_a_collapsed_model_scores_nothing(images, dim, texts_per_image):
-    """All embeddings equal: 0 at every K smaller than the set of wrong answers, and right answers stand last."""
+    """All embeddings equal: 0 at every K smaller than the set of wrong answers, and correct answers are ranked last."""
     row = unit(np.random.default_rng(0).standard_normal((1, dim)))
     image_of_text = np.repeat(np.arange(images), texts_per_image)
     ks = tuple(k for k in (1, 5, 10, images - 1) if k <= images - 1)
-    found = retrieval_metrics(row.repeat(images, 0), row.repeat(len(image_of_text), 0), image_of_text, ks=ks)
-    assert {value for name, value in found.items() if "/R@" in name} == {0.0}
-    assert found["image_to_text/median_rank"] == (images - 1) * texts_per_image + 1
-    assert found["text_to_image/median_rank"] == images
+    actual = retrieval_metrics(row.repeat(images, 0), row.repeat(len(image_of_text), 0), image_of_text, ks=ks)
+    assert {value for name, value in actual.items() if "/R@" in name} == {0.0}
+    assert actual["image_to_text/median_rank"] == (images - 1) * texts_per_image + 1
+    assert actual["text_to_image/median_rank"] == images
     if images > 10:
-        assert found["image_to_text/mAP@10"] == found["text_to_image/mAP@10"] == 0.0
+        assert actual["image_to_text/mAP@10"] == actual["text_to_image/mAP@10"] == 0.0
 
 
 def test_ties_count_against():
-    """A wrong answer as good as the right one stands before it, wherever search happens to put it."""
+    """A wrong answer as good as the correct one is ranked before it, wherever search happens to put it."""
     zimg = np.eye(3, dtype=np.float32)
     for wrong_first in (True, False):
         ztxt = np.eye(3, dtype=np.float32)[[0, 0, 1, 2]]
         image_of_text = np.array([2, 0, 1, 2] if wrong_first else [0, 2, 1, 2])
-        found = retrieval_metrics(zimg, ztxt, image_of_text, ks=(1, 2))
+        actual = retrieval_metrics(zimg, ztxt, image_of_text, ks=(1, 2))
         # Image 0 has a wrong text as near as its own; image 2 has its second text to itself.
-        assert found["image_to_text/R@1"] == pytest.approx(2 / 3)
-        assert found["image_to_text/R@2"] == 1.0
+        assert actual["image_to_text/R@1"] == pytest.approx(2 / 3)
+        assert actual["image_to_text/R@2"] == 1.0
 
 
 def test_embeddings_that_are_not_numbers_find_nothing():
@@ -154,8 +154,8 @@ def test_embeddings_that_are_not_numbers_find_nothing():
     zimg, ztxt, image_of_text = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32), np.arange(4)
 
     def figures(images, texts, kind):
-        found = retrieval_metrics(images, texts, image_of_text, ks=KS)
-        return {value for name, value in found.items() if kind in name}
+        actual = retrieval_metrics(images, texts, image_of_text, ks=KS)
+        return {value for name, value in actual.items() if kind in name}
 
     for bad in (np.nan, np.inf):
         broken = np.full_like(zimg, bad)
@@ -168,21 +168,21 @@ def test_embeddings_that_are_not_numbers_find_nothing():
         assert figures(images, one, "median") == {1.0}
 
 
-def test_a_text_that_is_not_a_number_is_a_right_answer_never_found():
+def test_a_text_that_is_not_a_number_is_a_correct_answer_never_retrieved():
     """The image's other texts keep their places; the lost one stays in mAP's divisor."""
     zimg, image_of_text = np.eye(3, dtype=np.float32), np.array([0, 0, 1, 2])
     ztxt = zimg[image_of_text].copy()
     ztxt[0] = np.nan
-    found = retrieval_metrics(zimg, ztxt, image_of_text, ks=(1,))
-    assert found["image_to_text/R@1"] == 1.0
-    assert found["image_to_text/mAP@10"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    actual = retrieval_metrics(zimg, ztxt, image_of_text, ks=(1,))
+    assert actual["image_to_text/R@1"] == 1.0
+    assert actual["image_to_text/mAP@10"] == pytest.approx((1 / 2 + 1 + 1) / 3)
 
 
 @pytest.mark.parametrize(
     ("images", "texts", "image_of_text"), [(0, 2, [0, 0]), (2, 0, []), (2, 2, [0]), (2, 2, [0, 2]), (2, 2, [-1, 0])]
 )
 def test_arrays_that_do_not_fit_raise(images, texts, image_of_text):
-    with pytest.raises(ValueError, match=r"retrieval needs|must name a row"):
+    with pytest.raises(ValueError, match=r"retrieval needs|must have a row"):
         retrieval_metrics(
             np.ones((images, 3), np.float32), np.ones((texts, 3), np.float32), np.array(image_of_text, np.int64)
         )
@@ -290,7 +290,7 @@ def test_folds_are_equal_parts_in_order_each_by_itself():
     assert fold_metrics(zimg, ztxt, image_of_text, 1, KS) == retrieval_metrics(zimg, ztxt, image_of_text, KS)
 
 
-def test_folds_that_cannot_be_made_raise():
+def test_folds_of_unequal_size_or_without_texts_raise():
     zimg, ztxt, image_of_text = random_set(60, 200, 6)
     for folds in (7, 120):
         with pytest.raises(ValueError, match=f"60 images cannot be cut into {folds} equal parts"):

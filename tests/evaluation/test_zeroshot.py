@@ -43,9 +43,9 @@ def logits_of(zimg, ztxt):
 
 def test_accuracy_is_that_of_clip_benchmark(drawn):
     zimg, ztxt, classes, labels = drawn
-    found = classify(zimg, class_embeddings(ztxt, classes, CLASSES), labels)
+    actual = classify(zimg, class_embeddings(ztxt, classes, CLASSES), labels)
     expected = accuracy(logits_of(zimg, ztxt), labels)
-    assert found.top == pytest.approx(expected)
+    assert actual.top == pytest.approx(expected)
     assert 0.2 < expected[1] < expected[5] < 1, "neither of them is trivial"
 
 
@@ -67,33 +67,33 @@ def test_accuracy_is_that_of_the_package(drawn):
     classifier = theirs.zero_shot_classifier(Model, tokenizer, names, wording, "cpu", amp=False)
     logits, true = theirs.run_classification(Model, classifier, batches, "cpu", amp=False)
     np.testing.assert_array_equal(true.numpy(), labels)
-    found = classify(zimg, class_embeddings(ztxt, classes, CLASSES), labels)
-    assert found.top == pytest.approx(accuracy(logits, labels))
+    actual = classify(zimg, class_embeddings(ztxt, classes, CLASSES), labels)
+    assert actual.top == pytest.approx(accuracy(logits, labels))
 
 
 def test_counts_by_class_agree_with_a_loop(drawn):
     zimg, ztxt, classes, labels = drawn
     zcls = class_embeddings(ztxt, classes, CLASSES)
-    found = classify(zimg, zcls, labels)
+    actual = classify(zimg, zcls, labels)
     taken = (zimg @ zcls.T).argmax(1)
     expected = np.zeros((CLASSES, CLASSES), np.int64)
     for label, guess in zip(labels, taken, strict=True):
         expected[label, guess] += 1
-    np.testing.assert_array_equal(found.confusion, expected)
+    np.testing.assert_array_equal(actual.confusion, expected)
     recalls = [float((taken[labels == c] == c).mean()) for c in range(CLASSES - 1)]
-    np.testing.assert_allclose(found.per_class[:-1], recalls)
-    assert np.isnan(found.per_class[-1]), "no image is of the last class"
-    assert found.mean_per_class == pytest.approx(np.mean(recalls))
+    np.testing.assert_allclose(actual.per_class[:-1], recalls)
+    assert np.isnan(actual.per_class[-1]), "no image is of the last class"
+    assert actual.mean_per_class == pytest.approx(np.mean(recalls))
 
 
 def test_several_names_of_a_class_share_one_mean(drawn):
     """Prompts count alike, whatever name they are of; their order does not matter."""
     _, ztxt, _, _ = drawn
     classes = np.array([1, 0, 1, 1, 0])
-    found = class_embeddings(ztxt[:5], classes, 2)
+    actual = class_embeddings(ztxt[:5], classes, 2)
     for label, rows in ((0, [1, 4]), (1, [0, 2, 3])):
         mean = ztxt[rows].astype(np.float64).sum(0)
-        np.testing.assert_allclose(found[label], mean / np.linalg.norm(mean), atol=1e-6)
+        np.testing.assert_allclose(actual[label], mean / np.linalg.norm(mean), atol=1e-6)
 
 
 def test_blocks_give_what_one_product_gives(drawn, monkeypatch):
@@ -110,9 +110,9 @@ def test_images_without_a_label_are_left_out(drawn):
     zimg, ztxt, classes, labels = drawn
     zcls, known = class_embeddings(ztxt, classes, CLASSES), labels.copy()
     known[::3] = -1
-    found, alone = classify(zimg, zcls, known), classify(zimg[known >= 0], zcls, labels[known >= 0])
-    assert found.images == 200
-    assert found.top == alone.top
+    actual, alone = classify(zimg, zcls, known), classify(zimg[known >= 0], zcls, labels[known >= 0])
+    assert actual.images == 200
+    assert actual.top == alone.top
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7])
@@ -121,21 +121,21 @@ def test_a_collapsed_model_scores_nothing(drawn, noise):
     zimg, ztxt, _, labels = drawn
     rng = np.random.default_rng(1)
     same = ztxt[:1] + noise * rng.normal(size=(CLASSES, WIDTH))
-    found = classify(np.repeat(zimg[:1], len(labels), 0), unit(same), labels)
-    assert found.top == {1: 0.0, 5: 0.0}
-    assert found.mean_per_class == 0
-    assert found.confusion.diagonal().sum() == 0
-    assert found.confusion.sum() == len(labels)
+    actual = classify(np.repeat(zimg[:1], len(labels), 0), unit(same), labels)
+    assert actual.top == {1: 0.0, 5: 0.0}
+    assert actual.mean_per_class == 0
+    assert actual.confusion.diagonal().sum() == 0
+    assert actual.confusion.sum() == len(labels)
 
 
-def test_what_is_not_a_number_is_right_nowhere(drawn):
+def test_nan_is_correct_nowhere(drawn):
     zimg, ztxt, classes, labels = drawn
     zcls = class_embeddings(ztxt, classes, CLASSES)
     broken = np.full_like(zimg, np.nan)
     assert classify(broken, zcls, labels).top == {1: 0.0, 5: 0.0}
 
 
-def test_top_5_of_five_classes_is_not_told():
+def test_top_5_of_five_classes_is_left_out():
     zimg = np.eye(6, dtype=np.float32)
     assert set(classify(zimg, zimg, np.arange(6)).top) == {1, 5}
     assert classify(zimg[:5], zimg[:5], np.arange(5)).top == {1: 1.0}
@@ -143,12 +143,12 @@ def test_top_5_of_five_classes_is_not_told():
 
 def test_arrays_that_do_not_fit_are_refused():
     zimg = np.eye(3, dtype=np.float32)
-    for labels, classes, told in (
+    for labels, classes, message in (
         ([0, 1, 3], 3, "label 3"),
         ([-1, -1, -1], 3, "got none"),
         ([0, 0, 0], 1, "two classes"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             classify(zimg, zimg[:classes], np.array(labels))
     with pytest.raises(ValueError, match="needs a prompt"):
         class_embeddings(zimg, np.array([0, 0, 2]), 3)

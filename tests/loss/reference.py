@@ -53,7 +53,7 @@ def options(mask, ids, rows=slice(None)):
 def seen(cosines, **chosen):
     """Which pairs of (n, n) cosines, text by image, sigmoid_loss takes for positives, and which it counts at all.
 
-    With unit vectors as images, a text is its own row of cosines and its gradient shows the slope of each pair.
+    With unit vectors as images, a text is its own row of cosines and its gradient shows the grad_logits of each pair.
     """
     (ztxt,) = leaves(cosines)
     sigmoid_loss(torch.eye(len(cosines), dtype=cosines.dtype), ztxt, 1.0, 0.0, **chosen).backward()
@@ -112,9 +112,9 @@ def value_and_gradients(loss, *inputs, **chosen):
     return [value.detach(), *torch.autograd.grad(value, inputs)]
 
 
-def assert_equal(found, wanted, tolerance=1e-10):
+def assert_equal(actual, expected, tolerance=1e-10):
     """Both are lists of tensors."""
-    for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
+    for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
         text = f"number {number}: "
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=lambda m, text=text: text + m)
 
@@ -134,7 +134,7 @@ def open_clip_loss():
 
 
 class TrainingMonitor(TorchDispatchMode):
-    """Notes what torch does: names of operations, the largest tensor made, and the most bytes alive at a time."""
+    """Notes what torch does: names of operations, the largest tensor, and the most bytes alive at a time."""
 
     def __init__(self):
         super().__init__()

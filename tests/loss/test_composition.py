@@ -1,4 +1,4 @@
-"""Which pairs count: exactly as many negatives as asked for, of the kind asked for; ids change their pairs only."""
+"""Which pairs count: exactly as many negatives as requested, of the requested kind; ids change their own pairs only."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def some_cosines(n, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("per_positive", [0, 0.1, 1, 3.5, 18])
 @pytest.mark.parametrize("keep", ["random", "hardest", "easiest"])
-def test_exactly_the_wanted_number_of_negatives_is_kept_and_every_positive(keep, per_positive, dtype):
+def test_exactly_the_requested_number_of_negatives_is_kept_and_every_positive(keep, per_positive, dtype):
     positive, kept = seen(some_cosines(20, dtype), negatives=Negatives(keep, per_positive), chunk_size=7)
     assert torch.equal(positive, torch.eye(20, dtype=torch.bool))
     assert int((kept & ~positive).sum()) == round(20 * per_positive)
@@ -47,8 +47,8 @@ def test_those_kept_are_the_hardest_or_easiest_of_the_global_batch(keep, dtype, 
 @pytest.mark.parametrize("per_positive", [19, 19.4, 1000])
 def test_asking_for_more_negatives_than_there_are_is_the_plain_loss(keep, per_positive):
     inputs = *batch(20, 6)[:2], SCALE, BIAS
-    found = value_and_gradients(sigmoid_loss, *inputs, negatives=Negatives(keep, per_positive))
-    assert_equal(found, value_and_gradients(sigmoid, *inputs), 1e-13)
+    actual = value_and_gradients(sigmoid_loss, *inputs, negatives=Negatives(keep, per_positive))
+    assert_equal(actual, value_and_gradients(sigmoid, *inputs), 1e-13)
 
 
 @pytest.mark.parametrize("keep", ["hardest", "easiest"])
@@ -72,7 +72,7 @@ def test_the_random_choice_is_the_seeds_whatever_the_tiles_and_the_embeddings():
 
 
 def random_choice(rank, size, exchange):
-    """Rows of the choice that this rank's texts see: with unit vectors as images, slopes are their gradients."""
+    """Rows of the choice that this rank's texts see: with unit vectors as images, their gradients are grad_logits."""
     rows = slice(rank * 12 // size, (rank + 1) * 12 // size)
     (ztxt,) = leaves(some_cosines(12)[rows])
     images = torch.eye(12, dtype=torch.float64)[rows]
@@ -83,8 +83,8 @@ def random_choice(rank, size, exchange):
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_the_random_choice_is_the_same_on_any_number_of_ranks(ranks, size, exchange):
-    wanted = seen(some_cosines(12), negatives=Negatives("random", 3, seed=5))[1]
-    assert torch.equal(torch.cat(ranks.run(random_choice, size, exchange)), wanted)
+    expected = seen(some_cosines(12), negatives=Negatives("random", 3, seed=5))[1]
+    assert torch.equal(torch.cat(ranks.run(random_choice, size, exchange)), expected)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**40, -7])
@@ -95,8 +95,8 @@ def test_the_random_choice_is_even_over_rows_columns_and_diagonals(seed):
     kept &= ~positive
     shifted = torch.stack([kept[i].roll(-i) for i in range(n)])
     for counts in (kept.sum(0), kept.sum(1), shifted.sum(0)[1:]):
-        wanted = share * (n - 1 if len(counts) == n else n)
-        chi_square = ((counts - wanted) ** 2 / (wanted * (1 - share))).sum()
+        expected = share * (n - 1 if len(counts) == n else n)
+        chi_square = ((counts - expected) ** 2 / (expected * (1 - share))).sum()
         assert abs(chi_square - len(counts)) < 8 * (2 * len(counts)) ** 0.5
     assert int(kept.sum()) == pytest.approx(share * n * (n - 1), abs=2)
 
@@ -124,8 +124,8 @@ def test_ids_change_exactly_the_pairs_that_share_one(which, chunk):
 
 def test_ids_that_nobody_shares_change_nothing():
     inputs = *batch(10, 5)[:2], SCALE, BIAS
-    found = value_and_gradients(sigmoid_loss, *inputs, image_ids=torch.arange(10), text_ids=2**62 - torch.arange(10))
-    assert_equal(found, value_and_gradients(sigmoid, *inputs), 1e-13)
+    actual = value_and_gradients(sigmoid_loss, *inputs, image_ids=torch.arange(10), text_ids=2**62 - torch.arange(10))
+    assert_equal(actual, value_and_gradients(sigmoid, *inputs), 1e-13)
 
 
 def test_ambiguous_pairs_are_never_among_the_negatives_that_are_kept():

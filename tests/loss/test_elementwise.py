@@ -1,4 +1,4 @@
-"""Losses and slopes are right to float32's last digits, compiled or not; who cannot compile is told once."""
+"""Losses and their gradients are correct to float32's last digits, compiled or not; a failure to compile warns once."""
 
 import shutil
 import warnings
@@ -27,25 +27,27 @@ def compile_all(monkeypatch):
 
 
 def assert_accurate(function):
-    """The loss of single pairs and its slope, against float64."""
-    slope, loss, of_slope, products = function(LOGITS.clone(), torch.tensor(1.0), torch.tensor(0.0), torch.float32)
+    """The loss of single pairs and its gradient, against float64."""
+    grad_logits, loss, grad_sum, products = function(
+        LOGITS.clone(), torch.tensor(1.0), torch.tensor(0.0), torch.float32
+    )
     exact = LOGITS.double()
-    wanted, down = torch.logaddexp(exact, torch.zeros_like(exact)), torch.sigmoid(exact)
-    for found, right in ((loss, wanted), (slope, down), (of_slope, down), (products, down * exact)):
-        error = (found.double().flatten() - right.flatten()).abs() / right.flatten().abs().clamp_min(1e-300)
+    expected, down = torch.logaddexp(exact, torch.zeros_like(exact)), torch.sigmoid(exact)
+    for actual, right in ((loss, expected), (grad_logits, down), (grad_sum, down), (products, down * exact)):
+        error = (actual.double().flatten() - right.flatten()).abs() / right.flatten().abs().clamp_min(1e-300)
         assert error.max() < 1e-6
 
 
-def test_uncompiled_values_are_right_to_a_millionth():
+def test_uncompiled_values_are_correct_to_a_millionth():
     assert_accurate(all_negative)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_compiled_values_are_right_to_a_millionth(compile_all):
+def test_compiled_values_are_correct_to_a_millionth(compile_all):
     """The one test that really compiles, some ten seconds."""
     compiled = fused(all_negative, 1)
     with warnings.catch_warnings():
-        # What torch itself warns of must not pass for a missing compiler; that it is told is seen below.
+        # What torch itself warns of must not pass for a missing compiler; our own warning is tested below.
         warnings.simplefilter("ignore")
         assert_accurate(compiled)
     assert elementwise._failures == []
@@ -55,14 +57,14 @@ def test_signed_pairs_turn_their_logit_and_masked_pairs_are_nothing():
     cosines = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     positive, kept = cosines > 0.5, cosines < 0.9
     scale, bias = torch.tensor(3.0), torch.tensor(-1.0)
-    slope, *sums = signed(cosines, scale, bias, positive, kept, torch.float64)
+    grad_logits, *sums = signed(cosines, scale, bias, positive, kept, torch.float64)
     logits = (cosines * scale + bias).requires_grad_()
     loss = -F.logsigmoid(torch.where(positive, logits, -logits)) * kept
     (down,) = torch.autograd.grad(loss.sum(), logits)
-    assert_equal([slope, *sums], [down, loss.sum(1).detach(), down.sum(1), (down * cosines).sum(1)], 1e-14)
+    assert_equal([grad_logits, *sums], [down, loss.sum(1).detach(), down.sum(1), (down * cosines).sum(1)], 1e-14)
 
 
-def test_who_cannot_compile_is_told_once_and_gets_the_uncompiled_values(compile_all, monkeypatch):
+def test_a_failure_to_compile_warns_once_and_leaves_the_uncompiled_values(compile_all, monkeypatch):
     inputs = *(side.float() for side in batch(6, 4)[:2]), SCALE, BIAS
     tries = []
 
@@ -73,9 +75,9 @@ def test_who_cannot_compile_is_told_once_and_gets_the_uncompiled_values(compile_
     monkeypatch.setattr(torch, "compile", no_compiler)
     with pytest.warns(
         UserWarning, match="not compiled and therefore slower: No working C\\+\\+ compiler found$"
-    ) as told:
+    ) as warned:
         first = value_and_gradients(sigmoid_loss, *inputs)
-    assert len(told) == 1
+    assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second = value_and_gradients(sigmoid_loss, *inputs)

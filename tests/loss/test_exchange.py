@@ -1,4 +1,4 @@
-"""Blocks reach every rank once and bring home what they earned; ranks that disagree fail together."""
+"""Blocks reach every rank once and their gradients return to the owner; ranks that disagree fail together."""
 
 import pytest
 import torch
@@ -11,35 +11,35 @@ from tests.loss.reference import EXCHANGES, TrainingMonitor, assert_equal, batch
 SIZES = (1, 2, 3, 4)
 
 
-def walk(rank, size, exchange):
-    """Origins seen, whether each block was the origin's, and what came home of 10^(worker's rank) given to each."""
+def meet_all_blocks(rank, size, exchange):
+    """Owners seen, whether each block was the owner's, and the sum returned here of 10^rank from each rank."""
     rows, ids = torch.full((2, 3), float(rank)), torch.tensor([rank, rank + 100])
-    visits, origins, right = BlockExchange([rows, ids], exchange), [], True
-    for origin, (block, of_block) in visits:
-        origins.append(origin)
-        right &= bool((block == origin).all()) and of_block.tolist() == [origin, origin + 100]
-        visits.give(torch.full((2, 3), 10.0**rank * (1 + origin)))
+    blocks, owners, right = BlockExchange([rows, ids], exchange), [], True
+    for owner, (block, of_block) in blocks:
+        owners.append(owner)
+        right &= bool((block == owner).all()) and of_block.tolist() == [owner, owner + 100]
+        blocks.return_grad(torch.full((2, 3), 10.0**rank * (1 + owner)))
     assert rows.eq(rank).all()
-    return origins, right, visits.collected
+    return owners, right, blocks.local_grad
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", SIZES)
-def test_every_block_comes_by_once_and_brings_home_the_sum_of_what_it_was_given(ranks, size, exchange):
-    for rank, (origins, right, collected) in enumerate(ranks.run(walk, size, exchange)):
-        assert sorted(origins) == list(range(size))
+def test_every_block_comes_by_once_and_the_sum_of_its_gradients_returns_to_its_owner(ranks, size, exchange):
+    for rank, (owners, right, local_grad) in enumerate(ranks.run(meet_all_blocks, size, exchange)):
+        assert sorted(owners) == list(range(size))
         assert right
-        assert collected.unique().tolist() == [(1 + rank) * float("1" * size)]
+        assert local_grad.unique().tolist() == [(1 + rank) * float("1" * size)]
 
 
 @pytest.mark.parametrize("exchange", [*EXCHANGES, None])
-def test_one_process_is_visited_by_itself(exchange):
-    rows, earned = torch.zeros(2, 3), torch.ones(2, 3)
-    visits = BlockExchange([rows], exchange)
-    for origin, (block,) in visits:
-        assert (origin, block.data_ptr()) == (0, rows.data_ptr())
-        visits.give(earned)
-    assert visits.collected is earned
+def test_one_process_has_its_own_block_only(exchange):
+    rows, block_grad = torch.zeros(2, 3), torch.ones(2, 3)
+    blocks = BlockExchange([rows], exchange)
+    for owner, (block,) in blocks:
+        assert (owner, block.data_ptr()) == (0, rows.data_ptr())
+        blocks.return_grad(block_grad)
+    assert blocks.local_grad is block_grad
     assert world() == (1, 0)
     assert gather_rows(rows).data_ptr() == rows.data_ptr()
 
@@ -67,9 +67,9 @@ def in_group(rank, size, exchange):
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_a_group_of_some_ranks_trains_like_one_process_on_their_pairs(ranks, exchange):
     first, second = ranks.run(in_group, 3, exchange)[1:]
-    wanted = value_and_gradients(sigmoid, *batch(8, 5)[:2], 7.0, -3.0)
-    found = [(a + b) / 2 if a.ndim == 0 else torch.cat([a, b]) / 2 for a, b in zip(first, second, strict=True)]
-    assert_equal(found, wanted)
+    expected = value_and_gradients(sigmoid, *batch(8, 5)[:2], 7.0, -3.0)
+    actual = [(a + b) / 2 if a.ndim == 0 else torch.cat([a, b]) / 2 for a, b in zip(first, second, strict=True)]
+    assert_equal(actual, expected)
 
 
 def apart(rank, size, odd, which):

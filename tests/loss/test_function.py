@@ -92,9 +92,9 @@ def test_the_last_backward_hands_over_the_kept_gradients_themselves(loss):
 
 def test_second_derivatives_are_refused_rather_than_wrong():
     inputs = leaves(*batch(4, 3)[:2], SCALE, BIAS)
-    (slope,) = torch.autograd.grad(sigmoid_loss(*inputs), inputs[2], create_graph=True)
+    (derivative,) = torch.autograd.grad(sigmoid_loss(*inputs), inputs[2], create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
-        torch.autograd.grad(slope, inputs[2])
+        torch.autograd.grad(derivative, inputs[2])
 
 
 @pytest.mark.parametrize("locked", [True, False])

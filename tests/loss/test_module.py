@@ -68,9 +68,9 @@ def test_logits_and_labels_are_open_clips(negative_only):
 def test_the_result_may_be_a_dictionary_and_the_bias_nothing():
     zimg, ztxt, _ = batch(4, 3)
     scale = leaves(SCALE)[0]
-    found = SigLipLoss(True)(zimg, ztxt, scale, None, output_dict=True)
-    assert found.keys() == {"contrastive_loss"}
-    torch.testing.assert_close(found["contrastive_loss"], open_clip_loss().SigLipLoss()(zimg, ztxt, scale, None))
+    actual = SigLipLoss(True)(zimg, ztxt, scale, None, output_dict=True)
+    assert actual.keys() == {"contrastive_loss"}
+    torch.testing.assert_close(actual["contrastive_loss"], open_clip_loss().SigLipLoss()(zimg, ztxt, scale, None))
 
 
 def test_an_unknown_exchange_raises():

@@ -35,9 +35,9 @@ def equation_1(zimg, ztxt, scale, bias):
 @pytest.mark.parametrize(("n", "dim"), [(1, 3), (1, 1), (2, 1), (7, 5), (16, 32)])
 def test_value_and_gradients_are_those_of_equation_1(n, dim, chunk):
     inputs = *batch(n, dim)[:2], 10.0, -10.0
-    wanted = value_and_gradients(equation_1, *inputs)
-    assert_equal(value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk), wanted)
-    assert_equal(value_and_gradients(sigmoid, *inputs), wanted)
+    expected = value_and_gradients(equation_1, *inputs)
+    assert_equal(value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk), expected)
+    assert_equal(value_and_gradients(sigmoid, *inputs), expected)
 
 
 def test_the_value_is_that_of_big_visions_formula():
@@ -63,20 +63,20 @@ def test_finite_differences_confirm_every_gradient(mask, chunk):
 
 @pytest.mark.parametrize("only", range(4), ids=["images", "texts", "t", "b"])
 def test_only_inputs_that_require_gradients_get_them(only):
-    """The right ones, and the others none."""
+    """The correct ones, and the others none."""
     inputs = leaves(*batch(5, 4)[:2], SCALE, BIAS)
-    wanted = value_and_gradients(sigmoid, *inputs)
+    expected = value_and_gradients(sigmoid, *inputs)
     for number, leaf in enumerate(inputs):
         leaf.requires_grad_(number == only)
     sigmoid_loss(*inputs).backward()
-    assert_equal([inputs[only].grad], [wanted[1 + only]])
+    assert_equal([inputs[only].grad], [expected[1 + only]])
     assert all(leaf.grad is None for number, leaf in enumerate(inputs) if number != only)
 
 
 def test_t_and_b_may_be_numbers():
     zimg, ztxt, _ = batch(5, 4)
-    wanted = value_and_gradients(sigmoid, zimg, ztxt, SCALE, BIAS)
-    assert_equal(value_and_gradients(sigmoid_loss, zimg, ztxt, logit_scale=SCALE, logit_bias=BIAS), wanted[:3])
+    expected = value_and_gradients(sigmoid, zimg, ztxt, SCALE, BIAS)
+    assert_equal(value_and_gradients(sigmoid_loss, zimg, ztxt, logit_scale=SCALE, logit_bias=BIAS), expected[:3])
 
 
 def test_t_and_b_keep_their_shape_and_type_in_their_gradients():
@@ -101,10 +101,10 @@ def test_without_grad_mode_the_value_is_the_same_and_hangs_on_nothing():
 def test_extreme_logits_stay_finite_and_right(bias, dtype):
     """At scale 1000 the naive logarithm overflows; the loss and its gradients do not."""
     zimg, ztxt = (side.to(dtype) for side in batch(6, 4)[:2])
-    wanted = value_and_gradients(sigmoid, zimg.double(), ztxt.double(), 1000.0, bias)
-    found = value_and_gradients(sigmoid_loss, zimg, ztxt, 1000.0, bias)
-    assert all(tensor.isfinite().all() for tensor in found)
-    assert found[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)
+    expected = value_and_gradients(sigmoid, zimg.double(), ztxt.double(), 1000.0, bias)
+    actual = value_and_gradients(sigmoid_loss, zimg, ztxt, 1000.0, bias)
+    assert all(tensor.isfinite().all() for tensor in actual)
+    assert actual[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
 
 
 def test_bfloat16_and_float16_are_near_float64_at_a_scale_of_100():
@@ -112,11 +112,11 @@ def test_bfloat16_and_float16_are_near_float64_at_a_scale_of_100():
     for dtype in (torch.bfloat16, torch.float16):
         ztxt, noise, _ = batch(256, 64)
         zimg, ztxt = F.normalize(ztxt + 0.7 * noise).to(dtype), ztxt.to(dtype)
-        wanted = value_and_gradients(sigmoid, zimg.double(), ztxt.double(), 100.0, -20.0)
-        found = value_and_gradients(sigmoid_loss, zimg, ztxt, 100.0, -20.0, chunk_size=100)
-        assert found[0].dtype == torch.float32
-        assert found[0].item() == pytest.approx(wanted[0].item(), rel=1e-3)
-        for one, other in zip(found[1:], wanted[1:], strict=True):
+        expected = value_and_gradients(sigmoid, zimg.double(), ztxt.double(), 100.0, -20.0)
+        actual = value_and_gradients(sigmoid_loss, zimg, ztxt, 100.0, -20.0, chunk_size=100)
+        assert actual[0].dtype == torch.float32
+        assert actual[0].item() == pytest.approx(expected[0].item(), rel=1e-3)
+        for one, other in zip(actual[1:], expected[1:], strict=True):
             assert (one.double() - other).norm() <= 1e-2 * other.norm()
 
 
@@ -124,26 +124,26 @@ def test_float16_gradients_survive_under_a_gradient_scaler():
     """Gradients below float16's range are there after the scaler's factor, which acts before they are rounded."""
     zimg, ztxt, _ = batch(64, 32)
     inputs = leaves(zimg.half(), ztxt.half(), 1e-4, -10.0)
-    wanted = value_and_gradients(sigmoid, *(leaf.double() for leaf in inputs))
+    expected = value_and_gradients(sigmoid, *(leaf.double() for leaf in inputs))
     # Unscaled they are about 1e-7, where float16 counts in steps of 6e-8.
-    assert wanted[2].abs().max() < 2e-6
+    assert expected[2].abs().max() < 2e-6
     (sigmoid_loss(*inputs) * 65536).backward()
-    for leaf, other in zip(inputs, wanted[1:], strict=True):
-        found = leaf.grad.double() / 65536
-        assert found.isfinite().all()
-        assert (found - other).norm() <= 1e-3 * other.norm()
+    for leaf, other in zip(inputs, expected[1:], strict=True):
+        actual = leaf.grad.double() / 65536
+        assert actual.isfinite().all()
+        assert (actual - other).norm() <= 1e-3 * other.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_no_bit(dtype):
     """Value and gradients under autocast are those without it; bfloat16 logits would be far off."""
     zimg, ztxt = (side.to(dtype) for side in batch(64, 48)[:2])
-    wanted = value_and_gradients(sigmoid_loss, zimg, ztxt, 100.0, BIAS)
+    expected = value_and_gradients(sigmoid_loss, zimg, ztxt, 100.0, BIAS)
     with torch.autocast("cpu", torch.bfloat16):
-        found = value_and_gradients(sigmoid_loss, zimg, ztxt, 100.0, BIAS)
+        actual = value_and_gradients(sigmoid_loss, zimg, ztxt, 100.0, BIAS)
         rough = (ztxt @ zimg.T).float()
-    assert found[0].dtype == torch.float32
-    assert all(torch.equal(*both) for both in zip(found, wanted, strict=True))
+    assert actual[0].dtype == torch.float32
+    assert all(torch.equal(*both) for both in zip(actual, expected, strict=True))
     assert (rough - ztxt.float() @ zimg.float().T).abs().max() > 1e-4
 
 
@@ -161,31 +161,31 @@ def test_two_calls_give_the_same_bits(mask):
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_statistics_are_those_of_the_formula_and_change_nothing(mask, chunk):
     zimg, ztxt, ids = batch(9, 4)
-    chosen, found, wanted = options(mask, ids), {}, {}
-    sigmoid(zimg, ztxt, SCALE, BIAS, statistics=wanted, **chosen)
+    chosen, actual, expected = options(mask, ids), {}, {}
+    sigmoid(zimg, ztxt, SCALE, BIAS, statistics=expected, **chosen)
     inputs = zimg, ztxt, SCALE, BIAS
     without = value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk, **chosen)
-    counted = value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk, statistics=found, **chosen)
+    counted = value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk, statistics=actual, **chosen)
     assert all(torch.equal(*both) for both in zip(counted, without, strict=True))
-    assert found.keys() == wanted.keys()
-    assert_equal([found[name] for name in wanted], [value.double() for value in wanted.values()])
+    assert actual.keys() == expected.keys()
+    assert_equal([actual[name] for name in expected], [value.double() for value in expected.values()])
 
 
 def statistics(rank, size, mask, exchange):
     zimg, ztxt, ids = batch(4 * size, 5)
-    mine, found = slice(4 * rank, 4 * rank + 4), {}
-    sigmoid_loss(zimg[mine], ztxt[mine], SCALE, BIAS, exchange=exchange, statistics=found, **options(mask, ids, mine))
-    return found
+    mine, actual = slice(4 * rank, 4 * rank + 4), {}
+    sigmoid_loss(zimg[mine], ztxt[mine], SCALE, BIAS, exchange=exchange, statistics=actual, **options(mask, ids, mine))
+    return actual
 
 
 @pytest.mark.parametrize("mask", ["plain", "ids, positive", "hardest"])
 @pytest.mark.parametrize("exchange", ["bidir", "gather"])
 def test_statistics_are_those_of_the_global_batch_on_every_rank(ranks, mask, exchange):
     zimg, ztxt, ids = batch(12, 5)
-    wanted = {}
-    sigmoid(zimg, ztxt, SCALE, BIAS, statistics=wanted, **options(mask, ids))
-    for found in ranks.run(statistics, 3, mask, exchange):
-        assert_equal([found[name] for name in wanted], [value.double() for value in wanted.values()])
+    expected = {}
+    sigmoid(zimg, ztxt, SCALE, BIAS, statistics=expected, **options(mask, ids))
+    for actual in ranks.run(statistics, 3, mask, exchange):
+        assert_equal([actual[name] for name in expected], [value.double() for value in expected.values()])
 
 
 # Dynamo looks at the attribute and hides the warning itself, where it is no error.
@@ -197,5 +197,5 @@ def test_a_compiled_function_may_call_the_loss():
         return sigmoid_loss(F.normalize(x), F.normalize(y), t.exp(), b) * 2
 
     x, y, _ = batch(6, 4)
-    wanted = value_and_gradients(step, x, y, 1.0, BIAS)
-    assert_equal(value_and_gradients(torch.compile(step, backend="aot_eager"), x, y, 1.0, BIAS), wanted, 1e-12)
+    expected = value_and_gradients(step, x, y, 1.0, BIAS)
+    assert_equal(value_and_gradients(torch.compile(step, backend="aot_eager"), x, y, 1.0, BIAS), expected, 1e-12)

@@ -56,9 +56,9 @@ def mean_over_ranks(of_ranks):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_loss_and_gradients_are_those_of_one_process_on_the_global_batch(ranks, size):
     """For every exchange, chunk size, and locked or unlocked image side; the mean over ranks, as DDP takes it."""
-    wanted = value_and_gradients(softmax, *batch(size * PAIRS, DIM)[:2], SCALE)
+    expected = value_and_gradients(softmax, *batch(size * PAIRS, DIM)[:2], SCALE)
     for (_, _, locked), *results in zip(CASES, *ranks.run(losses_and_gradients, size), strict=True):
-        assert_equal(mean_over_ranks(results), [wanted[0], *wanted[2 if locked else 1 :]])
+        assert_equal(mean_over_ranks(results), [expected[0], *expected[2 if locked else 1 :]])
 
 
 def beside_open_clip(rank, size):
@@ -78,13 +78,13 @@ def test_the_mean_over_ranks_is_that_of_open_clips_clip_loss(ranks, size):
 
 
 def test_only_inputs_that_require_gradients_get_them():
-    wanted = value_and_gradients(softmax, *batch(5, 4)[:2], SCALE)
+    expected = value_and_gradients(softmax, *batch(5, 4)[:2], SCALE)
     for only in range(3):
         inputs = leaves(*batch(5, 4)[:2], SCALE)
         for number, leaf in enumerate(inputs):
             leaf.requires_grad_(number == only)
         softmax_loss(*inputs).backward()
-        assert_equal([inputs[only].grad], [wanted[1 + only]])
+        assert_equal([inputs[only].grad], [expected[1 + only]])
         assert all(leaf.grad is None for number, leaf in enumerate(inputs) if number != only)
 
 
@@ -102,16 +102,16 @@ def test_half_precision_is_near_float64(dtype, noise):
     """Also where probabilities of own pairs are so near 1 that bfloat16 could not tell what is left to learn."""
     ztxt, other, _ = batch(256, 64)
     zimg, ztxt = F.normalize(ztxt + noise * other).to(dtype), ztxt.to(dtype)
-    wanted = value_and_gradients(softmax, zimg.double(), ztxt.double(), 30.0)
-    found = value_and_gradients(softmax_loss, zimg, ztxt, 30.0, chunk_size=100)
-    assert found[0].item() == pytest.approx(wanted[0].item(), rel=1e-3)
-    for one, exact in zip(found[1:], wanted[1:], strict=True):
+    expected = value_and_gradients(softmax, zimg.double(), ztxt.double(), 30.0)
+    actual = value_and_gradients(softmax_loss, zimg, ztxt, 30.0, chunk_size=100)
+    assert actual[0].item() == pytest.approx(expected[0].item(), rel=1e-3)
+    for one, exact in zip(actual[1:], expected[1:], strict=True):
         assert (one.double() - exact).norm() <= 1e-2 * exact.norm()
 
 
 def test_extreme_logits_stay_finite():
     zimg, ztxt, _ = batch(6, 4)
-    found = value_and_gradients(softmax_loss, zimg.float(), ztxt.float(), 1e4)
-    wanted = value_and_gradients(softmax, zimg, ztxt, 1e4)
-    assert all(tensor.isfinite().all() for tensor in found)
-    assert found[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)
+    actual = value_and_gradients(softmax_loss, zimg.float(), ztxt.float(), 1e4)
+    expected = value_and_gradients(softmax, zimg, ztxt, 1e4)
+    assert all(tensor.isfinite().all() for tensor in actual)
+    assert actual[0].item() == pytest.approx(expected[0].item(), rel=1e-5)

@@ -74,13 +74,13 @@ def mean_over_ranks(of_ranks):
 def test_loss_and_gradients_are_those_of_one_process_on_the_global_batch(ranks, size, mask):
     """For every exchange, chunk size, and locked or unlocked image side; the mean over ranks, as DDP takes it."""
     zimg, ztxt, ids = batch(size * PAIRS, DIM)
-    wanted = value_and_gradients(sigmoid, zimg, ztxt, SCALE, BIAS, **options(mask, ids))
+    expected = value_and_gradients(sigmoid, zimg, ztxt, SCALE, BIAS, **options(mask, ids))
     # Finding the kept ones takes passes over all tiles; tests/loss/test_composition.py has more of them.
     chunks = CHUNKS[1:3] if "negatives" in MASKS[mask] else CHUNKS
     cases = list(itertools.product(EXCHANGES, chunks, (True, False)))
     of_ranks = ranks.run(losses_and_gradients, size, mask, cases)
     for (_, _, locked), *results in zip(cases, *of_ranks, strict=True):
-        assert_equal(mean_over_ranks(results), [wanted[0], *wanted[2 if locked else 1 :]])
+        assert_equal(mean_over_ranks(results), [expected[0], *expected[2 if locked else 1 :]])
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -88,12 +88,12 @@ def test_loss_and_gradients_are_those_of_one_process_on_the_global_batch(ranks, 
 def test_the_comparison_would_notice(ranks, exchange, control):
     """Controls: a wrong loss must be far from the global batch's in its value and in its gradient, or only in one."""
     zimg, ztxt, _ = batch(3 * PAIRS, DIM)
-    wanted = value_and_gradients(sigmoid, zimg, ztxt, SCALE, BIAS)
+    expected = value_and_gradients(sigmoid, zimg, ztxt, SCALE, BIAS)
     of_ranks = ranks.run(losses_and_gradients, 3, "plain", [(exchange, None, True)], control)
-    found = mean_over_ranks([cases[0] for cases in of_ranks])
-    del wanted[1]
+    actual = mean_over_ranks([cases[0] for cases in of_ranks])
+    del expected[1]
     with pytest.raises(AssertionError):
-        assert_equal(found, wanted, 1e-3)
+        assert_equal(actual, expected, 1e-3)
 
 
 class Model(nn.Module):
@@ -134,12 +134,12 @@ def model_gradients(rank, size, through_ddp):
             wrapped = DistributedDataParallel(model, bucket_cap_mb=0.001) if through_ddp else model
             loss = wrapped(pixels[mine], words[mine])
             loss.backward()
-            found = gradients(model) | {"loss": loss.detach()}
-            for name, tensor in found.items():
+            actual = gradients(model) | {"loss": loss.detach()}
+            for name, tensor in actual.items():
                 if not through_ddp or name == "loss":
                     dist.all_reduce(tensor)
                     tensor.div_(size)
-            results[exchange, locked] = found
+            results[exchange, locked] = actual
     return results
 
 
@@ -148,14 +148,14 @@ def model_gradients(rank, size, through_ddp):
 def test_every_parameter_of_a_model_gets_the_gradient_of_one_process(ranks, size, through_ddp):
     """On every rank, with both towers trainable and with the image tower locked, for all exchanges."""
     for of_rank in ranks.run(model_gradients, size, through_ddp):
-        for (_, locked), found in of_rank.items():
+        for (_, locked), actual in of_rank.items():
             model, pixels, words = model_and_batch(size * PAIRS, locked, None, loss=sigmoid)
             loss = model(pixels, words)
             loss.backward()
-            wanted = gradients(model) | {"loss": loss.detach()}
-            assert found.keys() == wanted.keys()
-            assert ("images.0.weight" in found) is not locked
-            assert_equal(list(found.values()), list(wanted.values()))
+            expected = gradients(model) | {"loss": loss.detach()}
+            assert actual.keys() == expected.keys()
+            assert ("images.0.weight" in actual) is not locked
+            assert_equal(list(actual.values()), list(expected.values()))
 
 
 def test_a_step_against_any_parameters_gradient_lowers_the_loss():

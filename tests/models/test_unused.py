@@ -34,7 +34,7 @@ from siglit.models.image_tower import ImageTower
 from siglit.models.pretrained_text import _class_of
 from siglit.models.text_tower import TextTower
 from siglit.models.unused import freeze_unused, graph_only
-from siglit.planning.memory import RandomData
+from siglit.planning.memory import RandomDataModule
 from siglit.runs.launch import quiet_lightning
 from siglit.training.fsdp import shard
 from siglit.training.module import SigLiT
@@ -66,7 +66,7 @@ def two_steps(rank, size, experiment):
 
 def _two_steps(rank, size, experiment):
     torch.manual_seed(0)
-    data, module = RandomData(experiment), SigLiT(experiment, 2)
+    data, module = RandomDataModule(experiment), SigLiT(experiment, 2)
     module.build(data)
     if experiment.train.strategy == "fsdp2":
         shard(module, init_device_mesh("cpu", (size,)))
