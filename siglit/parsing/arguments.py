@@ -93,7 +93,8 @@ def load_experiment(path: str | os.PathLike[str], **overrides: Any) -> Experimen
         if not is_field(name) and name not in SECTIONS:
             raise UserError(f"{name} is not a field of an experiment{did_you_mean(name, {*FIELDS, *SECTIONS})}")
         try:
-            words.append(f"--{name}={value if isinstance(value, str) else json.dumps(value, default=os.fspath)}")
+            plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+            words.append(f"--{name}={plain if isinstance(plain, str) else json.dumps(plain, default=os.fspath)}")
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{name} is a {type(value).__name__} ({error}); give strings, numbers, booleans, None, lists or dicts"
