@@ -237,7 +237,7 @@ def test_info_verify_and_skipped_take_the_folder_of_both_splits(experiment, proj
 def test_a_cache_that_is_not_complete_says_so_and_lists_its_skipped_images(experiment, project, capsys):
     for number in (3, 4, 20):
         (project / f"images/{number:04d}.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"`siglit cache skipped cache/small/train` lists them"):
+    with pytest.raises(UserError, match=r"`siglit cache skipped cache/small/train` lists the images"):
         siglit.precompute(parse("precompute", "--cache.splits", "[train]"))
     code, out, _ = run(capsys, "skipped", "cache/small/train")
     assert (code, out) == (
