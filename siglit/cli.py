@@ -72,7 +72,7 @@ def _run(words: list[str], debug: bool) -> int:
     except KeyboardInterrupt as stop:
         # Ctrl-C reaches all processes of a run.
         if _is_local_rank_zero():
-            print(str(stop) or "stopped; completed work is kept", file=sys.stderr)
+            print(str(stop) or "stopped; what was finished is kept", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except SystemExit as stop:  # jsonargparse leaves this way after --help and --print_config
         return stop.code if isinstance(stop.code, int) else 1
