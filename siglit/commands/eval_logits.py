@@ -73,8 +73,8 @@ def eval_logits(experiment: Experiment) -> LogitsResult:
     _, first, text_ids = np.unique(ids, axis=0, return_index=True, return_inverse=True)
     text_ids = text_ids.reshape(-1)
     distinct = encode_ids(trained.tower.to(device), ids[first], batch_size=experiment.eval.batch_size, device=device)
-    softmax = experiment.loss.name == "softmax"
-    bias = 0.0 if softmax else trained.logit_bias
+    is_softmax = experiment.loss.name == "softmax"
+    bias = 0.0 if is_softmax else trained.logit_bias
     batch_size = min(experiment.train.batch_size, len(cache))
     try:
         health = logit_health(
@@ -92,7 +92,7 @@ def eval_logits(experiment: Experiment) -> LogitsResult:
             f"{trained.checkpoint} has no usable logits: {error}; look in metrics.csv where training went wrong, or "
             "set eval.checkpoint"
         ) from error
-    if softmax:
+    if is_softmax:
         health |= {"calibration": [], "ece": None}
     result = LogitsResult(
         {
