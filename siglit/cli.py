@@ -1,6 +1,6 @@
 """The `siglit` command: parse, call, print.
 
-Knows how errors are reported and no command by name; `siglit.commands` lists them and imports one only when it runs.
+Knows how errors are reported, and no command by name: `siglit.commands` lists them and imports one only when it runs.
 """
 
 import contextlib
@@ -8,8 +8,10 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
+
+from typing_extensions import override
 
 from siglit.commands import COMMANDS
 
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def show_messages() -> None:
-    """Write what siglit logs to stderr, a plain line each; programs that import siglit configure logging themselves."""
+    """Write siglit's log messages to stderr as plain lines; a program that imports siglit configures logging itself."""
     logger = logging.getLogger("siglit")
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         logger.addHandler(_Stderr())
@@ -33,8 +35,9 @@ def show_messages() -> None:
 
 
 class _Stderr(logging.Handler):
-    """As logging.StreamHandler, but to whatever sys.stderr is now: tests and notebooks exchange it."""
+    """As logging.StreamHandler, but always to the current sys.stderr, which tests and notebooks replace."""
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
 
@@ -48,9 +51,12 @@ def _run(words: list[str], debug: bool) -> int:
 
         print(f"siglit {siglit.__version__}")
         return 0
+    if words[0] in _groups() and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print(_group_usage(words[0]))
+        return 0
     name = next((c for c in COMMANDS if words[: len(c.split())] == c.split()), None)
     if name is None:
-        return _fail(_no_command(words), 2)
+        return _fail(_unknown_command(words), 2)
     from siglit.cache import CacheError
     from siglit.errors import UserError
     from siglit.runtime.signals import STOPPED
@@ -66,7 +72,7 @@ def _run(words: list[str], debug: bool) -> int:
         return _report(error, f"{where}{error.strerror or error}", 2, debug)
     except KeyboardInterrupt as stop:
         # Ctrl-C reaches all processes of a run.
-        if _is_first_here():
+        if _is_local_rank_zero():
             print(str(stop) or STOPPED, file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except SystemExit as stop:  # jsonargparse leaves this way after --help and --print_config
@@ -81,41 +87,58 @@ def _call(name: str, words: list[str]) -> Any:
     command = COMMANDS[name]
     if command.folders is not None:
         arguments = _parse_folders(name, words, command.folders)
-        with _no_empty_folders([arguments["out"]] if "out" in arguments else []):
+        with _removing_empty_folders([arguments["out"]] if "out" in arguments else []):
             return command.load()(**arguments)
     from siglit.parsing.arguments import parse_command
 
     mode = next((flag for flag in command.modes if flag in words), None)
     experiment, flags = parse_command(name, [word for word in words if word != mode])
-    with _no_empty_folders([experiment.output_dir, experiment.cache.path]):
+    with _removing_empty_folders([experiment.output_dir, experiment.cache.path]):
         return (command.modes[mode] if mode else command).load()(experiment, **flags)
 
 
-def _no_command(words: list[str]) -> str:
+def _groups() -> set[str]:
+    """First words of the commands that have two."""
+    return {name.split()[0] for name in COMMANDS if " " in name}
+
+
+def _unknown_command(words: list[str]) -> str:
     from siglit.parsing.fields import did_you_mean
 
-    rooms = {command.split()[0] for command in COMMANDS if " " in command}
-    given = " ".join(words[:2]) if words[0] in rooms else words[0]
-    hint = did_you_mean(given, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
-    return f"there is no command {given!r}{hint}"
+    name = " ".join(words[:2]) if words[0] in _groups() else words[0]
+    hint = did_you_mean(name, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+    return f"there is no command {name!r}{hint}"
 
 
 def _usage() -> str:
-    width = max(map(len, COMMANDS)) + 2
-    table = "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
     return (
         "usage: siglit COMMAND -c EXPERIMENT.yaml [--section.field VALUE ...]\n"
         "       siglit cache COMMAND FOLDER ...\n\n"
-        f"{table}\n\n"
-        "  siglit COMMAND --help       every field with its unit and default\n"
+        f"{_command_table(COMMANDS)}\n\n"
+        "  siglit COMMAND --help       the fields that the command reads, with units and defaults\n"
+        "  siglit COMMAND --help-all   every field of the experiment\n"
         "  siglit COMMAND -c FILE --print_config   the whole experiment as it would run\n"
-        "  --dry-run                   siglit train: say what each parameter's rate and decay would be, and stop\n"
-        "  --resume                    siglit train: go on from the last checkpoint (--train.resume true)\n"
+        "  --dry-run                   siglit train: show learning rate and decay of each parameter, and stop\n"
+        "  --resume                    siglit train: resume from the last checkpoint (--train.resume true)\n"
         "  --debug                     show the traceback of an error\n"
     )
 
 
+def _group_usage(group: str) -> str:
+    names = [name for name in COMMANDS if name.startswith(f"{group} ")]
+    return (
+        f"usage: siglit {group} COMMAND ...\n\n{_command_table(names)}\n\n"
+        f"  siglit {group} COMMAND --help   the command's arguments\n"
+    )
+
+
+def _command_table(names: Collection[str]) -> str:
+    width = max(map(len, names)) + 2
+    return "\n".join(f"  {name:<{width}}{COMMANDS[name].help}" for name in names)
+
+
 def _parse_folders(name: str, words: list[str], arguments: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Parse the words after a command that takes folders; {name of the argument: value}."""
     import argparse
 
     from siglit.errors import UserError
@@ -135,20 +158,20 @@ def _parse_folders(name: str, words: list[str], arguments: Mapping[str, dict[str
 
 
 @contextlib.contextmanager
-def _no_empty_folders(places: Sequence[str | None]) -> Iterator[None]:
-    """Where the command fails, remove what it made in or above these folders and left empty."""
-    folders = [os.path.abspath(place) for place in places if place]
-    there = {folder: _subfolders(folder) for folder in folders}
-    missing = [folder for place in folders for folder in _with_parents(place) if not os.path.isdir(folder)]
+def _removing_empty_folders(paths: Sequence[str | None]) -> Iterator[None]:
+    """If the command fails, remove empty folders that it created in or above these paths."""
+    folders = [os.path.abspath(path) for path in paths if path]
+    before = {folder: _subfolders(folder) for folder in folders}
+    missing = [parent for folder in folders for parent in _with_parents(folder) if not os.path.isdir(parent)]
     try:
         yield
     except BaseException:
         # One process cleans up: others may still be about to write.
-        if _is_first_here():
-            new = [sub for folder in folders for sub in _subfolders(folder) - there[folder]]
+        if _is_local_rank_zero():
+            new = [sub for folder in folders for sub in _subfolders(folder) - before[folder]]
             inner = [path for sub in new for path, *_ in os.walk(sub, topdown=False)]
             for folder in [*inner, *sorted(missing, key=len, reverse=True)]:
-                with contextlib.suppress(OSError):  # not empty, or not there
+                with contextlib.suppress(OSError):  # not empty, or missing
                     os.rmdir(folder)
         raise
 
@@ -162,19 +185,19 @@ def _subfolders(folder: str) -> set[str]:
 
 
 def _with_parents(folder: str) -> Iterator[str]:
-    while folder != (above := os.path.dirname(folder)):
+    while folder != (parent := os.path.dirname(folder)):
         yield folder
-        folder = above
+        folder = parent
 
 
 def _print(text: str) -> None:
-    # Only the first of several processes speaks; a reader such as `head` may have gone.
-    if _is_first_here():
+    # Only the first of several processes prints; a reader such as `head` may have closed the pipe.
+    if _is_local_rank_zero():
         with contextlib.suppress(BrokenPipeError):
             print(text, flush=True)
 
 
-def _is_first_here() -> bool:
+def _is_local_rank_zero() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 

@@ -1,15 +1,15 @@
 """The experiment: one tree of dataclasses that every command reads.
 
-Holds names, units and defaults, and nothing else: reading YAML is the command's affair, acting on a field is the
-affair of the module that the field belongs to. The text under each field is the help that `siglit COMMAND --help`
-prints.
+Holds names, defaults and bounds, and nothing else: `siglit.parsing` reads YAML, and the module that a field belongs to
+acts on it. The text under each field is the help that `siglit COMMAND --help` prints; `metadata` holds its bound.
 """
 
 import json
 import math
 import operator
 import re
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,37 @@ Format = Literal[
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The values that a field accepts, beyond its type; null is always accepted where the type allows it."""
+
+    text: str
+    """What follows "it must be" in the message."""
+    holds: Callable[[Any], bool]
+    """Whether a value is within the bound."""
+
+
+def _bound(text: str, holds: Callable[[Any], bool]) -> dict[str, Bound]:
+    """A bound as the metadata of a dataclass field."""
+    return {"bound": Bound(text, holds)}
+
+
+_ONE_OR_MORE = _bound("1 or more", lambda v: v >= 1)
+_ZERO_OR_MORE = _bound("0 or more", lambda v: v >= 0)
+_FINITE = _bound("finite", math.isfinite)
+_FINITE_ZERO_OR_MORE = _bound("a finite number of 0 or more", lambda v: 0 <= v < math.inf)
+_POSITIVE = _bound("a finite number of more than 0", lambda v: 0 < v < math.inf)
+_SHARE = _bound("between 0 and 1", lambda v: 0 <= v <= 1)
+_POSITIVE_SHARE = _bound("more than 0 and at most 1", lambda v: 0 < v <= 1)
+_TEXT_AND_END = _bound("2 or more, a piece of text and the end of the sentence", lambda v: v >= 2)
+_BETAS = _bound("two numbers from 0 to less than 1", lambda v: all(0 <= beta < 1 for beta in v))
+_PER_CHANNEL = _bound("three numbers, one per channel", lambda v: len(v) == 3)
+_SHOTS = _bound("a list of numbers of 1 or more", lambda v: len(v) > 0 and min(v) >= 1)
+_SPLITS = _bound("[train], [val] or both", lambda v: len(v) > 0)
+
+
+@dataclass(frozen=True)
 class SourceSpec:
-    """Where a data set lies and how to read it."""
+    """Where a data set is and how to read it."""
 
     format: Format
     """csv, jsonl, coco, karpathy, folder, class_folders (a folder of images for each class, as ImageNet's), parquet,
@@ -38,17 +67,17 @@ class SourceSpec:
     """Column of the captions (a text, or a list of texts), or several, comma-separated. Default: csv title; jsonl
     caption or title; folder text or caption; parquet and hub caption; webdataset .txt, else caption of the .json."""
     key_column: str | None = None
-    """Column of the key, which names an image for good. Default: the image's path as written; parquet `<file>:<row>`;
+    """Column of the key, the permanent name of an image. Default: the image's path as written; parquet `<file>:<row>`;
     hub `<split>:<row>`; webdataset the member's name up to its first dot. (Other formats have their own.)"""
     label_column: str | None = None
     """Column of an integer label. Default: none; parquet, hub: `label` if it holds integers; webdataset: .cls.
-    (class_folders: the place of the image's folder among the others, sorted by name, from 0.)"""
+    (class_folders: position of the image's folder among all, sorted by name, from 0.)"""
     lang_column: str | None = None
     """Column of the language: one for all captions of the row, or a list with one per caption."""
     separator: str | None = None
-    """csv: one character between cells. Default: a comma for .csv, a tab for .tsv and any other name."""
+    """csv: the character between cells. Default: a comma for .csv, a tab for .tsv and any other name."""
     split: str | None = None
-    """karpathy: train (with restval), val or test. hub: the split's name. Both need it."""
+    """karpathy: train (with restval), val or test; hub: name of the split. Required for both."""
     fold: str | None = None
     """Keep part of the samples, by a hash of the key: 0-8/10 keeps nine tenths, 9/10 the last one. Default: all."""
 
@@ -61,21 +90,20 @@ class DataConfig:
     """Samples to train on."""
     val: SourceSpec | None = None
     """Held-out samples for validation and eval-retrieval; default: none."""
-    workers: int | None = None
-    """Processes that decode images, per device; default: the usable cores shared out among the devices, at most 16."""
-    max_skipped: float = 0.01
-    """Largest share of images that may be unusable (or whose embedding float16 cannot hold) before precompute fails,
-    0.0–1.0."""
-    max_image_pixels: int = 178_956_970
-    """Images with more pixels than this are skipped as decompression bombs; Pillow's own limit, and the largest."""
-    random_crop: float | None = None
+    workers: int | None = field(default=None, metadata=_ZERO_OR_MORE)
+    """Processes that decode images, per device; default: the usable cores divided by the devices, at most 16."""
+    max_skipped: float = field(default=0.01, metadata=_SHARE)
+    """precompute fails if a larger share of images is unusable (or has an embedding beyond float16), 0.0–1.0."""
+    max_image_pixels: int = field(default=178_956_970, metadata=_ONE_OR_MORE)
+    """Images with more pixels than this are skipped as decompression bombs; default and maximum: Pillow's limit."""
+    random_crop: float | None = field(default=None, metadata=_POSITIVE_SHARE)
     """Unlocked and scratch: train on random crops that keep at least this share of the area, 0.0–1.0; default: none."""
     random_flip: bool = False
-    """Unlocked and scratch: mirror every other training image, at random."""
+    """Unlocked and scratch: mirror training images with probability 0.5."""
     corrupt: list[Literal["image", "text", "alignment"]] = field(default_factory=list)
-    """For the noise study (paper, section 4.9): put noise in place of training images, random tokens in place of texts,
-    or exchange pairs; several apply one after the other."""
-    corrupt_share: float = 0.0
+    """For the noise study (paper, section 4.9): replace training images by noise, replace texts by random tokens, or
+    shuffle the pairs; several are applied one after the other."""
+    corrupt_share: float = field(default=0.0, metadata=_SHARE)
     """Probability of each corruption for each pair, 0.0–1.0."""
 
 
@@ -86,52 +114,53 @@ class ImageTowerConfig:
     model: str = "vit_base_patch16_224.augreg_in21k"
     """A timm model name with its tag, or `local-dir:FOLDER`, or `hf-hub:OWNER/NAME`."""
     pretrained: bool = True
-    """Load the weights that the name stands for from the Hub; unused when `weights` is given."""
+    """Load the model's weights from the Hub; ignored if `weights` is set."""
     weights: str | None = None
     """Local weights instead: .safetensors, .pth/.pt (tensors only) or .npz (AugReg)."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of timm.create_model for the architecture, such as img_size; none that say what to load."""
+    """Further architecture arguments of timm.create_model, such as img_size; not those that choose what to load."""
     pooling: Literal["tower", "cls", "avg", "map", "cls+avg"] = "tower"
-    """Tokens to one embedding: the tower's own way, class token, patch average, its MAP head, or two side by side."""
-    image_size: int | None = None
+    """How tokens become one embedding: the tower's default, class token, patch average, its MAP head, or class token
+    and patch average concatenated."""
+    image_size: int | None = field(default=None, metadata=_ONE_OR_MORE)
     """Input side in pixels; default: the tower's."""
     resize: Literal["squash", "crop"] = "squash"
-    """Squash to a square (as SigLIP does), or resize the short side and crop the centre."""
+    """Squash to a square (as SigLIP does), or resize the short side and crop the center."""
     jpeg_draft: bool = False
-    """Decode JPEGs of twice the input or more to 1/2, 1/4 or 1/8 of their size: faster, but rows differ slightly."""
+    """Decode JPEGs of at least twice the input size at 1/2, 1/4 or 1/8 scale: faster, embeddings differ slightly."""
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None
     """Resampling filter; default: the tower's."""
-    mean: list[float] | None = None
+    mean: list[float] | None = field(default=None, metadata=_PER_CHANNEL)
     """Pixel mean per channel, on a scale of 0–1; default: the tower's."""
-    std: list[float] | None = None
+    std: list[float] | None = field(default=None, metadata=_PER_CHANNEL)
     """Pixel standard deviation per channel, on a scale of 0–1; default: the tower's."""
-    head: int | None = None
-    """Width of a trained linear map behind the tower (or behind its cached embeddings); default: none, and texts are
+    head: int | None = field(default=None, metadata=_ONE_OR_MORE)
+    """Width of a trained linear projection after the tower (or after its cached embeddings); default: none, texts are
     embedded at the tower's width."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward pass; auto: bf16 on CUDA, fp32 elsewhere. Rows are stored as float16 in any case."""
+    """Arithmetic of the forward pass; auto: bf16 on CUDA, fp32 elsewhere. Embeddings are always stored as float16."""
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The embedding cache and the run that fills it."""
+    """The embedding cache and how precompute fills it."""
 
     path: str | None = None
     """Folder that holds one cache per split; default: cache/<name>."""
-    shard_size: int = 8192
-    """Samples per shard: the unit that is committed, resumed and dealt out to devices (tars: one shard per file)."""
-    batch_size: int = 128
+    shard_size: int = field(default=8192, metadata=_ONE_OR_MORE)
+    """Samples per shard, the unit that is committed and assigned to a device (webdataset: one shard per tar)."""
+    batch_size: int = field(default=128, metadata=_ONE_OR_MORE)
     """Images per forward pass, per device."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the image tower runs."""
-    devices: int = 1
+    devices: int = field(default=1, metadata=_ONE_OR_MORE)
     """Devices (or processes on the CPU) per machine that share the shards."""
-    nodes: int = 1
-    """Machines, started by torchrun or SLURM; they share the folder of the cache."""
-    splits: list[Literal["train", "val"]] = field(default_factory=lambda: ["train", "val"])
-    """Splits that precompute embeds; [val] for a set that is only evaluated on."""
+    nodes: int = field(default=1, metadata=_ONE_OR_MORE)
+    """Machines, started by torchrun or SLURM; all must see the folder of the cache."""
+    splits: list[Literal["train", "val"]] = field(default_factory=lambda: ["train", "val"], metadata=_SPLITS)
+    """Splits that precompute embeds; [val] for a data set used only for evaluation."""
     retry_skipped: bool = False
-    """Make the shards again that list skipped images, as after these were mended."""
+    """Rebuild shards with skipped images, for example after fixing these images."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +168,16 @@ class TokenizerConfig:
     """Text to token ids."""
 
     path: str | None = None
-    """A SentencePiece .model, or a transformers tokenizer (folder or name); default: that of text_tower.pretrained,
-    else train one on the captions."""
-    vocab_size: int = 32_000
-    """Pieces of a trained SentencePiece vocabulary; small caption sets end up with fewer."""
-    length: int = 16
-    """Tokens per caption, end-of-sentence included; longer captions are cut."""
+    """A SentencePiece .model, or a transformers tokenizer (folder or Hub name); default: the tokenizer of
+    text_tower.pretrained, else one trained on the captions."""
+    vocab_size: int = field(default=32_000, metadata=_ONE_OR_MORE)
+    """Pieces of a trained SentencePiece vocabulary; small caption sets yield fewer."""
+    length: int = field(default=16, metadata=_TEXT_AND_END)
+    """Tokens per caption, end-of-sentence included; longer captions are truncated."""
     lowercase: bool | None = None
-    """Lower-case the text first; default: yes for SentencePiece, as the tokenizer itself does for transformers ones."""
-    character_coverage: float = 1.0
-    """Share of characters that a trained vocabulary covers, 0.0–1.0; 0.9995 for Chinese and Japanese at scale."""
+    """Lower-case the text first; default: true for SentencePiece, the tokenizer's own setting for transformers."""
+    character_coverage: float = field(default=1.0, metadata=_SHARE)
+    """Share of characters that a trained vocabulary covers, 0.0–1.0; 0.9995 for large Chinese or Japanese sets."""
 
 
 @dataclass(frozen=True)
@@ -157,129 +186,129 @@ class TextTowerConfig:
 
     size: Literal["micro", "S", "M", "B", "L12", "L"] = "B"
     """Preset of width, depth and heads; L12 is the paper's four-chip text tower."""
-    width: int | None = None
+    width: int | None = field(default=None, metadata=_ONE_OR_MORE)
     """Hidden width; default: the preset's."""
-    depth: int | None = None
+    depth: int | None = field(default=None, metadata=_ONE_OR_MORE)
     """Layers; default: the preset's."""
-    heads: int | None = None
+    heads: int | None = field(default=None, metadata=_ONE_OR_MORE)
     """Attention heads; default: the preset's."""
-    mlp_width: int | None = None
+    mlp_width: int | None = field(default=None, metadata=_ONE_OR_MORE)
     """Width of the MLP's hidden layer; default: four times the width."""
-    embedding_width: int | None = None
-    """Bottleneck K: tokens are embedded at this width and mapped to the tower's, N × K + K × W numbers instead of
+    embedding_width: int | None = field(default=None, metadata=_ONE_OR_MORE)
+    """Bottleneck K: tokens are embedded at this width and projected to the tower's, N × K + K × W parameters instead of
     N × W; default: none."""
     pretrained: str | None = None
     """A pretrained text model instead, by folder or Hub name (BERT, MiniLM, XLM-R, …), with a new head to the width of
-    the images; size and the widths above are then its own. Its tokenizer is taken unless tokenizer.path says else."""
+    the image embeddings; size and the widths above are ignored. Its tokenizer is used unless tokenizer.path is set."""
     pooling: Literal["mean", "cls", "last"] = "mean"
-    """Token states of a pretrained model to one embedding: their mean, the first, or the last one of the text."""
+    """How a pretrained model's token states become one embedding: their mean, the first, or the last of the text."""
     locked: bool = False
-    """Keep the pretrained model as it is and train the head alone."""
+    """Freeze the pretrained model and train only the head."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss over all pairs of a global batch; docs/loss.md tells of each choice."""
+    """The loss over all pairs of a global batch; docs/loss.md describes each choice."""
 
     name: Literal["sigmoid", "softmax"] = "sigmoid"
     """sigmoid (arXiv:2303.15343, eq. 1), or softmax, the InfoNCE that the paper compares it with."""
-    logit_scale: float = 10.0
-    """Start of t, which multiplies the cosine; t' = log t is learned."""
-    logit_bias: float = -10.0
-    """Start of b, which is added to every logit; the softmax loss has none."""
+    logit_scale: float = field(default=10.0, metadata=_POSITIVE)
+    """Initial t, which multiplies the cosine; t' = log t is learned."""
+    logit_bias: float = field(default=-10.0, metadata=_FINITE)
+    """Initial b, which is added to every logit; the softmax loss has none."""
     exchange: Literal["bidir", "shift", "reduce", "gather"] = "bidir"
-    """How image embeddings travel between devices; the value does not depend on it."""
-    chunk_size: int | None = None
-    """Pairs are worked on in tiles of this side; default: chosen for the device."""
+    """How image embeddings are exchanged between devices; the loss value does not depend on it."""
+    chunk_size: int | None = field(default=None, metadata=_ONE_OR_MORE)
+    """Side of the tiles in which pairs are computed; default: chosen for the device."""
     ambiguous: Literal["negative", "drop", "positive"] = "negative"
-    """Other pairs of a batch with the same caption (or label): negatives (as in the paper), left out, or positives."""
+    """Other pairs of the batch with the same caption (or label): negatives (as in the paper), dropped, or positives."""
     same: Literal["caption", "label"] = "caption"
     """What makes two pairs ambiguous: equal captions, or also equal labels."""
     negatives: Literal["all", "random", "hardest", "easiest"] = "all"
     """Which negatives of the global batch count (paper, section 4.7)."""
-    negatives_per_positive: float | None = None
-    """How many of them for each pair of the batch, unless all."""
+    negatives_per_positive: float | None = field(default=None, metadata=_FINITE_ZERO_OR_MORE)
+    """Negatives per positive, unless negatives is all."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and learning-rate schedule."""
+    """Optimizer and learning-rate schedule."""
 
     name: Literal["lion", "adamw", "adafactor"] = "lion"
     """Lion (timm), AdamW (torch), or the Adafactor of ScalingViT (timm's adafactorbv)."""
-    lr: float = 1e-4
+    lr: float = field(default=1e-4, metadata=_POSITIVE)
     """Peak learning rate."""
-    image_lr_multiplier: float = 0.1
-    """Of the rate, for image weights that came pretrained."""
-    text_lr_multiplier: float = 1.0
-    """Of the rate, for text weights that came pretrained."""
-    weight_decay: float = 1e-7
+    image_lr_multiplier: float = field(default=0.1, metadata=_POSITIVE)
+    """Learning-rate multiplier for pretrained image weights."""
+    text_lr_multiplier: float = field(default=1.0, metadata=_POSITIVE)
+    """Learning-rate multiplier for pretrained text weights."""
+    weight_decay: float = field(default=1e-7, metadata=_FINITE_ZERO_OR_MORE)
     """Decay per step at the peak, in the paper's units (not multiplied by lr), on matrix weights only."""
     decay_pretrained: bool = False
-    """Decay the matrices that came pretrained too; the paper (section 4.5) found it better not to."""
-    betas: tuple[float, float] | None = None
+    """Also decay pretrained matrices; the paper (section 4.5) found it better not to."""
+    betas: tuple[float, float] | None = field(default=None, metadata=_BETAS)
     """Momentum coefficients; default: (0.9, 0.99) for Lion, (0.9, 0.95) for AdamW and Adafactor."""
     schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
-    """After the warm-up: a cosine to 0 at the end, the peak, or 1 / sqrt(1 + steps / timescale) of it."""
-    warmup_steps: int = 0
+    """After the warm-up: cosine decay to 0, constant, or 1 / sqrt(1 + steps / timescale)."""
+    warmup_steps: int = field(default=0, metadata=_ZERO_OR_MORE)
     """Steps of linear warm-up from 0."""
     warmup_examples: int | str | None = None
-    """The same in examples, such as 200M, instead of in steps."""
-    cooldown_steps: int = 0
-    """Steps at the end over which the rate falls linearly to 0, for constant and rsqrt."""
+    """Warm-up in examples, such as 200M, instead of steps."""
+    cooldown_steps: int = field(default=0, metadata=_ZERO_OR_MORE)
+    """constant and rsqrt: steps at the end over which the learning rate falls linearly to 0."""
     cooldown_examples: int | str | None = None
-    """The same in examples, instead of in steps."""
-    timescale_steps: int = 10_000
-    """Timescale of rsqrt."""
-    clip: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Cool-down in examples, instead of steps."""
+    timescale_steps: int = field(default=10_000, metadata=_ONE_OR_MORE)
+    """rsqrt: steps of its timescale."""
+    clip: float = field(default=1.0, metadata=_ZERO_OR_MORE)
+    """Maximum global gradient norm; 0 disables clipping."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Training."""
 
-    batch_size: int = 4096
-    """Global batch: pairs over all devices in one step."""
-    micro_batch_size: int | None = None
-    """Pairs per pass of the towers and device: larger batches than fit in memory, same gradients, at most a third
-    more time; default: all at once."""
-    steps: int | None = None
-    """Optimiser steps; give this, examples or epochs."""
+    batch_size: int = field(default=4096, metadata=_ONE_OR_MORE)
+    """Global batch: pairs per step over all devices."""
+    micro_batch_size: int | None = field(default=None, metadata=_ONE_OR_MORE)
+    """Pairs per forward pass on each device, for batches larger than memory: same gradients, at most a third more time;
+    default: all at once."""
+    steps: int | None = field(default=None, metadata=_ONE_OR_MORE)
+    """Optimizer steps; set this, examples or epochs."""
     examples: int | str | None = None
-    """Pairs to train on, such as 450M; give this, steps or epochs."""
-    epochs: float | None = None
-    """Passes over the images, one caption per image and pass; give this, steps or examples."""
+    """Pairs to train on, such as 450M; set this, steps or epochs."""
+    epochs: float | None = field(default=None, metadata=_POSITIVE)
+    """Epochs over the images, one caption per image and epoch; set this, steps or examples."""
     shuffle: Literal["auto", "rows", "blocks"] = "auto"
-    """Order of a pass: an exact permutation of the rows, or of blocks of 4096 rows mixed 32 at a time, for caches
-    larger than memory; auto: blocks where the embeddings take more than half of the free memory."""
+    """Order of an epoch: rows, an exact permutation; blocks, blocks of 4096 rows shuffled 32 at a time, for caches
+    larger than memory; auto: blocks if the embeddings take more than half of the free memory."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    devices: int = 1
+    devices: int = field(default=1, metadata=_ONE_OR_MORE)
     """Devices (or processes on the CPU) that share the global batch."""
-    nodes: int = 1
+    nodes: int = field(default=1, metadata=_ONE_OR_MORE)
     """Machines, started by torchrun or SLURM."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Lightning precision; auto: bf16-mixed on CUDA, 32-true elsewhere."""
     compile: bool = False
-    """Compile the towers with torch.compile: a minute at the start for faster steps."""
+    """Compile the towers with torch.compile: faster steps after about a minute at the start."""
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """On several devices, auto: ddp; fsdp2 also shares out weights, gradients and the optimiser's state, for towers too
-    large for one. One device has nothing to share, whatever is asked for."""
-    log_every: int = 10
+    """On several devices, auto: ddp; fsdp2 also shards weights, gradients and optimizer state, for towers too large for
+    one device. Ignored on one device."""
+    log_every: int = field(default=10, metadata=_ONE_OR_MORE)
     """Steps between rows of metrics.csv."""
-    val_every: int = 500
-    """Steps between validation retrieval and checkpoints, which are also made at the end; 0: only there."""
-    val_rows: int = 5000
-    """Validation during training uses this many held-out images at most; eval-retrieval uses all."""
+    val_every: int = field(default=500, metadata=_ZERO_OR_MORE)
+    """Steps between validations and checkpoints; both also happen at the end; 0: only at the end."""
+    val_rows: int = field(default=5000, metadata=_ONE_OR_MORE)
+    """Held-out images that validation during training uses at most; eval-retrieval uses all."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-    """Loggers beside metrics.csv, each with its pip extra."""
+    """Loggers in addition to metrics.csv; each needs its pip extra."""
     resume: bool = False
-    """Continue from the last checkpoint in the output folder (`siglit train --resume`); a run that SLURM has started
-    again does so by itself."""
+    """Resume from the last checkpoint in the output folder (`siglit train --resume`); a job that SLURM requeued resumes
+    by itself."""
     resume_changed: bool = False
-    """Continue also where the experiment differs from the run's in a field that changes the training curve, such as
-    optim.lr or train.steps."""
+    """Resume even if the experiment differs from the run's in a field that changes the training curve, such as optim.lr
+    or train.steps."""
 
 
 @dataclass(frozen=True)
@@ -289,122 +318,52 @@ class EvalConfig:
     checkpoint: str | None = None
     """Checkpoint to evaluate; default: checkpoints/last.ckpt of the output folder."""
     split: Literal["val", "train"] = "val"
-    """Cache to evaluate on and to search in."""
-    batch_size: int = 512
-    """Captions (or images, in the validation of a trained image tower) per forward pass."""
+    """Split to evaluate on and to search."""
+    batch_size: int = field(default=512, metadata=_ONE_OR_MORE)
+    """Captions (or images, when a trained image tower is validated) per forward pass."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the towers run."""
-    top_k: int = 10
-    """Answers that `siglit search` prints."""
+    top_k: int = field(default=10, metadata=_ONE_OR_MORE)
+    """Images that `siglit search` prints."""
     name: str | None = None
-    """What the evaluated set is called in the names of the result files, such as imagenet for zeroshot-imagenet.json;
-    default: nothing, as for the experiment's own held-out images."""
+    """Name of the evaluated set in the names of the result files, such as imagenet for zeroshot-imagenet.json; default:
+    none, for the experiment's own held-out images."""
     index: str | None = None
-    """eval-retrieval: a faiss factory string such as "IVF4096,PQ64"; the approximate index is reported beside the exact
-    search; default: none."""
-    folds: int = 1
-    """eval-retrieval: cut the images into this many equal parts, in order, and report the mean over the parts as well;
-    5 for the 1k figures of COCO's 5k images."""
+    """eval-retrieval: a faiss factory string such as "IVF4096,PQ64"; results of this approximate index are reported
+    beside those of the exact search; default: none."""
+    folds: int = field(default=1, metadata=_ONE_OR_MORE)
+    """eval-retrieval: split the images into this many equal parts, in order, and also report the mean over the parts;
+    5 for the 1k results of COCO's 5k images."""
     classes: str | None = None
-    """eval-zeroshot: names of the classes, label 0 first: a JSON list, a text file with a name a line,
-    `siglit:cifar10`, `siglit:cifar100`, `siglit:pets` or `open_clip:imagenet`; several names of one class are given as
-    a list in JSON. Default: the names in the source."""
+    """eval-zeroshot: class names, label 0 first: a JSON list, a text file with one name per line, `siglit:cifar10`,
+    `siglit:cifar100`, `siglit:pets` or `open_clip:imagenet`; in JSON, a class with several names is a list. Default:
+    the names of the class folders."""
     templates: str | None = None
-    """eval-zeroshot: prompts with {} for the name: a JSON list, a text file with a prompt a line, `siglit:photo`,
+    """eval-zeroshot: prompts with {} for the name: a JSON list, a text file with one prompt per line, `siglit:photo`,
     `siglit:photos`, `siglit:pets`, `open_clip:openai_imagenet`, `open_clip:simple_imagenet` or `big_vision:clip_paper`
-    (openai_imagenet and "{}"). Default: "{}" alone."""
+    (openai_imagenet and "{}"). Default: only "{}"."""
     canonicalize: bool = False
-    """eval-zeroshot: names and templates in lower case, without punctuation and with spaces for _, as big_vision has
-    them for the paper's figures; a name ends at its first comma."""
-    shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
+    """eval-zeroshot: names and templates in lower case, without punctuation and with spaces for _, as big_vision does
+    for the paper's results; a name ends at its first comma."""
+    shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25], metadata=_SHOTS)
     """eval-fewshot: labelled training images per class."""
-    seeds: int = 3
-    """eval-fewshot: draws of the shots, from seeds 0, 1, …"""
+    seeds: int = field(default=3, metadata=_ONE_OR_MORE)
+    """eval-fewshot: random draws of the shots, with seeds 0, 1, …"""
     paper: dict[str, float] = field(default_factory=dict)
-    """report: the paper's figures to stand beside ours, in per cent, by result file and metric, such as
+    """report: the paper's numbers to show beside this run's, in percent, by result file and metric, such as
     {"zeroshot-imagenet/top1": 79.7}."""
 
 
-_RANGES = {
-    "1 or more": (
-        lambda v: v >= 1,
-        (
-            "cache.shard_size",
-            "cache.batch_size",
-            "cache.devices",
-            "cache.nodes",
-            "image_tower.image_size",
-            "tokenizer.vocab_size",
-            "text_tower.width",
-            "text_tower.depth",
-            "text_tower.heads",
-            "text_tower.mlp_width",
-            "text_tower.embedding_width",
-            "image_tower.head",
-            "optim.timescale_steps",
-            "train.batch_size",
-            "train.micro_batch_size",
-            "loss.chunk_size",
-            "train.steps",
-            "train.devices",
-            "train.nodes",
-            "train.log_every",
-            "train.val_rows",
-            "eval.batch_size",
-            "eval.top_k",
-            "eval.folds",
-            "eval.seeds",
-            "data.max_image_pixels",
-        ),
-    ),
-    "2 or more, a piece of text and the end of the sentence": (lambda v: v >= 2, ("tokenizer.length",)),
-    "0 or more": (
-        lambda v: v >= 0,
-        (
-            "data.workers",
-            "seed",
-            "optim.warmup_steps",
-            "optim.cooldown_steps",
-            "optim.clip",
-            "train.val_every",
-        ),
-    ),
-    "a finite number of 0 or more": (
-        lambda v: 0 <= v < math.inf,
-        ("loss.negatives_per_positive", "optim.weight_decay"),
-    ),
-    "finite": (math.isfinite, ("loss.logit_bias",)),
-    "a finite number of more than 0": (
-        lambda v: 0 < v < math.inf,
-        (
-            "optim.lr",
-            "optim.image_lr_multiplier",
-            "optim.text_lr_multiplier",
-            "loss.logit_scale",
-            "train.epochs",
-        ),
-    ),
-    "between 0 and 1": (
-        lambda v: 0 <= v <= 1,
-        ("data.max_skipped", "data.corrupt_share", "tokenizer.character_coverage"),
-    ),
-    "two numbers from 0 to less than 1": (lambda v: all(0 <= beta < 1 for beta in v), ("optim.betas",)),
-    "more than 0 and at most 1": (lambda v: 0 < v <= 1, ("data.random_crop",)),
-    "three numbers, one per channel": (lambda v: len(v) == 3, ("image_tower.mean", "image_tower.std")),
-    "a list of numbers of 1 or more": (lambda v: len(v) > 0 and min(v) >= 1, ("eval.shots",)),
-    "[train], [val] or both": (lambda v: len(v) > 0, ("cache.splits",)),
-}
-
-
 COUNTS = ("train.examples", "optim.warmup_examples", "optim.cooldown_examples")
+"""Fields that `count` reads."""
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def count(value: int | str) -> int:
-    """A number of examples: 450000000, or the same as "450M"; K, M and B stand for thousands, millions and billions.
+    """A number of examples: 450000000 or "450M"; K, M and B are thousands, millions and billions.
 
     Raises:
-        ValueError: it is not a whole number of 0 or more.
+        ValueError: the value is not a whole number of 0 or more.
     """
     parts = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?) ?([KMB]?)", str(value).strip(), re.IGNORECASE)
     number = float(parts[1]) * _SUFFIXES[parts[2].upper()] if parts else 0.5
@@ -420,14 +379,14 @@ class Experiment:
     data: DataConfig
     """Image–caption samples."""
     mode: Literal["locked", "unlocked", "scratch"] = "locked"
-    """What becomes of the image tower: locked, its embeddings come from the cache; unlocked, images go through it and
-    it learns, from its pretrained weights; scratch, the same from random weights."""
+    """How the image tower is trained: locked, not at all, its embeddings come from the cache; unlocked, from its
+    pretrained weights; scratch, from random weights."""
     name: str = "experiment"
-    """Name of the experiment; default folders are named after it."""
+    """Name of the experiment, and of its default folders."""
     output_dir: str | None = None
     """Folder for results; default: runs/<name>."""
-    seed: int = 0
-    """Seed of weights, shuffling and caption choice."""
+    seed: int = field(default=0, metadata=_ZERO_OR_MORE)
+    """Random seed of weights, shuffling and caption choice."""
     image_tower: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     """The image tower."""
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -437,72 +396,42 @@ class Experiment:
     text_tower: TextTowerConfig = field(default_factory=TextTowerConfig)
     """The text tower."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """The sigmoid loss."""
+    """The loss."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser and schedule."""
+    """Optimizer and schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers that cannot mean anything.
+        """Check every field against its bound, and fields against each other.
 
         Raises:
-            UserError: a field is out of its range; the text names it.
+            UserError: a field is out of bounds, or two fields contradict each other; the text names them.
         """
-        for bound, (holds, fields) in _RANGES.items():
-            for name in fields:
-                value = operator.attrgetter(name)(self)
-                if value is not None and not holds(value):
-                    raise UserError(f"{name} is {value}, but it must be {bound}")
-        called = self.eval.name or ""
-        if not called.isprintable() or "/" in called or len(called.encode()) > 100:
-            raise UserError(
-                f"eval.name is {called!r:.80}, but it must be a part of a file's name: printable characters without /, "
-                "at most 100 bytes"
-            )
-        if called == "train" or called.endswith("-train"):
-            raise UserError(
-                f"eval.name is {called}, but it must be another: results of that name are those of --eval.split train"
-            )
+        _check_bounds(self)
+        _check_eval_name(self.eval.name or "")
         for name in COUNTS:
-            value = operator.attrgetter(name)(self)
             try:
-                count(value or 0)
+                count(operator.attrgetter(name)(self) or 0)
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from error
-        if bool(self.data.corrupt) != (self.data.corrupt_share > 0):
-            raise UserError(
-                f"data.corrupt is {self.data.corrupt} and data.corrupt_share {self.data.corrupt_share}: "
-                "name what to corrupt and give a share of more than 0, or leave out both"
-            )
-        if self.mode == "locked" and (self.data.random_crop is not None or self.data.random_flip):
-            raise UserError(
-                "data.random_crop and data.random_flip change images on their way into the tower, but mode locked "
-                "takes their embeddings from the cache; leave them out, or set mode to unlocked or scratch"
-            )
-        loss = self.loss
-        if (loss.negatives == "all") != (loss.negatives_per_positive is None):
-            raise UserError(
-                f"loss.negatives is {loss.negatives} and loss.negatives_per_positive {loss.negatives_per_positive}: "
-                "give a number for random, hardest or easiest ones, and none for all"
-            )
-        if loss.name == "softmax" and (loss.ambiguous != "negative" or loss.negatives != "all"):
-            raise UserError("loss.ambiguous and loss.negatives choose pairs of the sigmoid loss; the softmax takes all")
+        _check_augmentation(self.data, self.mode)
+        _check_loss(self.loss)
 
     @property
     def folder(self) -> Path:
-        """The run's folder, for results."""
+        """The run's folder: checkpoints and results."""
         return Path(self.output_dir or f"runs/{self.name}")
 
     @property
     def cache_folder(self) -> Path:
-        """Folder of the caches, one for each split."""
+        """Folder of the caches, with one folder per split."""
         return Path(self.cache.path or f"cache/{self.name}")
 
     def with_default_folders(self) -> "Experiment":
-        """Fill the folders that follow from the name."""
+        """Return a copy in which output_dir and cache.path are set."""
         return replace(
             self,
             output_dir=str(self.folder),
@@ -511,6 +440,55 @@ class Experiment:
 
 
 def plain(experiment: Experiment) -> dict[str, Any]:
-    """The experiment in JSON's types, section by section, as checkpoints keep it."""
+    """The experiment as nested dicts of JSON types, as checkpoints store it."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(experiment.with_default_folders())))
     return values
+
+
+def _check_bounds(section: Any, prefix: str = "") -> None:
+    """Check the fields of a section, and of the sections in it, against the bounds in their metadata."""
+    for entry in fields(section):
+        name, value = prefix + entry.name, getattr(section, entry.name)
+        if is_dataclass(value):
+            _check_bounds(value, f"{name}.")
+        bound = entry.metadata.get("bound")
+        if bound is not None and value is not None and not bound.holds(value):
+            raise UserError(f"{name} is {value}, but it must be {bound.text}")
+
+
+def _check_eval_name(name: str) -> None:
+    if not name.isprintable() or "/" in name or len(name.encode()) > 100:
+        raise UserError(
+            f"eval.name is {name!r:.80}, but it must be a part of a file's name: printable characters without /, "
+            "at most 100 bytes"
+        )
+    if name == "train" or name.endswith("-train"):
+        raise UserError(
+            f"eval.name is {name}, but it must be another: results of that name are those of --eval.split train"
+        )
+
+
+def _check_augmentation(data: DataConfig, mode: str) -> None:
+    if (len(data.corrupt) > 0) != (data.corrupt_share > 0):
+        raise UserError(
+            f"data.corrupt is {data.corrupt} and data.corrupt_share {data.corrupt_share}: "
+            "name what to corrupt and give a share of more than 0, or leave out both"
+        )
+    if mode == "locked" and (data.random_crop is not None or data.random_flip):
+        raise UserError(
+            "data.random_crop and data.random_flip change images before the tower, but mode locked takes embeddings "
+            "from the cache; leave them out, or set mode to unlocked or scratch"
+        )
+
+
+def _check_loss(loss: LossConfig) -> None:
+    if (loss.negatives == "all") != (loss.negatives_per_positive is None):
+        raise UserError(
+            f"loss.negatives is {loss.negatives} and loss.negatives_per_positive {loss.negatives_per_positive}: "
+            "set negatives_per_positive for random, hardest or easiest negatives, and leave it out for all"
+        )
+    if loss.name == "softmax" and (loss.ambiguous != "negative" or loss.negatives != "all"):
+        raise UserError(
+            "loss.ambiguous and loss.negatives choose pairs of the sigmoid loss, but loss.name is softmax, which uses "
+            "all pairs; leave them out"
+        )

@@ -1,4 +1,4 @@
-"""`UserError`: the input or the configuration is wrong, not the program; and pieces of one-line messages."""
+"""The exception for wrong input or configuration."""
 
 
 class UserError(ValueError):
@@ -6,13 +6,3 @@ class UserError(ValueError):
 
     The command line prints the message as one line and exits with status 2.
     """
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, at most 200 characters; the name of its class where it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def plural(count: int, noun: str) -> str:
-    """Count and noun, such as "1 shard" or "12,000 shards"; the noun takes an s."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

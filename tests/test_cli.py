@@ -8,6 +8,7 @@ import pytest
 
 from siglit.cli import COMMANDS, main
 from siglit.config import SourceSpec
+from siglit.parsing.fields import FIELDS, SECTIONS
 from tests.conftest import ROOT, parse, run_siglit
 
 
@@ -46,6 +47,42 @@ def test_help_of_a_command_imports_no_torch():
     assert "--optim.warmup_steps" in done.stdout
 
 
+def _help(*words):
+    done = subprocess.run(
+        [sys.executable, "-m", "siglit", *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_help_of_a_command_lists_what_it_reads_and_help_all_lists_everything():
+    some, everything = _help("tokenizer", "train", "--help"), _help("tokenizer", "train", "--help-all")
+    assert "--tokenizer.vocab_size" in some
+    assert "--text_tower.pretrained" in some
+    assert "Every section of the experiment: siglit tokenizer train --help-all" in some
+    for option in ("--optim.lr", "--train.steps", "--text_tower.depth", "--seed"):
+        assert option not in some
+        assert option in everything
+    assert "SUPPRESS" not in some
+
+
+def test_every_command_with_an_experiment_declares_sections_and_fields_that_exist():
+    for name, command in COMMANDS.items():
+        assert (command.folders is None) == (len(command.reads) > 0), name
+        assert set(command.reads) <= {*FIELDS, *SECTIONS}, name
+
+
+@pytest.mark.parametrize("words", [("cache",), ("cache", "--help"), ("cache", "-h"), ("tokenizer", "--help")])
+def test_a_group_of_commands_lists_them(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    names = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    assert len(names) > 0
+    assert all(name in printed for name in names)
+    assert "eval-retrieval" not in printed
+
+
 def test_every_field_has_a_help_text():
     import dataclasses
     import inspect
@@ -74,7 +111,7 @@ def test_print_config_shows_overrides_and_defaults(project, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--optim.lrr", "1"], "optim.lrr"),
         (["--optim.lr", "fast"], "optim.lr"),
@@ -82,9 +119,9 @@ def test_print_config_shows_overrides_and_defaults(project, capsys, monkeypatch)
         (["-c", "missing.yaml"], "missing.yaml"),
     ],
 )
-def test_wrong_option_is_named(project, capsys, monkeypatch, words, told):
+def test_wrong_option_is_named(project, capsys, monkeypatch, words, message):
     monkeypatch.chdir(project)
-    assert told in fails(capsys, "train", "-c", "experiment.yaml", *words)
+    assert message in fails(capsys, "train", "-c", "experiment.yaml", *words)
 
 
 def test_a_data_set_of_a_later_file_takes_the_place_of_an_earlier_one(project, capsys, monkeypatch):
@@ -134,10 +171,10 @@ def test_a_failure_of_the_work_exits_1_and_debug_shows_where(project, capsys, mo
     monkeypatch.setattr("siglit.commands.Command.load", lambda _: lambda experiment, **_: 1 / 0)
     with pytest.raises(SystemExit) as stop:
         main(["train", "-c", "experiment.yaml"])
-    told = capsys.readouterr().err
-    assert stop.value.code == 1, told
-    assert "ZeroDivisionError" in told
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert stop.value.code == 1, message
+    assert "ZeroDivisionError" in message
+    assert "Traceback" not in message
     with pytest.raises(SystemExit):
         main(["train", "-c", "experiment.yaml", "--debug"])
     assert "Traceback" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_a_number_out_of_range_is_named(experiment, words):
         ("--data.corrupt", "[]", "--data.corrupt_share", "1"),
     ],
 )
-def test_half_a_wish_is_refused(experiment, words):
+def test_corruption_without_a_share_is_refused(experiment, words):
     with pytest.raises(UserError, match=r"^data.corrupt is .* and data.corrupt_share .*: name what"):
         parse("train", *words)
     assert parse("train", "--data.corrupt", "[text]", "--data.corrupt_share", "0.2").data.corrupt == ["text"]
@@ -86,7 +86,7 @@ def test_a_key_given_twice_is_refused(project, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "experiment.yaml is empty"),
         ("data: {train: {format: csv, path: ${HOME}/x.csv}}", "quotes"),
@@ -95,10 +95,10 @@ def test_a_key_given_twice_is_refused(project, monkeypatch):
         ("data: {train: {format: csv, path: x.csv}, val: {format: csv, path: y, colour: 3}}", "colour"),
     ],
 )
-def test_what_is_wrong_with_an_experiment_file_is_one_short_line(tmp_path, monkeypatch, text, told):
+def test_what_is_wrong_with_an_experiment_file_is_one_short_line(tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiment.yaml").write_text(text)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         parse("train")
     assert len(str(error.value)) < 400
     assert "\n" not in str(error.value)

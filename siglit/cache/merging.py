@@ -22,7 +22,7 @@ from siglit.cache.keys import find_duplicate_key
 from siglit.cache.lock import exclusive
 from siglit.cache.reader import EmbeddingCache
 from siglit.cache.writer import commit_arrays, committed_shards, finish, remove_unfinished
-from siglit.errors import plural
+from siglit.runtime.text import plural
 
 
 def merge(folder: Path, parts: Sequence[EmbeddingCache]) -> EmbeddingCache:

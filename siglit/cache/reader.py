@@ -30,7 +30,7 @@ from siglit.cache.format import (
     unpack_strings,
 )
 from siglit.cache.shard_maps import ShardMaps
-from siglit.errors import plural
+from siglit.runtime.text import plural
 
 _ABSENT = object()
 

@@ -34,8 +34,8 @@ from siglit.cache.format import (
     shard_name,
 )
 from siglit.cache.keys import find_duplicate_key
-from siglit.errors import plural
 from siglit.runtime.files import explain_write_error, fsync_folder, leftovers, write_bytes
+from siglit.runtime.text import plural
 
 
 def write_shard(

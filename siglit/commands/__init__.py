@@ -1,7 +1,7 @@
 """One file per command, and the table of all of them: what each does, its flags, and the function that does it.
 
-Imports no command: `siglit --help` lists them without torch. A function takes an `Experiment` (or folders), raises what
-is wrong and returns a result dataclass whose text is printed.
+Imports no command: `siglit --help` lists them without torch. A command's function takes an `Experiment` (or folders),
+raises UserError or CacheError on bad input, and returns a result dataclass; `str(result)` is what the command prints.
 """
 
 import importlib
@@ -13,7 +13,14 @@ Flags = Mapping[str, dict[str, Any]]
 """{"--rows": arguments of argparse's add_argument}."""
 
 _CACHE = {"help": "folder of a cache, such as cache/NAME/train"}
-_CACHES = {"help": "folder of a cache, finished or not, or a folder of caches, such as cache/NAME with train and val"}
+_CACHES = {"help": "folder of a cache, complete or not, or a folder of caches, such as cache/NAME with train and val"}
+
+_RUN = ("mode", "name", "output_dir")
+_IMAGES = ("data", "image_tower", "cache")
+_TEXT = ("tokenizer", "text_tower")
+_EVALUATION = (*_RUN, *_IMAGES, *_TEXT, "eval")
+_TRAINING = (*_RUN, "seed", "data", "image_tower", *_TEXT, "loss", "optim", "train")
+_ALL = (*_TRAINING, "cache", "eval")
 
 
 @dataclass(frozen=True)
@@ -23,12 +30,14 @@ class Command:
     help: str
     function: str
     """`module:function` within this package."""
+    reads: tuple[str, ...] = ()
+    """Sections and fields of the experiment that it reads, which --help lists."""
     words: str | None = None
-    """Name of the words that are no options, joined to one text."""
+    """Name of its positional words, which are joined to one string."""
     flags: Flags = field(default_factory=dict)
-    """Options beside the experiment's fields; keyword arguments of the function."""
+    """Options in addition to the experiment's fields; keyword arguments of the function."""
     shorthands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """{flag: the field and value that it stands for}."""
+    """{flag: the option and value that it stands for}."""
     modes: Mapping[str, "Command"] = field(default_factory=dict)
     """{flag: the command that runs in place of this one}."""
     folders: Flags | None = None
@@ -47,57 +56,91 @@ COMMANDS: dict[str, Command] = {
     "quickstart": Command(
         "train and evaluate on a generated set, with no network and no data",
         "quickstart:quickstart",
+        reads=_ALL,
         default_config="quickstart.yaml",
     ),
-    "precompute": Command("encode images once with the frozen tower into the cache", "precompute:precompute"),
-    "tokenizer train": Command("train a SentencePiece vocabulary on the captions", "tokenizer_train:tokenizer_train"),
+    "precompute": Command(
+        "encode images once with the frozen tower into the cache",
+        "precompute:precompute",
+        reads=(*_RUN, *_IMAGES, "eval.name"),
+    ),
+    "tokenizer train": Command(
+        "train a SentencePiece vocabulary on the captions",
+        "tokenizer_train:tokenizer_train",
+        reads=("name", "output_dir", "data", "tokenizer", "text_tower.pretrained"),
+    ),
     "train": Command(
         "train the text tower on the cache, or both towers on images",
         "train:train",
+        reads=(*_TRAINING, "cache", "eval.batch_size"),
         shorthands={"--resume": ("--train.resume", "true")},
         modes={"--dry-run": Command("show parameter groups and schedule without training", "dry_run:dry_run")},
     ),
     "plan": Command(
         "estimate memory, time and disk of a training run",
         "plan:plan",
+        reads=(*_TRAINING, "cache.path"),
         flags={
             "--devices": {"type": int, "help": "devices that share the batch; default: train.devices × train.nodes"},
-            "--gpu-memory": {"type": float, "help": "GiB of each device; default: those of this machine's GPU"},
+            "--gpu-memory": {"type": float, "help": "GiB of each device; default: as this machine's GPU"},
             "--examples-per-second": {"type": float, "help": "of one device; default: measured here in a few steps"},
             "--rows": {"type": int, "help": "images to train on; default: counted in the cache or the source"},
         },
     ),
-    "eval-retrieval": Command("report Recall@K of images and captions", "eval_retrieval:eval_retrieval"),
-    "eval-zeroshot": Command("classify images by the texts of their classes", "eval_zeroshot:eval_zeroshot"),
+    "eval-retrieval": Command(
+        "report Recall@K of images and captions", "eval_retrieval:eval_retrieval", reads=_EVALUATION
+    ),
+    "eval-zeroshot": Command(
+        "classify images by the texts of their classes", "eval_zeroshot:eval_zeroshot", reads=_EVALUATION
+    ),
     "eval-fewshot": Command(
-        "classify images by ridge regression on a few labelled ones per class", "eval_fewshot:eval_fewshot"
+        "classify images by ridge regression on a few labelled images per class",
+        "eval_fewshot:eval_fewshot",
+        reads=_EVALUATION,
     ),
-    "eval-probe": Command("classify images by logistic regression on the locked tower", "eval_probe:eval_probe"),
+    "eval-probe": Command(
+        "classify images by logistic regression on the image tower's outputs",
+        "eval_probe:eval_probe",
+        reads=_EVALUATION,
+    ),
     "eval-logits": Command(
-        "histogram and calibration of the logits of pairs, and nearest captions", "eval_logits:eval_logits"
+        "report histogram and calibration of the logits of pairs, and nearest captions",
+        "eval_logits:eval_logits",
+        reads=(*_EVALUATION, "loss.name", "train.batch_size"),
     ),
-    "report": Command("summarize a run in one HTML page, runs/<name>/report.html", "report:report"),
+    "report": Command(
+        "summarize a run in one HTML page, runs/<name>/report.html",
+        "report:report",
+        reads=(*_EVALUATION, "loss.name", "train.batch_size"),
+    ),
     "plot": Command(
-        "draw the curves of runs into one picture: siglit plot RUN RUN ...",
+        "draw the curves of runs in one figure: siglit plot RUN RUN ...",
         "plot:plot",
         folders={
             "runs": {"nargs": "+", "help": "output folders of runs, such as runs/NAME"},
             "--out": {"default": "curves.png", "help": "the PNG file to write; default: curves.png"},
         },
     ),
-    "search": Command("find the images for a sentence: siglit search WORDS -c FILE", "search:search", words="query"),
-    "cache info": Command("describe a cache and what made it", "cache:cache_info", folders={"path": _CACHES}),
+    "search": Command(
+        "find the images for a sentence: siglit search WORDS -c FILE",
+        "search:search",
+        reads=_EVALUATION,
+        words="query",
+    ),
+    "cache info": Command(
+        "describe a cache: size, skipped images, fingerprint", "cache:cache_info", folders={"path": _CACHES}
+    ),
     "cache verify": Command(
-        "read every byte of a cache again: checksums, counts, keys, finite values",
+        "check every byte of a cache: checksums, counts, keys, finite values",
         "cache:cache_verify",
         folders={
             "path": _CACHES,
-            "--repair": {"action": "store_true", "help": "delete bad shards, so that precompute makes them again"},
+            "--repair": {"action": "store_true", "help": "delete bad shards, so that precompute rebuilds them"},
         },
     ),
-    "cache skipped": Command("list the images without a row, as CSV", "cache:cache_skipped", folders={"path": _CACHES}),
+    "cache skipped": Command("list the skipped images as CSV", "cache:cache_skipped", folders={"path": _CACHES}),
     "cache merge": Command(
-        "merge caches of one tower: siglit cache merge OUT IN IN ...",
+        "merge caches of the same image tower: siglit cache merge OUT IN IN ...",
         "cache:cache_merge",
         folders={
             "out": {"help": "folder of the new cache"},
@@ -110,16 +153,16 @@ COMMANDS: dict[str, Command] = {
         folders={"path": _CACHE, "out": {"help": "new folder"}},
     ),
     "cache import": Command(
-        "make a cache of embeddings in .npy and parquet, or in HDF5",
+        "make a cache from embeddings in .npy and parquet, or in HDF5",
         "cache_exchange:cache_import",
         folders={
             "out": {"help": "folder of the new cache"},
             "--embeddings": {"required": True, "help": ".npy file (rows, D), folder of them, or HDF5 (`embedding`)"},
             "--metadata": {"help": "parquet file, or folder with one per .npy file"},
-            "--model": {"required": True, "help": "what made them; compared with image_tower.model"},
-            "--key": {"help": "column that names the image; default: key, else image_path"},
-            "--caption": {"help": "column of a text or a list of texts; default: captions, else caption"},
-            "--label": {"help": "column of a class number; default: label if there"},
+            "--model": {"required": True, "help": "model that computed them; compared with image_tower.model"},
+            "--key": {"help": "column of the image's key; default: key, else image_path"},
+            "--caption": {"help": "column of a caption or a list of captions; default: captions, else caption"},
+            "--label": {"help": "column of an integer class label; default: label, if it exists"},
         },
     ),
 }

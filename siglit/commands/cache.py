@@ -1,6 +1,6 @@
-"""`siglit cache info | verify | skipped | merge`: look at a cache, see that it is sound, put several together.
+"""`siglit cache info | verify | skipped | merge`: describe a cache, check it, list its skipped images, merge several.
 
-Takes folders, not experiments; returns what is to be printed.
+Takes folders, not experiments. Knows nothing of towers or training.
 """
 
 import csv
@@ -14,11 +14,12 @@ from typing import Any
 from siglit import cache as caches
 from siglit.cache import CacheError, EmbeddingCache, Problem, Unfinished
 from siglit.errors import UserError
+from siglit.runtime.text import plural
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a cache is."""
+    """Contents and origin of a cache."""
 
     path: str
     complete: bool
@@ -32,17 +33,17 @@ class CacheInfo:
     digest: str | None
     """None while it is not complete."""
     created_by: list[str]
-    """Versions of the software that made its shards; empty where an earlier siglit completed it."""
+    """Software versions that wrote its shards; empty if an earlier siglit completed it."""
     fingerprint: dict[str, Any]
 
     def __str__(self) -> str:
         """One line per property, then the fingerprint as JSON."""
         skipped = "".join(f"\n  {count:,} {reason}" for reason, count in self.skipped_by_reason.items())
-        state = f"not complete: {self.shards:,} shards are committed; run `siglit precompute` again\n"
+        state = f"not complete: {plural(self.shards, 'shard')} committed; run `siglit precompute` to complete it\n"
         return (
             f"{self.path}\n{'' if self.complete else state}"
             f"rows         {self.rows:,} × {self.dim} float16\ncaptions     {self.captions:,}\n"
-            f"size         {self.size / 1e6:,.1f} MB in {self.shards:,} shards\n"
+            f"size         {self.size / 1e6:,.1f} MB in {plural(self.shards, 'shard')}\n"
             f"skipped      {sum(self.skipped_by_reason.values()):,}{skipped}\n"
             f"digest       {self.digest or 'none yet'}\n"
             f"created by   {'; '.join(self.created_by) or 'not recorded'}\n"
@@ -52,55 +53,55 @@ class CacheInfo:
 
 @dataclass(frozen=True)
 class CacheInfos:
-    """What the caches of a folder are."""
+    """Contents and origin of the caches in a folder."""
 
     caches: list[CacheInfo]
 
     def __str__(self) -> str:
-        """One after the other."""
+        """One cache after the other."""
         return "\n\n".join(map(str, self.caches))
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether a cache is sound."""
+    """The problems of a cache; none if it is sound."""
 
     path: str
     problems: list[str]
     removed: list[str] | None = None
-    """Files that --repair deleted; None if it was not asked for."""
+    """Files that `repair` deleted; None without `repair`."""
 
     def __str__(self) -> str:
-        """One line per problem, one for what was done."""
-        if not self.problems:
+        """One line per problem, and one for what `repair` did."""
+        if len(self.problems) == 0:
             return f"{self.path} is sound"
         lines = list(self.problems)
-        if self.removed:
-            lines.append(f"deleted {', '.join(self.removed)}: `siglit precompute` makes them again")
+        if self.removed is not None and len(self.removed) > 0:
+            lines.append(f"deleted {', '.join(self.removed)}: run `siglit precompute` to rebuild them")
         elif self.removed is not None:
-            lines.append("nothing was deleted: no shard that could be made again is at fault")
+            lines.append("nothing was deleted: no problem is in a shard that precompute could rebuild")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Verifications:
-    """Whether the caches of a folder are sound."""
+    """The problems of the caches in a folder."""
 
     caches: list[Verification]
 
     @property
     def exit_code(self) -> int:
-        """0 all sound, 2 not, also once the bad shards are away: they are yet to be made."""
-        return 2 if any(cache.problems for cache in self.caches) else 0
+        """0 if all caches are sound, else 2; also 2 after a repair: the deleted shards are still to be rebuilt."""
+        return 2 if any(len(cache.problems) > 0 for cache in self.caches) else 0
 
     def __str__(self) -> str:
-        """One after the other."""
+        """One cache after the other."""
         return "\n".join(map(str, self.caches))
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """The images that have no row, of one cache or of several."""
+    """The skipped images of one cache or of several."""
 
     images: dict[str, list[tuple[str, str]]]
     """Folder of each cache → its images' keys and reasons."""
@@ -109,14 +110,16 @@ class Skipped:
         """CSV with the columns key and reason, after the column cache if there are several."""
         text = io.StringIO()
         rows = [(path, *image) for path, images in self.images.items() for image in images]
-        first = 0 if len(self.images) > 1 else 1
-        csv.writer(text, lineterminator="\n").writerows(row[first:] for row in [("cache", "key", "reason"), *rows])
+        first_column = 0 if len(self.images) > 1 else 1
+        csv.writer(text, lineterminator="\n").writerows(
+            row[first_column:] for row in [("cache", "key", "reason"), *rows]
+        )
         return text.getvalue().rstrip("\n")
 
 
 @dataclass(frozen=True)
-class Made:
-    """A cache that was made of others' rows."""
+class WrittenRows:
+    """Rows that merge, import or export wrote into a folder."""
 
     path: str
     rows: int
@@ -124,64 +127,64 @@ class Made:
 
     def __str__(self) -> str:
         """One line."""
-        return f"{self.rows:,} rows × {self.dim} in {self.path}"
+        return f"{plural(self.rows, 'row')} × {self.dim} in {self.path}"
 
 
 def cache_info(path: str) -> CacheInfos:
     """Describe a cache, complete or not, or all caches in a folder.
 
     Raises:
-        CacheError: there is none.
+        CacheError: the folder neither is nor holds a cache.
     """
     return CacheInfos([_info(folder) for folder in _caches(path)])
 
 
 def cache_verify(path: str, repair: bool = False) -> Verifications:
-    """Read all of a cache again, or of all caches in a folder; compare it with its checksums, its index and itself.
+    """Read every byte of a cache, or of all caches in a folder, and check it against its checksums and its index.
 
     Args:
         path: the folder.
-        repair: delete the bad shards, and index.json, so that `siglit precompute` makes them again.
+        repair: delete the bad shards, and index.json, so that `siglit precompute` rebuilds them.
 
     Raises:
-        CacheError: there is no cache, or (repair) somebody is writing it.
+        CacheError: the folder neither is nor holds a cache, or (repair) another process is writing it.
     """
     return Verifications([_verify(folder, repair) for folder in _caches(path)])
 
 
 def cache_skipped(path: str) -> Skipped:
-    """List the images of a cache that have no row, with the reason; it need not be complete, or holds several caches.
+    """List the skipped images of a cache, complete or not, or of all caches in a folder, with the reasons.
 
     Raises:
-        CacheError: there is none.
+        CacheError: the folder neither is nor holds a cache.
     """
     return Skipped({str(folder): _open(folder).skipped for folder in _caches(path)})
 
 
-def cache_merge(out: str, parts: list[str]) -> Made:
-    """Copy complete caches of one tower into a new one.
+def cache_merge(out: str, parts: list[str]) -> WrittenRows:
+    """Copy complete caches of one image tower into a new one.
 
     Raises:
-        CacheError: they do not fit each other, or share a key.
-        UserError: fewer than two were given.
+        CacheError: the caches are of different towers, or two have the same key.
+        UserError: fewer than two caches are given.
     """
     if len(parts) < 2:
-        raise UserError(f"only {', '.join(parts)} is to be merged; name two caches or more")
+        raise UserError(f"cache merge needs at least two caches to merge, got {len(parts)}")
     cache = caches.merge(Path(out), [EmbeddingCache(part) for part in parts])
-    return Made(out, len(cache), cache.dim)
+    return WrittenRows(out, len(cache), cache.dim)
 
 
 def _caches(path: str) -> list[Path]:
-    """The folder itself if it is a cache, else those in it that are, such as train and val."""
+    """The folder itself if it is a cache, else the caches in it, such as train and val."""
     folder = Path(path)
     if not folder.is_dir():
         raise CacheError(caches.no_cache(folder))
     if _is_cache(folder):
         return [folder]
-    found = sorted(part for part in folder.iterdir() if part.is_dir() and _is_cache(part))
-    if not found:
-        raise CacheError(f"no shard is in {path}, nor in a folder in it; run `siglit precompute`, or correct the path")
-    return found
+    children = sorted(child for child in folder.iterdir() if child.is_dir() and _is_cache(child))
+    if len(children) == 0:
+        raise CacheError(f"{path} holds no cache; run `siglit precompute`, or check the path")
+    return children
 
 
 def _is_cache(folder: Path) -> bool:
@@ -218,9 +221,11 @@ def _verify(folder: Path, repair: bool) -> Verification:
         problems = _problems(folder)
         bad = sorted({problem.shard for problem in problems if problem.shard})
         damaged_index = any(problem.shard is None and "index.json" in problem.text for problem in problems)
-        index = ["index.json"] if (folder / "index.json").exists() else []
-        removed = caches.remove_shards(folder, bad) if bad or damaged_index else []
-    return Verification(path, [p.text for p in problems], [*removed, *index] if bad or damaged_index else [])
+        removed = []
+        if len(bad) > 0 or damaged_index:
+            index = ["index.json"] if (folder / "index.json").exists() else []
+            removed = [*caches.remove_shards(folder, bad), *index]
+    return Verification(path, [problem.text for problem in problems], removed)
 
 
 def _problems(folder: Path) -> list[Problem]:

@@ -1,7 +1,7 @@
 """`siglit cache export | import`: between a cache and the files of clip-retrieval, or a plain HDF5 file.
 
-clip-retrieval's layout is `img_emb/img_emb_0000.npy` beside `metadata/metadata_0000.parquet`, row by row. Everything
-passes block by block, and nothing is unpickled. Shapes: k rows of a block, D embedding width.
+clip-retrieval's layout is `img_emb/img_emb_0000.npy` and `metadata/metadata_0000.parquet`, with equal rows. Files are
+read and written in blocks, and nothing is unpickled. Shapes: D embedding width.
 """
 
 from collections.abc import Iterator
@@ -14,23 +14,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from siglit.cache import CacheWriter, EmbeddingCache, PlainHdf5
-from siglit.commands.cache import Made
+from siglit.commands.cache import WrittenRows
 from siglit.errors import UserError
 from siglit.runtime.files import atomic_write
+from siglit.runtime.text import plural
 
 _BLOCK = 8192
 _ROWS_PER_PART = 1_000_000
 _HDF5 = (".h5", ".hdf5")
 
 
-def cache_export(path: str, out: str) -> Made:
+def cache_export(path: str, out: str) -> WrittenRows:
     """Write a cache in clip-retrieval's layout: float16 .npy, and parquet with key, caption (the first), captions.
 
-    `langs` and `label` are columns where the cache has any. Every file is renamed to its name when it is whole.
+    The parquet files also have `langs` and `label` if the cache does. A file gets its final name once it is complete.
 
     Raises:
-        CacheError: there is no cache.
-        UserError: the folder holds something already.
+        CacheError: `path` is not a complete cache.
+        UserError: the folder `out` is not empty.
     """
     cache, folder = EmbeddingCache(path), Path(out)
     if folder.exists() and any(folder.iterdir()):
@@ -48,7 +49,7 @@ def cache_export(path: str, out: str) -> Made:
             folder / "metadata" / f"metadata_{number:0{digits}d}.parquet",
             _schema(cache),
         )
-    return Made(out, len(cache), cache.dim)
+    return WrittenRows(out, len(cache), cache.dim)
 
 
 def cache_import(
@@ -59,35 +60,36 @@ def cache_import(
     key: str | None = None,
     caption: str | None = None,
     label: str | None = None,
-) -> Made:
-    """Make a cache of embeddings that are there.
+) -> WrittenRows:
+    """Make a cache from existing embeddings.
 
     Args:
-        out: folder of the cache.
+        out: folder of the new cache.
         embeddings: a .npy file (rows, D), a folder of them, or an HDF5 file with a dataset `embedding`.
-        model: what made them; stands in the fingerprint and is compared with image_tower.model.
-        metadata: a parquet file, or a folder with one for every .npy file in the order of their names.
-        key: column or dataset that names the image; default: key, else image_path.
-        caption: a text or a list of texts; default: captions, else caption, else none.
-        label: class number; default: label if there.
+        model: the model that computed them; part of the fingerprint, compared with image_tower.model.
+        metadata: a parquet file, or a folder with one per .npy file, in the order of their names.
+        key: column or dataset of the image's key; default: key, else image_path.
+        caption: of a caption or a list of captions; default: captions, else caption, else none.
+        label: of an integer class label; default: label, if it exists.
 
     Raises:
-        UserError: files are missing, cannot be read or do not fit each other.
-        CacheError: rows cannot be stored, or a key is there twice.
+        UserError: files are missing, cannot be read, or differ in their numbers of rows.
+        CacheError: rows cannot be stored, or two have the same key.
     """
-    wanted = {"key": key, "captions": caption, "label": label}
+    columns = {"key": key, "captions": caption, "label": label}
     source = Path(embeddings)
     if source.suffix in _HDF5:
-        blocks, files = _hdf5_blocks(source, wanted), [source]
+        blocks, files = _hdf5_blocks(source, columns), [source]
     elif metadata is None:
-        raise UserError(f"{embeddings} names no images; add --metadata, a parquet file or folder")
+        raise UserError(f"{embeddings} has embeddings only; give their keys with --metadata, a parquet file or folder")
     else:
         arrays, tables = _files(source, ".npy"), _files(Path(metadata), ".parquet")
         if len(arrays) != len(tables):
             raise UserError(
-                f"{len(arrays)} .npy files stand against {len(tables)} parquet files; a pair each is wanted"
+                f"{embeddings} has {plural(len(arrays), '.npy file')}, but {metadata} has "
+                f"{plural(len(tables), 'parquet file')}; each .npy file needs one parquet file"
             )
-        blocks, files = _pair_blocks(arrays, tables, wanted), arrays
+        blocks, files = _pair_blocks(arrays, tables, columns), arrays
     fingerprint = {
         "image_tower": {"model": model, "imported": True},
         "source": {"imported": [{"file": file.name, "size": file.stat().st_size} for file in files]},
@@ -96,11 +98,11 @@ def cache_import(
         for block in blocks:
             writer.add(block["embedding"], block["key"], block["captions"], block["label"], block["langs"])
     cache = EmbeddingCache(out)
-    return Made(out, len(cache), cache.dim)
+    return WrittenRows(out, len(cache), cache.dim)
 
 
 def _write_npy(cache: EmbeddingCache, start: int, stop: int, path: Path) -> None:
-    # Written plainly and not through a map: a map of a hole on a full disk kills the process.
+    # Not through a memory map: on a full disk, writing to one kills the process.
     with atomic_write(path) as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": (stop - start, cache.dim)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -118,7 +120,7 @@ def _schema(cache: EmbeddingCache) -> pa.Schema:
 def _metadata_blocks(
     cache: EmbeddingCache, texts: tuple[Iterator[str], Iterator[str]], start: int, stop: int
 ) -> Iterator[dict[str, list[Any]]]:
-    """Columns of the rows from start to stop − 1; `texts` are the keys and the captions from there on."""
+    """Columns of the rows from start to stop − 1; `texts` iterates over keys and captions from start on."""
     keys, captions = texts
     for first in range(start, stop, _BLOCK):
         ends = cache.caption_offsets[first : min(first + _BLOCK, stop) + 1].tolist()
@@ -144,13 +146,13 @@ def _write_parquet(blocks: Iterator[dict[str, list[Any]]], path: Path, schema: p
 def _files(path: Path, suffix: str) -> list[Path]:
     if path.is_file():
         return [path]
-    found = sorted(path.glob(f"*{suffix}"))
-    if not found:
-        raise UserError(f"there is no {suffix} file at {path}; correct the path")
-    return found
+    files = sorted(path.glob(f"*{suffix}"))
+    if len(files) == 0:
+        raise UserError(f"there is no {suffix} file in {path}; check the path")
+    return files
 
 
-def _pair_blocks(arrays: list[Path], tables: list[Path], wanted: dict[str, str | None]) -> Iterator[dict[str, Any]]:
+def _pair_blocks(arrays: list[Path], tables: list[Path], given: dict[str, str | None]) -> Iterator[dict[str, Any]]:
     for array_path, table_path in zip(arrays, tables, strict=True):
         try:
             rows = np.load(array_path, mmap_mode="r", allow_pickle=False)
@@ -160,10 +162,10 @@ def _pair_blocks(arrays: list[Path], tables: list[Path], wanted: dict[str, str |
             with pq.ParquetFile(table_path) as table:
                 if rows.ndim != 2 or len(rows) != table.metadata.num_rows:
                     raise UserError(
-                        f"{array_path} is {rows.shape}, {table_path} has {table.metadata.num_rows} rows; "
-                        "(rows, D) and as many rows were wanted"
+                        f"{array_path} has shape {rows.shape}, but {table_path} has {table.metadata.num_rows} rows; "
+                        "the array must be (rows, D) with as many rows as the table"
                     )
-                columns = _chosen(wanted, table.schema_arrow.names, table_path)
+                columns = _choose_columns(given, table.schema_arrow.names, table_path)
                 start = 0
                 for batch in table.iter_batches(_BLOCK, columns=sorted(set(columns.values()))):
                     values = batch.to_pydict()
@@ -175,36 +177,35 @@ def _pair_blocks(arrays: list[Path], tables: list[Path], wanted: dict[str, str |
             raise UserError(f"{table_path} is not a readable parquet file: {text}") from None
 
 
-def _hdf5_blocks(path: Path, wanted: dict[str, str | None]) -> Iterator[dict[str, Any]]:
-    columns = _chosen(wanted, PlainHdf5(path, ["embedding"]).names(), path)
+def _hdf5_blocks(path: Path, given: dict[str, str | None]) -> Iterator[dict[str, Any]]:
+    columns = _choose_columns(given, PlainHdf5(path, ["embedding"]).names(), path)
     for block in PlainHdf5(path, ["embedding", *columns.values()]).blocks(_BLOCK):
         values = {name: np.asarray(block[column]).tolist() for name, column in columns.items()}
         yield _block(np.asarray(block["embedding"]), values, len(block["embedding"]))
 
 
-def _chosen(wanted: dict[str, str | None], there: list[str], path: Path) -> dict[str, str]:
-    """Which column is what: the named ones must be there, of the usual ones the first that is."""
-    usual = {
+def _choose_columns(given: dict[str, str | None], names: list[str], path: Path) -> dict[str, str]:
+    """{key, captions, label, langs: column}: the given column, which must exist, else the first default that does."""
+    defaults = {
         "key": ("key", "image_path"),
         "captions": ("captions", "caption"),
         "label": ("label",),
         "langs": ("langs",),
     }
-    chosen = {}
-    for name, candidates in usual.items():
-        asked = wanted.get(name)
-        column = asked or next((c for c in candidates if c in there), None)
-        if (column is None and name == "key") or (asked and asked not in there):
-            raise UserError(f"{path} has no {asked or 'key'!r}, it has {', '.join(there)}; set --{name.rstrip('s')}")
+    columns = {}
+    for role, candidates in defaults.items():
+        column = given.get(role) or next((name for name in candidates if name in names), None)
+        if (column is None and role == "key") or (column is not None and column not in names):
+            raise UserError(f"{path} has no {column or 'key'!r}, it has {', '.join(names)}; set --{role.rstrip('s')}")
         if column is not None:
-            chosen[name] = column
-    if chosen.get("captions") != "captions":
-        chosen.pop("langs", None)
-    return chosen
+            columns[role] = column
+    if columns.get("captions") != "captions":
+        columns.pop("langs", None)
+    return columns
 
 
 def _block(embedding: np.ndarray, values: dict[str, list[Any]], rows: int) -> dict[str, Any]:
-    """The arguments of `CacheWriter.add`, whatever the columns held."""
+    """The arguments of `CacheWriter.add` for one block."""
     captions = [_texts(value) for value in values.get("captions", [None] * rows)]
     labels = [None if x is None or x < 0 else int(x) for x in values.get("label", [None] * rows)]
     keys = [str(key) for key in values["key"]]

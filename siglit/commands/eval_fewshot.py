@@ -1,6 +1,6 @@
 """`siglit eval-fewshot`: ridge regression on a few labelled training images per class, tested on the held-out ones.
 
-Knows the run's files; what a figure means is `siglit.evaluation.fewshot`.
+Knows the run's files; `siglit.evaluation.fewshot` defines the metric.
 """
 
 import statistics
@@ -16,6 +16,7 @@ from siglit.runs.folder import result_path
 from siglit.runs.labelled import LabelledSplits, open_splits
 from siglit.runtime.files import write_json
 from siglit.runtime.progress import Meter
+from siglit.runtime.text import plural
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Accuracies:
     std: float | None
     """Sample standard deviation; None for a single draw."""
     seeds: list[float]
-    """Of seed 0, 1, …"""
+    """Accuracy with seed 0, 1, …"""
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,23 @@ class FewshotResult:
     """Held-out images."""
     classes: int
     l2: float
-    of: dict[str, Any]
+    """Weight of the L2 penalty."""
+    provenance: dict[str, Any]
+    """Caches, and checkpoint and step of a trained image tower."""
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands."""
+        """Content of the file."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """A line per number of shots, in per cent."""
-        lines = [f"{self.images:,} images, {self.classes:,} classes; per cent", "shots  top-1  ± over seeds"]
-        for shots, found in self.shots.items():
-            spread = "" if found.std is None else f"  ±{100 * found.std:.1f}"
-            lines.append(f"{shots:>5}{100 * found.mean:7.1f}{spread}")
+        """A line per number of shots, in percent."""
+        lines = [
+            f"{plural(self.images, 'image')}, {plural(self.classes, 'class')}; percent",
+            "shots  top-1  ± over seeds",
+        ]
+        for shots, accuracies in self.shots.items():
+            spread = "" if accuracies.std is None else f"  ±{100 * accuracies.std:.1f}"
+            lines.append(f"{shots:>5}{100 * accuracies.mean:7.1f}{spread}")
         return "\n".join(lines)
 
 
@@ -62,34 +68,36 @@ def eval_fewshot(experiment: Experiment) -> FewshotResult:
     config = experiment.eval
     splits = open_splits(experiment)
     _check_shots(splits, config.shots)
-    labels, wanted = splits.numbered(splits.train), splits.numbered(splits.val)
+    labels, val_labels = splits.numbered(splits.train), splits.numbered(splits.val)
     classes, held_out = len(splits.classes), splits.val.embeddings()
-    right: dict[int, list[float]] = {shots: [] for shots in config.shots}
-    with Meter("few-shot", config.seeds * len(right), "regressions") as meter:
+    accuracies: dict[int, list[float]] = {shots: [] for shots in config.shots}
+    with Meter("few-shot", config.seeds * len(accuracies), "regressions") as meter:
         for seed in range(config.seeds):
-            for shots, drawn in draw_shots(labels, np.arange(classes), list(right), seed).items():
+            for shots, drawn in draw_shots(labels, np.arange(classes), list(accuracies), seed).items():
                 model = fit_ridge(splits.train.cache.gather(splits.train.rows[drawn]), labels[drawn], classes)
-                right[shots].append(float((model.predict(held_out) == wanted).mean()))
+                accuracies[shots].append(float((model.predict(held_out) == val_labels).mean()))
                 meter.advance(1)
     result = FewshotResult(
         shots={
-            str(shots): Accuracies(statistics.mean(found), statistics.stdev(found) if found[1:] else None, found)
-            for shots, found in right.items()
+            str(shots): Accuracies(
+                statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, values
+            )
+            for shots, values in accuracies.items()
         },
-        images=len(wanted),
+        images=len(val_labels),
         classes=classes,
         l2=L2,
-        of=splits.of,
+        provenance=splits.of,
     )
     write_json(result_path(experiment, "fewshot"), result.to_json())
     return result
 
 
 def _check_shots(splits: LabelledSplits, shots: list[int]) -> None:
-    found, counts = np.unique(splits.train.labels, return_counts=True)
+    labels, counts = np.unique(splits.train.labels, return_counts=True)
     fewest = int(counts.argmin())
     if counts[fewest] < max(shots):
         raise UserError(
-            f"eval.shots asks for {max(shots)} images of each class, but class {found[fewest]} has {counts[fewest]} in "
-            f"{splits.train.cache.path}; take fewer, such as --eval.shots [{counts[fewest]}]"
+            f"eval.shots needs {max(shots)} images of each class, but class {labels[fewest]} has {counts[fewest]} in "
+            f"{splits.train.cache.path}; use fewer, such as --eval.shots [{counts[fewest]}]"
         )

@@ -1,6 +1,6 @@
 """`siglit eval-probe`: logistic regression on all labelled training images, tested on the held-out ones.
 
-Knows the run's files; what a figure means is `siglit.evaluation.linear_probe`.
+Knows the run's files; `siglit.evaluation.linear_probe` defines the metric.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from siglit.runs.labelled import open_splits
 from siglit.runs.launch import choose_device
 from siglit.runtime.files import write_json
 from siglit.runtime.progress import Meter
+from siglit.runtime.text import plural
 
 
 @dataclass(frozen=True)
@@ -24,41 +25,43 @@ class ProbeResult:
     """None with five classes or fewer."""
     mean_per_class: float
     l2: float
-    """Penalty that did best on the held-out tenth of the training images."""
+    """Weight of the L2 penalty with the best accuracy on a held-out tenth of the training images."""
     held_out: dict[str, float]
-    """{penalty: accuracy there}."""
+    """{weight of the penalty: accuracy on that tenth}."""
     gradient: float
     """Largest component of the objective's gradient at the end, 0 at the optimum."""
     train_images: int
     images: int
     classes: int
-    of: dict[str, Any]
+    provenance: dict[str, Any]
+    """Caches, and checkpoint and step of a trained image tower."""
 
     def to_json(self) -> dict[str, Any]:
-        """What there is; top5 is left out where it says nothing."""
+        """Content of the file, without top5 if it is None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __str__(self) -> str:
-        """Accuracies in per cent, and the penalty."""
+        """Accuracies in percent, and the penalty."""
         lines = [
-            f"{self.images:,} images, {self.classes:,} classes, learnt from {self.train_images:,} images; per cent",
+            f"{plural(self.images, 'image')}, {plural(self.classes, 'class')}, trained on "
+            f"{plural(self.train_images, 'image')}; percent",
             f"top-1           {100 * self.top1:5.1f}",
             *([] if self.top5 is None else [f"top-5           {100 * self.top5:5.1f}"]),
             f"mean per class  {100 * self.mean_per_class:5.1f}",
-            f"penalty {self.l2:g}, the best of {', '.join(self.held_out)} on a held-out tenth of the training images",
+            f"L2 penalty {self.l2:g}, best of {', '.join(self.held_out)} on a held-out tenth of the training images",
         ]
         return "\n".join(lines)
 
 
 def eval_probe(experiment: Experiment) -> ProbeResult:
-    """Fit the probe to the image tower's outputs for data.train, test it on data.val; write probe.json.
+    """Fit the probe to the image tower's outputs for data.train and test it on data.val; write probe.json.
 
     Raises:
-        UserError: a split cannot be opened or has no labels.
+        UserError: a split has no cache or no labels.
     """
     device = choose_device("eval.accelerator", experiment.eval.accelerator)
     splits = open_splits(experiment)
-    with Meter("linear probe", None, "passes over the training images") as meter:
+    with Meter("linear probe", None, "epochs") as meter:
         probed = probe(
             splits.train.embeddings(),
             splits.numbered(splits.train),
@@ -78,7 +81,7 @@ def eval_probe(experiment: Experiment) -> ProbeResult:
         train_images=len(splits.train.rows),
         images=probed.test.images,
         classes=len(splits.classes),
-        of=splits.of,
+        provenance=splits.of,
     )
     write_json(result_path(experiment, "probe"), result.to_json())
     return result

@@ -1,6 +1,6 @@
-"""`siglit eval-retrieval`: encodes the captions of a cache, ranks them and its images, and reports how well they meet.
+"""`siglit eval-retrieval`: Recall@K, median rank and mAP between the images and the captions of a cache.
 
-Knows the run's files; what a figure means is `siglit.evaluation`.
+Knows the run's files; `siglit.evaluation.retrieval` defines the metrics.
 """
 
 import re
@@ -21,6 +21,7 @@ from siglit.runs.folder import result_path
 from siglit.runs.launch import choose_device
 from siglit.runs.trained import TrainedRun, open_trained
 from siglit.runtime.files import write_json
+from siglit.runtime.text import plural
 
 _DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
@@ -34,44 +35,45 @@ class RetrievalResult:
     metrics: dict[str, float]
     """{"image_to_text/R@1": …}: fractions, and ranks from 1."""
     by_language: dict[str, dict[str, float]] = field(default_factory=dict)
-    """The same for each language, and their mean as "average"."""
+    """The metrics for each language, and their mean as "average"."""
     label_accuracy: float | None = None
-    """Share of labelled images whose nearest distinct caption is one of their class."""
+    """Share of labelled images whose nearest distinct caption is of their class."""
     folds: dict[str, float] = field(default_factory=dict)
-    """Where there is more than one: their "count", and the mean of the metrics over them."""
+    """If eval.folds is more than 1: "count", the number of folds, and the mean of the metrics over them."""
     index: indices.IndexComparison | None = None
-    """The approximate index that was asked for."""
-    origin: dict[str, Any] = field(default_factory=dict)
-    """Checkpoint and cache."""
+    """The approximate index of eval.index."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Checkpoint, step, cache and its digest."""
 
     def to_json(self) -> dict[str, Any]:
-        """Flat metrics, then the rest."""
+        """Content of the file: the metrics, then the rest."""
         value: dict[str, Any] = {**self.metrics, "images": self.images, "captions": self.captions}
         if self.label_accuracy is not None:
             value["label_accuracy"] = self.label_accuracy
-        if self.by_language:
+        if len(self.by_language) > 0:
             value["by_language"] = self.by_language
-        if self.folds:
+        if len(self.folds) > 0:
             value["folds"] = self.folds
         if self.index is not None:
             value["index"] = self.index.to_json()
-        return {**value, "of": self.origin}
+        return {**value, "provenance": self.provenance}
 
     def __str__(self) -> str:
         """A table: all captions, the mean of the folds, then each language."""
         rows = [("all", self.metrics)]
-        if self.folds:
+        if len(self.folds) > 0:
             rows.append((f"mean of {self.folds['count']} folds", self.folds))
         rows += self.by_language.items()
         width = max(len("average"), *(len(name) for name, _ in rows))
         heads = [self._heads(direction) for direction in _DIRECTIONS]
-        lines = [f"{self.images:,} images, {self.captions:,} captions; R@K and mAP in per cent, median rank from 1"]
-        above = (f"{told:>{sum(map(len, head))}}" for told, head in zip(_DIRECTIONS.values(), heads, strict=True))
-        lines.append(" " * width + "".join(above))
+        counts = f"{plural(self.images, 'image')}, {plural(self.captions, 'caption')}"
+        lines = [f"{counts}; R@K and mAP in percent, median rank from 1"]
+        titles = (f"{title:>{sum(map(len, head))}}" for title, head in zip(_DIRECTIONS.values(), heads, strict=True))
+        lines.append(" " * width + "".join(titles))
         lines.append(" " * width + "".join(part for head in heads for part in head))
         lines += [f"{name:<{width}}" + "".join(self._cells(metrics)) for name, metrics in rows]
         if self.label_accuracy is not None:
-            lines.append(f"class of the nearest distinct caption is right: {100 * self.label_accuracy:.1f}")
+            lines.append(f"nearest distinct caption is of the image's class: {100 * self.label_accuracy:.1f}")
         if self.index is not None:
             lines.append(str(self.index))
         return "\n".join(lines)
@@ -88,14 +90,14 @@ def eval_retrieval(experiment: Experiment) -> RetrievalResult:
     """Evaluate the run on its cache; write retrieval.json (of the training cache: retrieval-train.json) and the index.
 
     Raises:
-        UserError: cache, checkpoint and tokenizer do not fit each other, the cache has no captions, or the folds or the
-            approximate index that are asked for cannot be made of it.
+        UserError: cache, checkpoint and tokenizer do not match, the cache has no captions, eval.folds does not divide
+            its images, or faiss cannot build eval.index for them.
     """
     device = choose_device("eval.accelerator", experiment.eval.accelerator)
     trained = open_trained(experiment)
     cache, zimg = trained.cache, trained.zimg
     if cache.num_captions == 0:
-        raise UserError(f"{cache.path} has no captions to evaluate with; see data.{experiment.eval.split}")
+        raise UserError(f"{cache.path} has no captions to evaluate with; check data.{experiment.eval.split}")
     _check_folds(experiment.eval.folds, cache)
     built = _build(experiment, trained)
     ids = token_ids(cache, trained.tokenizer)
@@ -110,7 +112,7 @@ def eval_retrieval(experiment: Experiment) -> RetrievalResult:
         label_accuracy=_label_accuracy(cache, zimg, ztxt, ids),
         folds=_folds(experiment.eval.folds, arrays, device),
         index=None if built is None else indices.compare(built, *arrays),
-        origin=trained.origin(),
+        provenance=trained.origin(),
     )
     trained.ensure_exact_index()
     write_json(result_path(experiment, "retrieval"), result.to_json())
@@ -118,11 +120,11 @@ def eval_retrieval(experiment: Experiment) -> RetrievalResult:
 
 
 def _check_folds(folds: int, cache: EmbeddingCache) -> None:
-    """Refuse folds before any work that their figures would come after."""
+    """Refuse eval.folds before anything is computed."""
     if len(cache) % folds:
         raise UserError(
-            f"eval.folds is {folds}, but the {len(cache):,} images of {cache.path} cannot be cut into {folds} equal "
-            "parts; choose a number that divides them, or 1 for none"
+            f"eval.folds is {folds}, but {folds} does not divide the {len(cache):,} images of {cache.path}; choose a "
+            "number that does, or 1 for no folds"
         )
 
 
@@ -132,11 +134,11 @@ def _folds(folds: int, arrays: tuple[np.ndarray, np.ndarray, np.ndarray], device
     try:
         return {"count": folds, **retrieval.fold_metrics(*arrays, folds, device=device)}
     except ValueError as error:
-        raise UserError(f"eval.folds is {folds}, but {error}; choose fewer, or 1 for none") from error
+        raise UserError(f"eval.folds is {folds}, but {error}; choose fewer, or 1 for no folds") from error
 
 
 def _build(experiment: Experiment, trained: TrainedRun) -> indices.ApproximateIndex | None:
-    """The index of eval.index, kept beside the exact one; before the captions, whose work a wrong name would cost."""
+    """The index of eval.index, saved beside the exact one; built before captions are encoded, to fail early."""
     factory = experiment.eval.index
     if factory is None:
         return None
@@ -145,11 +147,13 @@ def _build(experiment: Experiment, trained: TrainedRun) -> indices.ApproximateIn
     try:
         return indices.load_or_build(trained.zimg, factory, exact.with_name(f"{exact.stem}-{name}{exact.suffix}"))
     except ValueError as error:
-        raise UserError(f"eval.index: {error}; choose another factory string, such as HNSW32, or none") from error
+        raise UserError(
+            f"eval.index: {error}; choose another factory string, such as HNSW32, or leave it out"
+        ) from error
 
 
 def _label_accuracy(cache: EmbeddingCache, zimg: np.ndarray, ztxt: np.ndarray, ids: np.ndarray) -> float | None:
-    """Class of the nearest distinct caption, where images have labels and no caption stands for two classes."""
+    """Share of images whose nearest distinct caption is of their class; None without labels or if a caption has two."""
     labels = cache.labels
     if labels is None:
         return None

@@ -1,6 +1,6 @@
 """`siglit eval-zeroshot`: classifies the images of a cache by the texts of their classes.
 
-Knows the run's files; what a figure means is `siglit.evaluation.zeroshot`.
+Knows the run's files; `siglit.evaluation.zeroshot` defines the metric.
 """
 
 from collections import Counter
@@ -24,6 +24,7 @@ from siglit.runs.labelled import class_folders_of, labels_of
 from siglit.runs.launch import choose_device
 from siglit.runs.trained import open_trained
 from siglit.runtime.files import atomic_write, write_json
+from siglit.runtime.text import plural
 
 _HARDEST = 10
 
@@ -41,45 +42,47 @@ class ZeroshotResult:
     """Names, label 0 first."""
     templates: list[str]
     canonicalize: bool
-    """Names and templates were made lower case and free of punctuation first; above they stand as they were given."""
+    """Whether names and templates were lower-cased and stripped of punctuation; above they are as given."""
     per_class: dict[str, float | None]
-    """Share of a class's images that are right; None for a class without images."""
+    """Accuracy on the images of each class; None for a class without images."""
     mistakes: dict[str, tuple[str, float]]
-    """{class: the wrong class that most of its images were taken for, and their share}."""
-    of: dict[str, Any]
+    """{class: the wrong class that most of its images were classified as, and their share}."""
+    provenance: dict[str, Any]
+    """Checkpoint, step, cache and its digest."""
     confusion: str
-    """Where the counts of [class, taken for] are, or what is missing to draw them."""
+    """Files of the confusion matrix, and why it is not drawn if it is not."""
 
     def to_json(self) -> dict[str, Any]:
-        """What is not in other files; top5 is left out where it says nothing."""
-        told = {name: value for name, value in vars(self).items() if name not in ("mistakes", "confusion")}
-        return {name: value for name, value in told.items() if value is not None}
+        """Content of the file, without top5 if it is None."""
+        values = {name: value for name, value in vars(self).items() if name not in ("mistakes", "confusion")}
+        return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        """Accuracies in per cent, and the classes that are hardest."""
+        """Accuracies in percent, and the hardest classes."""
         lines = [
-            f"{self.images:,} images, {len(self.classes):,} classes, {len(self.templates)} templates; per cent",
+            f"{plural(self.images, 'image')}, {plural(len(self.classes), 'class')}, "
+            f"{plural(len(self.templates), 'template')}; percent",
             f"top-1           {100 * self.top1:5.1f}",
             *([] if self.top5 is None else [f"top-5           {100 * self.top5:5.1f}"]),
             f"mean per class  {100 * self.mean_per_class:5.1f}",
         ]
-        absent = sum(share is None for share in self.per_class.values())
-        if absent:
-            lines.append(f"{absent:,} of {len(self.classes):,} classes have no image: are these their names?")
-        seen = sorted((share, name) for name, share in self.per_class.items() if share is not None)[:_HARDEST]
-        width = max(len("hardest classes"), *(len(name) for _, name in seen))
-        lines.append(f"{'hardest classes':<{width}}  right  most often taken for")
-        for share, name in seen:
-            wrong, often = self.mistakes.get(name, ("", 0.0))
-            lines.append(f"{name:<{width}}{100 * share:7.1f}" + (f"  {wrong} ({100 * often:.1f})" if wrong else ""))
+        empty = sum(accuracy is None for accuracy in self.per_class.values())
+        if empty > 0:
+            lines.append(f"{empty:,} of {len(self.classes):,} classes have no image; check eval.classes")
+        hardest = sorted((value, name) for name, value in self.per_class.items() if value is not None)[:_HARDEST]
+        width = max(len("hardest classes"), *(len(name) for _, name in hardest))
+        lines.append(f"{'hardest classes':<{width}}  right  most often classified as")
+        for accuracy, name in hardest:
+            wrong, share = self.mistakes.get(name, ("", 0.0))
+            lines.append(f"{name:<{width}}{100 * accuracy:7.1f}" + (f"  {wrong} ({100 * share:.1f})" if wrong else ""))
         return "\n".join([*lines, self.confusion])
 
 
 def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
-    """Evaluate the run on the images of eval.split; write zeroshot.json, and the confusions as .npy and .png.
+    """Evaluate the run on the images of eval.split; write zeroshot.json, and the confusion matrix as .npy and .png.
 
     Raises:
-        UserError: cache and checkpoint do not fit each other, images have no labels, or a class has no name.
+        UserError: cache and checkpoint do not match, images have no labels, or a label has no class name.
     """
     device = choose_device("eval.accelerator", experiment.eval.accelerator)
     given = prompts.class_names(experiment.eval.classes) if experiment.eval.classes else None
@@ -87,79 +90,79 @@ def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
     trained = open_trained(experiment)
     labels = labels_of(trained.cache, experiment.eval.split)
     names = _names(experiment, given, trained.cache, labels)
-    worded = names, templates
+    wording = names, templates
     if experiment.eval.canonicalize:
-        worded = prompts.canonical(names, templates, experiment.eval.classes or str(trained.cache.path))
-    texts, class_of_prompt = prompts.prompts(*worded)
+        wording = prompts.canonical(names, templates, experiment.eval.classes or str(trained.cache.path))
+    texts, class_of_prompt = prompts.prompts(*wording)
     ids = trained.tokenizer(texts)
     ztxt = encode_ids(trained.tower.to(device), ids, batch_size=experiment.eval.batch_size, device=device)
-    found = zeroshot.classify(trained.zimg, zeroshot.class_embeddings(ztxt, class_of_prompt, len(names)), labels)
-    called = _called(names)
+    classified = zeroshot.classify(trained.zimg, zeroshot.class_embeddings(ztxt, class_of_prompt, len(names)), labels)
+    unique = _unique_names(names)
     result = ZeroshotResult(
-        top1=found.top[1],
-        top5=found.top.get(5),
-        mean_per_class=found.mean_per_class,
-        images=found.images,
-        classes=[of[0] if len(of) == 1 else list(of) for of in names],
+        top1=classified.top[1],
+        top5=classified.top.get(5),
+        mean_per_class=classified.mean_per_class,
+        images=classified.images,
+        classes=[synonyms[0] if len(synonyms) == 1 else list(synonyms) for synonyms in names],
         templates=templates,
         canonicalize=experiment.eval.canonicalize,
-        per_class={n: None if np.isnan(s) else float(s) for n, s in zip(called, found.per_class, strict=True)},
-        mistakes=_mistakes(found.confusion, called),
-        of=trained.origin(),
-        confusion=_keep(experiment, found.confusion, called),
+        per_class={n: None if np.isnan(s) else float(s) for n, s in zip(unique, classified.per_class, strict=True)},
+        mistakes=_mistakes(classified.confusion, unique),
+        provenance=trained.origin(),
+        confusion=_save_confusion(experiment, classified.confusion, unique),
     )
     write_json(result_path(experiment, "zeroshot"), result.to_json())
     return result
 
 
 def _names(experiment: Experiment, given: list[Names] | None, cache: EmbeddingCache, labels: np.ndarray) -> list[Names]:
-    """The classes' names: those given, else those of the class folders that the images came from."""
-    where, names = experiment.eval.classes, given
+    """The classes' names: `given`, else the names of the class folders that the images are from."""
+    source, names = experiment.eval.classes, given
     if names is None:
         folders = class_folders_of(cache)
         if folders is None:
             raise UserError(
-                f"eval.classes is not set, and {cache.path} does not know the names of its classes; set it to a list "
-                "of names, label 0 first"
+                f"eval.classes is not set, and {cache.path} has no class names; set it to a list of names, label 0 "
+                "first"
             )
-        where, names = f"{cache.path}", [(folder.replace("_", " "),) for folder in folders]
+        source, names = f"{cache.path}", [(folder.replace("_", " "),) for folder in folders]
     largest = int(labels.max())
     if largest >= len(names):
         raise UserError(
-            f"{where} names {len(names)} classes, but labels of {cache.path} go up to {largest}; name {largest + 1}, "
-            "label 0 first"
+            f"{source} has {plural(len(names), 'name')}, but labels of {cache.path} go up to {largest}; give "
+            f"{largest + 1} names, label 0 first"
         )
     if len(names) < 2:
-        raise UserError(f"{where} names one class; there is nothing to tell it from")
+        raise UserError(f"{source} has one class, but classification needs at least two")
     return names
 
 
-def _called(names: list[Names]) -> list[str]:
-    """What each class is called, in one line, with its label where several have the same name."""
-    first = [" ".join(of[0].split()) for of in names]
-    often = Counter(first)
-    return [name if often[name] == 1 else f"{name} ({label})" for label, name in enumerate(first)]
+def _unique_names(names: list[Names]) -> list[str]:
+    """The first name of each class, in one line, followed by the label if another class has the same name."""
+    first = [" ".join(synonyms[0].split()) for synonyms in names]
+    counts = Counter(first)
+    return [name if counts[name] == 1 else f"{name} ({label})" for label, name in enumerate(first)]
 
 
-def _mistakes(confusion: np.ndarray, called: list[str]) -> dict[str, tuple[str, float]]:
+def _mistakes(confusion: np.ndarray, names: list[str]) -> dict[str, tuple[str, float]]:
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
     images, most = confusion.sum(1), wrong.argmax(1)
     return {
-        called[label]: (called[most[label]], float(wrong[label, most[label]] / images[label]))
+        names[label]: (names[most[label]], float(wrong[label, most[label]] / images[label]))
         for label in np.flatnonzero(wrong.any(1)).tolist()
     }
 
 
-def _keep(experiment: Experiment, confusion: np.ndarray, called: list[str]) -> str:
-    """Write the counts, and the picture where it can be drawn; say where they are."""
+def _save_confusion(experiment: Experiment, confusion: np.ndarray, names: list[str]) -> str:
+    """Write the matrix as .npy, and as .png if matplotlib is installed; return a line that names the files."""
     path = result_path(experiment, "zeroshot", ".npy")
     with atomic_write(path) as file:
         np.save(file, confusion, allow_pickle=False)
     picture = Path(result_path(experiment, "zeroshot", ".png"))
     try:
-        drawn = draw_confusion(confusion, called)
+        figure = draw_confusion(confusion, names)
     except UserError as error:
-        return f"confusions: {path}; not drawn: {error}"
-    save_png(drawn, picture)
-    return "; ".join(filter(None, (f"confusions: {path}, drawn in {picture}", class_lettering(called).note)))
+        return f"confusion matrix: {path}; not drawn: {error}"
+    save_png(figure, picture)
+    return "; ".join(filter(None, (f"confusion matrix: {path}, drawn in {picture}", class_lettering(names).note)))

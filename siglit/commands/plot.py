@@ -1,4 +1,4 @@
-"""`siglit plot RUN RUN ...`: the curves of several runs in one picture."""
+"""`siglit plot RUN RUN ...`: the curves of several runs in one figure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from siglit.reporting.curves import draw_curves, read_metrics_csv, run_lettering
 
 @dataclass(frozen=True)
 class PlotResult:
-    """Where the picture is."""
+    """File of the figure."""
 
     path: str
     note: str = ""
-    """Why a run is not called by its name, or nothing."""
+    """Which letters of the runs' names no font has; usually empty."""
 
     def __str__(self) -> str:
         """The path, and the note."""
@@ -25,22 +25,21 @@ def plot(runs: Sequence[str], out: str) -> PlotResult:
     """Draw the curves of the runs' folders into the PNG `out`.
 
     Raises:
-        UserError: matplotlib is missing, or a folder has no curves.
+        UserError: matplotlib is missing, a folder has no curves, or `out` is not a .png file.
     """
     path = Path(out)
     if path.suffix.lower() != ".png":
-        raise UserError(f"--out is {out}, but a picture in PNG is drawn; name it like curves.png")
+        raise UserError(f"--out is {out}, but it must end in .png, such as curves.png")
     curves = {}
     for name, folder in zip(_names(runs), runs, strict=True):
         curves[name] = read_metrics_csv(Path(folder))
-        if not curves[name]:
+        if len(curves[name]) == 0:
             raise UserError(f"{Path(folder) / 'metrics.csv'} has no rows yet; wait for the run's first logged step")
-    drawn = draw_curves(curves)
-    save_png(drawn, path)
+    save_png(draw_curves(curves), path)
     return PlotResult(str(path), run_lettering(curves).note)
 
 
 def _names(runs: Sequence[str]) -> list[str]:
-    """The folders' own names, or as much of the paths as was given where those are not all different."""
-    short = [Path(run).resolve().name for run in runs]
-    return short if len(set(short)) == len(runs) else list(runs)
+    """The folders' names, or their paths if two names are equal."""
+    names = [Path(run).resolve().name for run in runs]
+    return names if len(set(names)) == len(runs) else list(runs)

@@ -1,6 +1,6 @@
 """`siglit precompute`: encodes the images of each split once with the frozen tower, shard by shard.
 
-How a shard is made is `siglit.embedding`.
+Sets up devices and checks the result; `siglit.embedding` computes and writes the shards.
 """
 
 import os
@@ -25,28 +25,29 @@ from siglit.runs.folder import add_to_summary, output_dir, read_run_summary
 from siglit.runs.launch import check_accelerator, check_launched, check_slurm_tasks, is_first_process, quiet_lightning
 from siglit.runtime.paths import expand
 from siglit.runtime.signals import ending_with_first_process, stopping_at_signals
+from siglit.runtime.text import plural
 
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What became of one split."""
+    """The cache of one split after precompute."""
 
     path: str
     rows: int
     skipped: int
     skipped_by_reason: dict[str, int]
     encoded_now: int
-    """Rows encoded by this run; the others were there."""
+    """Rows encoded by this run; the others already existed."""
     seconds: float
     images_per_second: float | None = None
-    """Of this run, over all devices."""
+    """Images that this run encoded per second on all devices together; None if it encoded none."""
     tower_images_per_second: float | None = None
-    """Of the tower's forward pass alone on one device, on a batch of this run."""
+    """Speed of the tower's forward pass alone on one device, measured on a batch of this run."""
 
 
 @dataclass(frozen=True)
 class PrecomputeResult:
-    """What became of every split."""
+    """The caches of all splits."""
 
     splits: dict[str, SplitResult] = field(default_factory=dict)
 
@@ -59,22 +60,23 @@ class PrecomputeResult:
                 rate += f" (tower alone {split.tower_images_per_second:,.0f})"
             skipped = "".join(f"; {n} skipped: {reason}" for reason, n in split.skipped_by_reason.items())
             lines.append(
-                f"{name}: {split.rows:,} rows in {split.path}, {split.encoded_now:,} encoded now{rate}{skipped}"
+                f"{name}: {plural(split.rows, 'row')} in {split.path}, {split.encoded_now:,} encoded now{rate}{skipped}"
             )
         return "\n".join(lines)
 
 
 def precompute(experiment: Experiment) -> PrecomputeResult:
-    """Fill the caches of cache.splits, going on where an earlier run stopped.
+    """Encode the images of cache.splits into their caches; continues where an interrupted run stopped.
 
     Raises:
-        UserError: source, tower or an existing cache do not fit the experiment, or too many images are unusable.
+        UserError: mode is not locked, a data source or the tower cannot be opened, the machine lacks devices, or more
+            than data.max_skipped of the images are unusable.
+        CacheError: the folder holds a cache of another source or tower, or another process is writing it.
     """
     quiet_lightning()
     if experiment.mode != "locked":
         raise UserError(
-            f"mode is {experiment.mode}: training takes the images themselves, and there is nothing to precompute; go "
-            "on with `siglit train`"
+            f"mode is {experiment.mode}, which trains on images, so there is nothing to precompute; run `siglit train`"
         )
     check_accelerator("cache.accelerator", experiment.cache.accelerator)
     check_launched("cache.nodes", experiment.cache.nodes)
@@ -83,12 +85,12 @@ def precompute(experiment: Experiment) -> PrecomputeResult:
     first = is_first_process()
     specs = {split: getattr(experiment.data, split) for split in experiment.cache.splits}
     sources = {split: open_source(spec) for split, spec in specs.items() if spec is not None}
-    if not sources:
-        raise UserError("cache.splits is [val], but data.val is not set; set it, or let cache.splits have train")
+    if len(sources) == 0:
+        raise UserError("cache.splits is [val], but data.val is not set; set it, or add train to cache.splits")
     with ExitStack() as stack:
         stack.enter_context(stopping_at_signals())
         stack.enter_context(ending_with_first_process(first))
-        # Before the other ranks are started: who is refused leaves alone.
+        # Before the other ranks are started, so that they need not be stopped if the lock is taken.
         for split in sources if first else ():
             stack.enter_context(exclusive(cache_path(experiment, split)))
         fabric = _fabric(experiment.cache)
@@ -97,17 +99,20 @@ def precompute(experiment: Experiment) -> PrecomputeResult:
         tower.to(fabric.device)
         result = PrecomputeResult({split: _split(experiment, fabric, tower, split, s) for split, s in sources.items()})
         if fabric.is_global_zero:
-            _keep_figures(experiment, result)
+            _save_summary(experiment, result)
     return result
 
 
-def _keep_figures(experiment: Experiment, result: PrecomputeResult) -> None:
-    # A run that found everything done has no rates of its own and keeps those of the one that did it.
+def _save_summary(experiment: Experiment, result: PrecomputeResult) -> None:
+    # A run that encodes nothing has no speed; the entry of the run that encoded the split stays.
     name = "-".join(part for part in ("precompute", experiment.eval.name) if part)
     earlier = read_run_summary(experiment).get(name, {})
-    done = {split: earlier.get(split) for split, figures in result.splits.items() if not figures.encoded_now}
-    now = {split: done.get(split) or asdict(figures) for split, figures in result.splits.items()}
-    add_to_summary(experiment, name, {**earlier, **now})
+    entries = {
+        split: asdict(figures)
+        for split, figures in result.splits.items()
+        if figures.encoded_now > 0 or earlier.get(split) is None
+    }
+    add_to_summary(experiment, name, {**earlier, **entries})
 
 
 def _fabric(config: CacheConfig) -> Fabric:
@@ -116,7 +121,7 @@ def _fabric(config: CacheConfig) -> Fabric:
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.nodes,
-        # Ranks meet only at the end of a split, however long the slowest takes.
+        # Ranks synchronize only at the end of a split, however long the slowest takes.
         strategy=DDPStrategy(timeout=timedelta(days=30)) if several else "auto",
     )
 
@@ -149,30 +154,31 @@ def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str
 
 
 def _check_skipped(experiment: Experiment, split: str, cache: EmbeddingCache) -> None:
-    seen = len(cache) + cache.num_skipped
-    if seen == 0:
-        raise UserError(f"the split of {cache.path} is empty: no sample was found in it")
-    share = cache.num_skipped / seen
+    """Refuse a split without samples, and a cache with too many skipped images, which is left incomplete."""
+    total = len(cache) + cache.num_skipped
+    if total == 0:
+        raise UserError(f"data.{split} has no samples, so {cache.path} is empty; check data.{split}")
+    share = cache.num_skipped / total
     if share > experiment.data.max_skipped:
         key, reason = cache.skipped[0]
-        # Not complete until the person has decided: nothing trains on it in the meantime.
+        # Without its index the cache is incomplete, and nothing trains on it until the user has decided.
         (cache.path / "index.json").unlink(missing_ok=True)
-        if cache.num_skipped == seen and {reason for _, reason in cache.skipped} == {MISSING_FILE}:
+        if cache.num_skipped == total and {reason for _, reason in cache.skipped} == {MISSING_FILE}:
             folder, field = _images_folder(getattr(experiment.data, split))
             raise UserError(
-                f"no image was found below {folder}: all {seen} files that data.{split} names are missing, the first "
-                f"is {key!r}; check data.{split}.{field}, then run with --cache.retry_skipped true"
+                f"there are no images in {folder}: all {total} files listed in data.{split} are missing, the first is "
+                f"{key!r}; check data.{split}.{field}, then run with --cache.retry_skipped true"
             )
         raise UserError(
-            f"{cache.num_skipped} of {seen} images ({share:.1%}) could not be used, more than data.max_skipped "
-            f"({experiment.data.max_skipped:.1%}); the first is {key!r}: {reason}. The rest is kept in {cache.path}; "
-            "raise data.max_skipped and run again, or mend the images and run with --cache.retry_skipped true; "
-            f"`siglit cache skipped {cache.path}` lists them"
+            f"{cache.num_skipped} of {total} images ({share:.1%}) are unusable, more than data.max_skipped "
+            f"({experiment.data.max_skipped:.1%}); the first is {key!r}: {reason}. Raise data.max_skipped and rerun, "
+            "or fix the images and rerun with --cache.retry_skipped true; completed work is kept, and "
+            f"`siglit cache skipped {cache.path}` lists the images"
         )
 
 
 def _images_folder(spec: SourceSpec) -> tuple[str, str]:
-    """The folder that relative paths of images start from, absolute, and the field that sets it."""
+    """Absolute path of the folder that relative image paths start from, and the field that sets it."""
     path = expand(spec.images or spec.path, "images" if spec.images else "path")
     folder = path if os.path.isdir(path) or spec.images else os.path.dirname(path)
     return os.path.abspath(folder), "path" if spec.format in ("folder", "class_folders") else "images"

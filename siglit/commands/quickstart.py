@@ -1,6 +1,6 @@
-"""`siglit quickstart`: the whole way on a generated set, with no network and no data.
+"""`siglit quickstart`: precompute, train and evaluate on a generated data set, with no network and no data.
 
-Draws the `shapes` set to where the experiment file says its data lie, as any user's data would, then calls the stages.
+Draws the `shapes` set to the paths of data.train and data.val, then runs the same commands as on any other data.
 """
 
 import importlib.resources
@@ -22,7 +22,7 @@ from siglit.data import shapes
 from siglit.errors import UserError
 from siglit.evaluation.encoding import encode_ids
 from siglit.evaluation.index import nearest_images
-from siglit.reporting.contact_sheet import Answer, draw_gallery
+from siglit.reporting.contact_sheet import SheetImage, draw_contact_sheet
 from siglit.runs.folder import output_dir
 from siglit.runs.launch import check_accelerator, check_batch_fits, check_batch_size
 from siglit.runs.trained import open_trained
@@ -31,22 +31,24 @@ from siglit.runtime.progress import Meter
 from siglit.training.optim import lr_multiplier, total_steps
 
 _TRAIN_IMAGES, _VAL_IMAGES = 8000, 1000
-_QUERIES, _ANSWERS = 8, 5
+_QUERIES, _TOP_K = 8, 5
 
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """What the quickstart came to."""
+    """Results of the commands that the quickstart ran, and where to look."""
 
     precompute: PrecomputeResult
     train: TrainResult
     retrieval: RetrievalResult
     folder: str
+    """The run's folder."""
     picture: str
+    """A contact sheet of queries and retrieved images."""
     seconds: float
 
     def __str__(self) -> str:
-        """The table, what to look at and what to do next."""
+        """The results, and what to do next."""
         return (
             f"{self.precompute}\n{self.train}\n\n{self.retrieval}\n\n"
             f"Done in {self.seconds:.0f} s. Look at {self.picture}, and search:\n"
@@ -55,15 +57,15 @@ class QuickstartResult:
 
 
 def quickstart(experiment: Experiment) -> QuickstartResult:
-    """Draw, embed, train, evaluate, and leave a picture of queries with their top five images.
+    """Draw the data, precompute, train, evaluate, and draw queries with their top five images.
 
     Args:
-        experiment: of the generated set.
+        experiment: as in configs/quickstart.yaml.
 
     Raises:
-        UserError: the experiment file is not one of the generated set, or says what its training would refuse.
+        UserError: the experiment does not fit the generated data, or one of its stages would refuse it.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     if experiment.data.val is None or experiment.image_tower.weights is None:
         raise UserError(
             "quickstart needs an experiment with data.val and image_tower.weights, like configs/quickstart.yaml"
@@ -72,14 +74,14 @@ def quickstart(experiment: Experiment) -> QuickstartResult:
     for split, spec in (("train", experiment.data.train), ("val", experiment.data.val)):
         if spec.format != "jsonl":
             raise UserError(
-                f"data.{split} is {spec.format}, but quickstart draws its own images and lists them as jsonl; run "
-                "`siglit precompute` and `siglit train` for images of yours"
+                f"data.{split}.format is {spec.format}, but quickstart draws its own images and lists them as jsonl; "
+                "for your own images, run `siglit precompute` and `siglit train`"
             )
     _check_training(experiment)
     weights = Path(experiment.image_tower.weights)
     if weights.exists() and not (weights.is_file() and weights.read_bytes() == asset.read_bytes()):
         raise UserError(
-            f"image_tower.weights {weights} holds other weights than quickstart's, which go there; name a new file"
+            f"quickstart writes its weights to image_tower.weights, but {weights} holds others; name a new file"
         )
     weights.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(weights) as file:
@@ -92,39 +94,38 @@ def quickstart(experiment: Experiment) -> QuickstartResult:
     result = eval_retrieval(experiment)
     folder = output_dir(experiment)
     picture = folder / "retrieval.png"
-    _gallery(experiment, Path(experiment.data.val.path).parent).save(picture)
-    return QuickstartResult(precomputed, trained, result, str(folder), str(picture), time.monotonic() - begun)
+    _draw_examples(experiment, Path(experiment.data.val.path).parent).save(picture)
+    return QuickstartResult(precomputed, trained, result, str(folder), str(picture), time.monotonic() - start)
 
 
 def _check_training(experiment: Experiment) -> None:
-    """Refuse before anything is drawn what the stages would refuse after minutes."""
+    """Refuse early, before anything is drawn, what a later stage would refuse."""
     for field, nodes in (("train.nodes", experiment.train.nodes), ("cache.nodes", experiment.cache.nodes)):
         if nodes > 1:
-            raise UserError(
-                f"{field} is {nodes}, but quickstart runs on one machine; leave it out, or run `siglit precompute` and "
-                "`siglit train` on each"
-            )
+            raise UserError(f"{field} is {nodes}, but quickstart runs on one machine; leave it out")
     if experiment.mode != "locked":
-        raise UserError(f"mode is {experiment.mode}, but quickstart shows locked training; leave mode out")
+        raise UserError(f"mode is {experiment.mode}, but quickstart runs locked training; leave mode out")
     for section in ("cache", "train", "eval"):
         check_accelerator(f"{section}.accelerator", getattr(experiment, section).accelerator)
     check_batch_size(experiment.train)
     check_batch_fits(experiment.train, _TRAIN_IMAGES)
     steps = total_steps(experiment.train, _TRAIN_IMAGES)
-    lr_multiplier(0, experiment.optim, steps, experiment.train.batch_size)  # raises where the schedule does not fit
+    lr_multiplier(
+        0, experiment.optim, steps, experiment.train.batch_size
+    )  # raises UserError if the schedule is longer than the run
 
 
 def _draw(listing: Path, scenes: Iterable[shapes.Scene], seed: tuple[int, int]) -> None:
-    """Draw pictures and a JSON-lines listing, which is written last and makes the set complete."""
+    """Draw images and a JSON-lines listing, which is written last: the set is complete once it exists."""
     if listing.exists():
         return
     scenes = list(scenes)
-    pictures = listing.with_suffix("")
-    pictures.mkdir(parents=True, exist_ok=True)
+    folder = listing.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     with Meter(f"drawing {listing}", len(scenes), "images") as meter:
         for number, scene in enumerate(scenes):
-            name = f"{pictures.name}/{number:05d}.png"
+            name = f"{folder.name}/{number:05d}.png"
             shapes.draw_image(scene, (*seed, number)).save(listing.parent / name)
             lines.append(json.dumps({"image": name, "caption": shapes.captions(scene)}))
             meter.advance(1)
@@ -132,20 +133,21 @@ def _draw(listing: Path, scenes: Iterable[shapes.Scene], seed: tuple[int, int]) 
         file.write("".join(f"{line}\n" for line in lines).encode())
 
 
-def _gallery(experiment: Experiment, pictures: Path) -> Image.Image:
+def _draw_examples(experiment: Experiment, folder: Path) -> Image.Image:
+    """A contact sheet of held-out captions with their nearest held-out images, which lie in `folder`."""
     trained = open_trained(experiment)
     cache = trained.cache
-    asked = np.linspace(0, len(cache) - 1, _QUERIES).astype(int)
-    queries = [cache.captions(int(row))[i % 5] for i, row in enumerate(asked)]
+    targets = np.linspace(0, len(cache) - 1, _QUERIES).astype(int)
+    queries = [cache.captions(int(row))[i % 5] for i, row in enumerate(targets)]
     ztxt = encode_ids(
         trained.tower, trained.tokenizer(queries), batch_size=_QUERIES, device=torch.device("cpu"), quiet=True
     )
-    scores, found = nearest_images(trained.ensure_exact_index(), ztxt, _ANSWERS)
+    scores, nearest = nearest_images(trained.ensure_exact_index(), ztxt, _TOP_K)
     rows = []
     for number, query in enumerate(queries):
-        answers = []
-        for score, row in zip(scores[number], found[number], strict=True):
-            with Image.open(pictures / cache.keys[int(row)]) as image:
-                answers.append(Answer(image.convert("RGB"), float(score), right=row == asked[number]))
-        rows.append((query, answers))
-    return draw_gallery(f"Unseen captions and the best {_ANSWERS} of {len(cache):,} unseen images", rows)
+        images = []
+        for score, row in zip(scores[number], nearest[number], strict=True):
+            with Image.open(folder / cache.keys[int(row)]) as image:
+                images.append(SheetImage(image.convert("RGB"), float(score), correct=row == targets[number]))
+        rows.append((query, images))
+    return draw_contact_sheet(f"Held-out captions and the best {_TOP_K} of {len(cache):,} held-out images", rows)

@@ -1,8 +1,7 @@
-"""`siglit report`: everything known of a run on one page, runs/<name>/report.html, which needs nothing but itself.
+"""`siglit report`: summarizes a run in one self-contained HTML page, runs/<name>/report.html.
 
-Collects what the other commands left in the run's folder, and asks the trained towers for pictures; what is not there
-is left out, and the page says which command makes it. What a figure looks like is `report_drawing`, `report_tables` and
-the files of siglit/assets.
+Opens the run's results and its trained towers; `siglit.reporting` turns them into the page. Results that do not exist
+are left out, and the page names the commands that compute them.
 """
 
 from dataclasses import dataclass
@@ -18,39 +17,42 @@ from siglit.runtime.files import atomic_write
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Where the page is."""
+    """File and contents of the page."""
 
     path: str
-    verdict: str
+    summary: str
+    """The main metrics in one line."""
     missing: list[str]
-    """Commands whose results it has not."""
+    """Commands whose results the page does not include."""
 
     def __str__(self) -> str:
-        """The path, the best figures, and what could be added."""
-        lines = [self.path, self.verdict]
-        if self.missing:
-            lines.append(f"not on the page yet: what siglit {', '.join(self.missing)} would tell")
+        """The path, the main metrics, and what could be added."""
+        lines = [self.path, self.summary]
+        if len(self.missing) > 0:
+            lines.append(f"Not included yet: run {', '.join(f'`siglit {command}`' for command in self.missing)}")
         return "\n".join(lines)
 
 
 def report(experiment: Experiment) -> ReportResult:
-    """Write the page.
+    """Write report.html into the run's folder.
 
     Raises:
-        UserError: the output folder holds no run, or a result, the summary or metrics.csv is not what it must be.
+        UserError: the output folder holds no run, or one of its result files, summary.json or metrics.csv is malformed.
     """
     folder = experiment.folder
     results = read_results(folder)
-    if not (results or checkpoints.exist(folder / "checkpoints") or (folder / "metrics.csv").is_file()):
+    has_run = checkpoints.exist(folder / "checkpoints") or (folder / "metrics.csv").is_file()
+    if len(results) == 0 and not has_run:
         raise UserError(f"there is no run in {folder}; run `siglit train` with this experiment, or set --output_dir")
     try:
-        trained, why_not = open_trained(experiment), ""
+        trained, reason = open_trained(experiment), ""
     except UserError as error:
-        trained, why_not = None, str(error)
+        trained, reason = None, str(error)
     context = collect(experiment, folder, results, trained)
-    context["notes"] += [f"Towers and images are left out: {why_not}"] if why_not else []
+    if trained is None:
+        context["notes"].append(f"Retrieved images are left out: {reason}")
     path = folder / "report.html"
     page = render(context)
     with atomic_write(path) as file:
         file.write(page.encode())
-    return ReportResult(str(path), context["verdict"], [row["command"] for row in context["missing"]])
+    return ReportResult(str(path), context["summary"], [row["command"] for row in context["missing"]])

@@ -1,4 +1,4 @@
-"""`siglit search WORDS`: the images whose embeddings lie nearest to a sentence."""
+"""`siglit search WORDS`: the images whose embeddings are nearest to a sentence."""
 
 from dataclasses import dataclass
 
@@ -13,33 +13,35 @@ from siglit.runs.trained import open_trained
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Keys, best first, with cosine and the model's probability that the pair belongs together."""
+    """The nearest images, best first."""
 
     query: str
     keys: list[str]
     scores: list[float]
+    """Cosines."""
     probabilities: list[float]
+    """Sigmoid of the logits: the model's probability that image and query match."""
 
     def __str__(self) -> str:
-        """A line per answer."""
+        """A line per image."""
         lines = ["cosine  probability  key"]
-        found = zip(self.scores, self.probabilities, self.keys, strict=True)
-        return "\n".join(lines + [f"{score:6.3f}  {probability:11.4f}  {key}" for score, probability, key in found])
+        images = zip(self.scores, self.probabilities, self.keys, strict=True)
+        return "\n".join(lines + [f"{score:6.3f}  {probability:11.4f}  {key}" for score, probability, key in images])
 
 
 def search(experiment: Experiment, query: str) -> SearchResult:
-    """Search the cache of eval.split for the query.
+    """Rank the images of eval.split by their cosine with the query; returns the best eval.top_k.
 
     Raises:
-        UserError: the query is empty or no text, or cache and checkpoint do not fit each other.
+        UserError: the query is empty or not UTF-8, or cache and checkpoint do not match.
     """
     if not query.strip():
-        raise UserError("there is nothing to search for: the query is empty")
+        raise UserError("the query is empty; give words to search for")
     try:
         query.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            "the query is not UTF-8; type it in a terminal that is, or convert it (iconv -t utf-8)"
+            "the query is not UTF-8; set the terminal to UTF-8, or convert the query (iconv -t utf-8)"
         ) from error
     trained = open_trained(experiment)
     ztxt = encode_ids(trained.tower, trained.tokenizer([query]), batch_size=1, device=torch.device("cpu"), quiet=True)
@@ -49,5 +51,5 @@ def search(experiment: Experiment, query: str) -> SearchResult:
         query=query,
         keys=[trained.cache.keys[int(row)] for row in rows[0]],
         scores=[float(s) for s in scores[0]],
-        probabilities=torch.from_numpy(logits).sigmoid().tolist(),  # exp overflows where t is large
+        probabilities=torch.from_numpy(logits).sigmoid().tolist(),  # numpy's exp would overflow for large t
     )

@@ -7,6 +7,7 @@ from siglit.data.sources import open_source
 from siglit.errors import UserError
 from siglit.models.tokenizer import load_tokenizer
 from siglit.runs.tokenizer import ensure_tokenizer
+from siglit.runtime.text import plural
 
 
 @dataclass(frozen=True)
@@ -16,27 +17,28 @@ class TokenizerResult:
     path: str
     vocab_size: int
     captions_cut: float
-    """Share of the first 10,000 captions that are longer than tokenizer.length."""
+    """Share of the first 10,000 captions that tokenizer.length truncates."""
 
     def __str__(self) -> str:
-        """One line for a person."""
-        return f"{self.path}: {self.vocab_size:,} pieces; {self.captions_cut:.1%} of the captions are cut"
+        """One line."""
+        return f"{self.path}: {plural(self.vocab_size, 'piece')}; {self.captions_cut:.1%} of the captions are truncated"
 
 
 def tokenizer_train(experiment: Experiment) -> TokenizerResult:
     """Train on the captions of data.train and write tokenizer.model into the run's folder.
 
     Raises:
-        UserError: tokenizer.path or text_tower.pretrained is set, a model is there already, or there are no captions.
+        UserError: tokenizer.path or text_tower.pretrained is set, the run's tokenizer has other settings, or data.train
+            has no captions.
     """
     if experiment.tokenizer.path is not None:
-        raise UserError(f"tokenizer.path names a tokenizer ({experiment.tokenizer.path}); remove it to train one")
+        raise UserError(f"tokenizer.path is set to {experiment.tokenizer.path}; remove it to train a tokenizer")
     if experiment.text_tower.pretrained is not None:
         raise UserError(
-            f"text_tower.pretrained {experiment.text_tower.pretrained!r} brings its own tokenizer; remove it to "
-            "train one"
+            f"text_tower.pretrained is {experiment.text_tower.pretrained!r}, which has its own tokenizer; remove it to "
+            "train a tokenizer"
         )
-    captions = [c for several in open_source(experiment.data.train).captions() for c in several]
+    captions = [caption for group in open_source(experiment.data.train).captions() for caption in group]
     path = ensure_tokenizer(experiment, captions)
     length = experiment.tokenizer.length
     longer = load_tokenizer(path, replace(experiment.tokenizer, length=length + 1))

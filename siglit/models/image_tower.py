@@ -24,11 +24,12 @@ from torch import nn
 from typing_extensions import override
 
 from siglit.config import ImageTowerConfig
-from siglit.errors import UserError, first_line
+from siglit.errors import UserError
 from siglit.models.hub import hub_or_cache
 from siglit.models.unused import freeze_unused, graph_only
 from siglit.runtime.files import check_regular, open_regular
 from siglit.runtime.paths import expand
+from siglit.runtime.text import first_line
 
 _LOCAL = "local-dir:"
 _HUB = ("hf-hub:", "hf_hub:")

@@ -16,10 +16,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig
 from transformers.utils import logging
 
-from siglit.errors import UserError, first_line
+from siglit.errors import UserError
 from siglit.models.hub import hub_or_cache
 from siglit.runtime.files import check_regular
 from siglit.runtime.paths import expand
+from siglit.runtime.text import first_line
 
 
 def load_text_model(name: str) -> nn.Module:

@@ -18,10 +18,11 @@ import numpy as np
 import sentencepiece
 
 from siglit.config import TokenizerConfig
-from siglit.errors import UserError, first_line
+from siglit.errors import UserError
 from siglit.models.hub import hub_or_cache
 from siglit.runtime.files import check_regular, read_regular
 from siglit.runtime.paths import expand
+from siglit.runtime.text import first_line
 
 
 class Tokenizer(Protocol):

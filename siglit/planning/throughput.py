@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from siglit.config import Experiment
 from siglit.data.epoch_loader import Batch
-from siglit.errors import plural
 from siglit.planning.memory import RandomDataModule
 from siglit.runtime.provenance import processor
+from siglit.runtime.text import plural
 from siglit.training.module import SigLiT
 
 _LONG_ENOUGH = 1.0

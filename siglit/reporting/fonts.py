@@ -1,4 +1,4 @@
-"""Names as matplotlib can draw them: one line, in fonts that have the letters, or a number instead."""
+"""Names as matplotlib can draw them: in one line, in installed fonts that have the letters, or replaced by a number."""
 
 import re
 import unicodedata
@@ -6,69 +6,70 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_MOST_LETTERS = 40
+_MAX_LETTERS = 40
 
 
 @dataclass(frozen=True)
 class Lettering:
-    """Names as a picture can show them."""
+    """Names as a figure can show them."""
 
     texts: list[str]
-    """In one line each, shortened where they are very long; a stand-in where no font has the letters."""
+    """One line each, at most 40 letters; the stand-in of a name that no font can draw."""
     families: list[str]
-    """Fonts that draw the texts between them."""
+    """Font families that together have all letters of the texts."""
     note: str
-    """Which letters no font has, or nothing."""
+    """Which letters no font has; empty if all can be drawn."""
 
 
 def lettering(names: Sequence[str], stand_ins: Sequence[str]) -> Lettering:
     """Choose fonts for the names; a name that no font can draw is replaced by its stand-in."""
     texts = [_in_one_line(name) for name in names]
-    families, lacking = _families(sorted({letter for text in texts for letter in text}))
-    drawable = [bool(text) and not lacking.intersection(text) for text in texts]
+    families, missing = _families(sorted({letter for text in texts for letter in text}))
+    drawable = [text != "" and missing.isdisjoint(text) for text in texts]
     shown = [text if can else other for text, can, other in zip(texts, drawable, stand_ins, strict=True)]
-    letters = "".join(sorted(lacking))
-    note = f"no installed font has {letters[:20]}{'…' if letters[20:] else ''}: names with them are drawn as numbers"
-    return Lettering(shown, families, note if lacking else "")
+    letters = "".join(sorted(missing))
+    ellipsis = "…" if len(letters) > 20 else ""
+    note = f"no installed font has {letters[:20]}{ellipsis}: names with these letters are shown as numbers"
+    return Lettering(shown, families, note if len(missing) > 0 else "")
 
 
 def _in_one_line(name: str) -> str:
-    """Without line breaks and controls, nor the marks that only tell how their neighbours are drawn."""
+    """Without line breaks, control characters and variation selectors; a long name is shortened in the middle."""
     kept = (c for c in name if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
     text = " ".join("".join(c if c.isprintable() else " " for c in kept).split())
-    half = _MOST_LETTERS // 2
-    return text if len(text) <= _MOST_LETTERS else f"{text[: half - 1]}…{text[-half:]}"
+    half = _MAX_LETTERS // 2
+    return text if len(text) <= _MAX_LETTERS else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def _families(letters: Sequence[str]) -> tuple[list[str], set[str]]:
-    """Families that have the letters between them, matplotlib's own first, and the letters that none has."""
+    """Font families that together have the letters, matplotlib's default first; and the letters that none has."""
     from matplotlib import font_manager
 
-    usual = font_manager.FontProperties()
-    families, lacking = list(usual.get_family()), _lacking(usual, set(letters))
+    default = font_manager.FontProperties()
+    families, missing = list(default.get_family()), _missing_letters(default, set(letters))
     for name in sorted(
-        _upright(font_manager.fontManager.ttflist),
+        _regular_families(font_manager.fontManager.ttflist),
         key=lambda name: (not re.search("sans|gothic", name, re.IGNORECASE), name),
     ):
-        if not lacking:
+        if len(missing) == 0:
             break
-        left = _lacking(font_manager.FontProperties(family=name), lacking)
-        if left < lacking:
+        still_missing = _missing_letters(font_manager.FontProperties(family=name), missing)
+        if still_missing < missing:
             families.append(name)
-            lacking = left
-    return families, lacking
+            missing = still_missing
+    return families, missing
 
 
-def _upright(fonts: Sequence[Any]) -> set[str]:
-    """Families of the usual weight; of others matplotlib complains, and that of last resort has boxes for all."""
+def _regular_families(fonts: Sequence[Any]) -> set[str]:
+    """Families with a regular face; matplotlib warns about others, and Last Resort has a box for every letter."""
     from matplotlib.font_manager import weight_dict
 
     regular = (font for font in fonts if weight_dict.get(font.weight, font.weight) == 400 and font.style == "normal")
     return {font.name for font in regular if not font.name.startswith("Last Resort")}
 
 
-def _lacking(font: Any, letters: set[str]) -> set[str]:
-    """Those of the letters that a font cannot draw; one of bitmaps alone can draw nothing."""
+def _missing_letters(font: Any, letters: set[str]) -> set[str]:
+    """The letters that a font cannot draw: all of them for a bitmap font, or one that cannot be opened."""
     from matplotlib import font_manager
 
     try:

@@ -1,6 +1,6 @@
-"""Queries with the pictures that a run finds for them, for the page of `siglit report`.
+"""Example queries with the images that a run retrieves for them, for the page of `siglit report`.
 
-Knows a trained run and where its images lie; knows nothing of HTML. Shapes: N images, Q queries, D embedding width.
+Knows a trained run and its data source; knows nothing of HTML. Shapes: N images, Q queries, D embedding width.
 """
 
 import base64
@@ -19,85 +19,94 @@ from siglit.evaluation.encoding import encode_ids
 from siglit.runs.trained import TrainedRun
 from siglit.runtime.progress import Meter
 
-_SAMPLE, _SHOWN, _ANSWERS = 256, 16, 5
+_SAMPLE, _SHOWN, _TOP_K = 256, 16, 5
+"""Captions that are searched for, queries that are shown, and images of each."""
 _SIDE = 96
+"""Largest side of a thumbnail, in pixels."""
 _BLOCK = 65_536
+"""Images that are ranked at once."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An image that was found."""
+class RetrievedImage:
+    """One retrieved image."""
 
     key: str
     score: float
-    """Cosine."""
-    right: bool
+    """Cosine between image and query."""
+    correct: bool
     """It is the query's own image, or has the same caption."""
-    picture: str | None
-    """Data URI of a thumbnail, if the image is on this machine."""
+    thumbnail: str | None
+    """Data URI, if the image is on this machine."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """A caption and what was found for it."""
+    """A caption and its retrieved images, best first."""
 
     text: str
-    answers: list[Answer]
+    images: list[RetrievedImage]
 
     @property
     def hit(self) -> bool:
-        """The first answer is right."""
-        return self.answers[0].right
+        """Whether the first image is correct."""
+        return self.images[0].correct
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Some queries of an evenly drawn sample: hits and misses both, as far as there are any."""
+    """Queries from an evenly spaced sample of captions, half hits and half misses as far as possible."""
 
     queries: list[Query]
     sampled: int
-    """Captions that were tried."""
+    """Captions in the sample."""
     hits: int
-    """How many of these were hits."""
+    """Hits in the sample."""
     note: str
-    """Why pictures are missing, or nothing."""
+    """Why thumbnails are missing; empty if none is."""
 
 
-def draw_gallery(experiment: Experiment, trained: TrainedRun) -> Gallery | None:
-    """Ask for the images of an evenly drawn sample of captions and choose queries to show; None without captions."""
+def collect_examples(experiment: Experiment, trained: TrainedRun) -> Gallery | None:
+    """Retrieve images for an evenly spaced sample of captions and choose queries to show; None without captions."""
     cache = trained.cache
     if cache.num_captions == 0:
         return None
-    asked = np.unique(np.linspace(0, cache.num_captions - 1, _SAMPLE).astype(int))
-    texts = [cache.caption(int(number)) for number in asked]
-    own = cache.caption_rows[asked]
+    sample = np.unique(np.linspace(0, cache.num_captions - 1, _SAMPLE).astype(int))
+    texts = [cache.caption(int(number)) for number in sample]
+    own = cache.caption_rows[sample]
     device = torch.device("cpu")
     ids = trained.tokenizer(texts)
     ztxt = encode_ids(trained.tower.to(device), ids, batch_size=experiment.eval.batch_size, device=device, quiet=True)
-    scores, found = nearest(trained.zimg, ztxt, _ANSWERS)
-    right = np.array(
+    scores, rows = nearest(trained.zimg, ztxt, _TOP_K)
+    correct = np.array(
         [
-            [row == own[number] or text in cache.captions(int(row)) for row in found[number]]
+            [row == own[number] or text in cache.captions(int(row)) for row in rows[number]]
             for number, text in enumerate(texts)
         ]
     )
-    chosen = choose(right[:, 0], _SHOWN)
-    keys = {cache.key(int(row)) for row in found[chosen].flat}
-    pictures, note = _pictures(experiment, keys)
+    chosen = choose(correct[:, 0], _SHOWN)
+    keys = {cache.key(int(row)) for row in rows[chosen].flat}
+    thumbnails, note = _thumbnails(experiment, keys)
     queries = []
     for number in chosen:
-        answers = [
-            Answer(key := cache.key(int(row)), float(score), bool(is_right), pictures.get(key))
-            for row, score, is_right in zip(found[number], scores[number], right[number], strict=True)
+        images = [
+            RetrievedImage(key := cache.key(int(row)), float(score), bool(is_correct), thumbnails.get(key))
+            for row, score, is_correct in zip(rows[number], scores[number], correct[number], strict=True)
         ]
-        queries.append(Query(texts[number], answers))
-    return Gallery(queries, len(asked), int(right[:, 0].sum()), note)
+        queries.append(Query(texts[number], images))
+    return Gallery(queries, len(sample), int(correct[:, 0].sum()), note)
 
 
 def nearest(zimg: np.ndarray, ztxt: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of (N, D) images for (Q, D) texts: (Q, k) cosines, best first, and (Q, k) rows; a block at a time.
+    """The min(k, N) nearest images for each text, computed in blocks of images.
 
-    k is N where there are fewer images.
+    Args:
+        zimg: (N, D) unit rows.
+        ztxt: (Q, D) unit rows.
+        k: images per text.
+
+    Returns:
+        (Q, k) cosines, best first; (Q, k) rows of zimg.
     """
     texts, k = torch.from_numpy(ztxt), min(k, len(zimg))
     scores, rows = torch.empty(len(ztxt), 0), torch.empty(len(ztxt), 0, dtype=torch.int64)
@@ -111,65 +120,68 @@ def nearest(zimg: np.ndarray, ztxt: np.ndarray, k: int) -> tuple[np.ndarray, np.
 
 
 def choose(hit: np.ndarray, count: int) -> list[int]:
-    """Numbers of `count` queries, evenly drawn from hits and misses, half of each unless there are too few.
+    """Choose `count` of Q queries, half hits and half misses if there are enough of both, evenly spaced among each.
 
     Args:
         hit: (Q,) bool.
-        count: how many.
+        count: queries to choose.
+
+    Returns:
+        Their numbers, ascending.
     """
     hits, misses = np.flatnonzero(hit), np.flatnonzero(~hit)
-    of_misses = min(len(misses), max(count // 2, count - len(hits)))
-    of_hits = min(len(hits), count - of_misses)
-    return sorted([*_evenly(hits, of_hits), *_evenly(misses, of_misses)])
+    num_misses = min(len(misses), max(count // 2, count - len(hits)))
+    num_hits = min(len(hits), count - num_misses)
+    return sorted([*_evenly_spaced(hits, num_hits), *_evenly_spaced(misses, num_misses)])
 
 
-def _evenly(numbers: np.ndarray, count: int) -> list[int]:
-    return numbers[np.linspace(0, len(numbers) - 1, count).astype(int)].tolist() if count else []
+def _evenly_spaced(numbers: np.ndarray, count: int) -> list[int]:
+    return numbers[np.linspace(0, len(numbers) - 1, count).astype(int)].tolist() if count > 0 else []
 
 
-def _pictures(experiment: Experiment, keys: set[str]) -> tuple[dict[str, str], str]:
-    """Thumbnails by key as data URIs, and why there are fewer than keys."""
+def _thumbnails(experiment: Experiment, keys: set[str]) -> tuple[dict[str, str], str]:
+    """{key: thumbnail as a data URI}, and a note that says why some are missing."""
     split = experiment.eval.split
     spec = getattr(experiment.data, split)
     if spec is None:
-        return {}, f"data.{split} is not set, so that there is nothing to show pictures of."
+        return {}, f"Images are not shown: data.{split} is not set."
     try:
-        found = _read(spec, keys, experiment.cache.shard_size, experiment.data.max_image_pixels)
+        thumbnails = _read_thumbnails(spec, keys, experiment.cache.shard_size, experiment.data.max_image_pixels)
     except (UserError, OSError) as error:
-        return {}, f"The images are not on the machine that made this page: {error}"
-    missing = len(keys) - len(found)
-    return found, f"{missing} of {len(keys)} images could not be read from data.{split}." if missing else ""
+        return {}, f"Images are not shown: they are not on the machine that wrote this page ({error})."
+    missing = len(keys) - len(thumbnails)
+    return thumbnails, f"{missing} of {len(keys)} images could not be read from data.{split}." if missing > 0 else ""
 
 
-def _read(spec: SourceSpec, keys: set[str], unit_size: int, max_pixels: int) -> dict[str, str]:
+def _read_thumbnails(spec: SourceSpec, keys: set[str], unit_size: int, max_pixels: int) -> dict[str, str]:
     source = open_source(spec)
-    found: dict[str, str] = {}
-    seen = 0
-    with Meter("pictures", len(keys), "images") as meter:
+    thumbnails: dict[str, str] = {}
+    tried = 0
+    with Meter("thumbnails", len(keys), "images") as meter:
         for unit in source.units(unit_size):
-            if seen == len(keys):
+            if tried == len(keys):
                 break
             for sample in source.load(unit):
-                if sample.key not in keys or sample.key in found:
+                if sample.key not in keys or sample.key in thumbnails:
                     continue
-                seen += 1
+                tried += 1
                 try:
-                    found[sample.key] = thumbnail(decode_image(sample.image_bytes(), max_pixels, draft=_SIDE))
+                    thumbnails[sample.key] = thumbnail(decode_image(sample.image_bytes(), max_pixels, draft=_SIDE))
                 except (BadImage, OSError):
                     continue
                 finally:
                     meter.advance(1)
-    return found
+    return thumbnails
 
 
 def thumbnail(image: Image.Image) -> str:
-    """A JPEG of at most 96 pixels a side, as a data URI."""
+    """The image as a JPEG of at most 96 pixels per side, as a data URI."""
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     data = io.BytesIO()
     image.save(data, "JPEG", quality=85)
     return data_uri(data.getvalue(), "image/jpeg")
 
 
-def data_uri(data: bytes, kind: str) -> str:
-    """Bytes of a MIME type as a URI that holds them."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def data_uri(data: bytes, mime_type: str) -> str:
+    """The bytes as a data URI."""
+    return f"data:{mime_type};base64,{base64.b64encode(data).decode()}"

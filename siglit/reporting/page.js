@@ -2,7 +2,7 @@
 for (const svg of document.querySelectorAll("svg[data-curve]")) {
   const { series } = JSON.parse(svg.dataset.curve);
   const legend = svg.parentElement.querySelector(".legend");
-  const read = svg.parentElement.querySelector(".read");
+  const readout = svg.parentElement.querySelector(".readout");
   const cursor = document.createElementNS(svg.namespaceURI, "line");
   cursor.setAttribute("class", "cursor");
   cursor.setAttribute("y1", 10);
@@ -12,24 +12,24 @@ for (const svg of document.querySelectorAll("svg[data-curve]")) {
     const box = svg.getBoundingClientRect();
     const at = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
     const nearest = (points) => points.reduce((a, b) => (Math.abs(b[2] - at) < Math.abs(a[2] - at) ? b : a));
-    const found = series.map((line) => [line.name, nearest(line.points)]);
-    cursor.setAttribute("x1", found[0][1][2]);
-    cursor.setAttribute("x2", found[0][1][2]);
+    const points = series.map((line) => [line.name, nearest(line.points)]);
+    cursor.setAttribute("x1", points[0][1][2]);
+    cursor.setAttribute("x2", points[0][1][2]);
     svg.append(cursor);
-    read.textContent = found
+    readout.textContent = points
       .map(([name, point]) => `${name} ${number.format(point[1])} at step ${number.format(point[0])}`)
       .join(" · ");
-    read.hidden = false;
+    readout.hidden = false;
     legend.hidden = true;
   };
-  const leave = () => {
+  const hide = () => {
     cursor.remove();
-    read.hidden = true;
+    readout.hidden = true;
     legend.hidden = false;
   };
   svg.addEventListener("pointermove", show);
   svg.addEventListener("pointerdown", show);
-  svg.addEventListener("pointerleave", leave);
+  svg.addEventListener("pointerleave", hide);
 }
 
 const gallery = document.querySelector("#gallery");
@@ -38,11 +38,11 @@ if (gallery) {
   const words = gallery.querySelector("input");
   const queries = [...gallery.querySelectorAll(".query")];
   const filter = () => {
-    const wanted = buttons.find((button) => button.ariaPressed === "true").dataset.show;
+    const selected = buttons.find((button) => button.ariaPressed === "true").dataset.show;
     const text = words.value.trim().toLowerCase();
     for (const query of queries) {
-      const fits = wanted === "all" || query.dataset.found === wanted;
-      query.hidden = !fits || !query.dataset.text.toLowerCase().includes(text);
+      const matches = selected === "all" || query.dataset.result === selected;
+      query.hidden = !matches || !query.dataset.text.toLowerCase().includes(text);
     }
     const shown = queries.filter((query) => !query.hidden).length;
     gallery.querySelector("output").textContent = `${shown} of ${queries.length} queries`;

@@ -1,6 +1,6 @@
-"""What the commands left in a run's folder as JSON, read for `siglit report` and held against the shape it must have.
+"""Reads the JSON results in a run's folder for `siglit report`, and checks that the fields it shows are well-formed.
 
-Knows the fields that the page shows; others may come and go. Knows nothing of how they are shown.
+Other fields are ignored. Knows nothing of how results are shown.
 """
 
 import itertools
@@ -17,7 +17,7 @@ Check = Callable[[Any], bool]
 
 
 def _is_number(value: Any) -> bool:
-    """An int beyond all floats cannot be drawn; what is no finite number is left out where it is shown."""
+    """Any float, also nan and inf, which the page leaves out; an int that a float can hold."""
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
@@ -25,15 +25,15 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-_NUMBER, _COUNT, _TEXT = "a number", "a whole number", "a text"
-_LEAVES: dict[str, Check] = {_NUMBER: _is_number, _COUNT: _is_count, _TEXT: lambda value: isinstance(value, str)}
+_NUMBER, _COUNT, _STRING = "a number", "a whole number", "a string"
+_LEAVES: dict[str, Check] = {_NUMBER: _is_number, _COUNT: _is_count, _STRING: lambda value: isinstance(value, str)}
 
-# A shape is a leaf, [shape] for a list, a tuple of shapes of which one fits, or a dict: "name" has to be there, "name?"
-# may be missing or null, "name*" is every field that begins so.
+# A schema is a leaf, [schema] for a list, a tuple of alternative schemas, or a dict of fields: "name" is required,
+# "name?" may be missing or null, "prefix*" is every field with this prefix.
 _METRICS = {"text_to_image/*": (_NUMBER, None), "image_to_text/*": (_NUMBER, None)}
-_OF = {"step?": _COUNT}
-_CLASSES: tuple[Any, ...] = ([(_TEXT, [_TEXT])], _COUNT, {})
-_SHAPES: dict[str, Any] = {
+_PROVENANCE = {"step?": _COUNT}
+_CLASSES: tuple[Any, ...] = ([(_STRING, [_STRING])], _COUNT, {})
+_SCHEMAS: dict[str, Any] = {
     "retrieval": {
         "text_to_image/R@1": _NUMBER,
         "image_to_text/R@1": _NUMBER,
@@ -43,8 +43,8 @@ _SHAPES: dict[str, Any] = {
         "label_accuracy?": _NUMBER,
         "by_language?": {"*": _METRICS},
         "folds?": {"count": _COUNT, **_METRICS},
-        "index?": {"factory": _TEXT, **_METRICS},
-        "of?": _OF,
+        "index?": {"factory": _STRING, **_METRICS},
+        "provenance?": _PROVENANCE,
     },
     "zeroshot": {
         "top1": _NUMBER,
@@ -53,13 +53,13 @@ _SHAPES: dict[str, Any] = {
         "images?": _COUNT,
         "classes?": _CLASSES,
         "per_class?": ({"*": (_NUMBER, None)}, [(_NUMBER, None)]),
-        "of?": _OF,
+        "provenance?": _PROVENANCE,
     },
     "fewshot": {
         "shots": {"*": {"mean": _NUMBER, "std?": _NUMBER}},
         "images?": _COUNT,
         "classes?": _CLASSES,
-        "of?": _OF,
+        "provenance?": _PROVENANCE,
     },
     "probe": {
         "top1": _NUMBER,
@@ -68,7 +68,7 @@ _SHAPES: dict[str, Any] = {
         "l2?": _NUMBER,
         "images?": _COUNT,
         "classes?": _CLASSES,
-        "of?": _OF,
+        "provenance?": _PROVENANCE,
     },
     "logits": {
         "edges": [_NUMBER],
@@ -82,95 +82,99 @@ _SHAPES: dict[str, Any] = {
         "ece?": _NUMBER,
         "prior": _NUMBER,
         "batch_size": _COUNT,
-        "nearest": [{"caption": _TEXT, "nearest": [{"caption": _TEXT, "cosine": _NUMBER}]}],
-        "of?": _OF,
+        "nearest": [{"caption": _STRING, "nearest": [{"caption": _STRING, "cosine": _NUMBER}]}],
+        "provenance?": _PROVENANCE,
     },
 }
-_SUMMARY = {
+_SUMMARY_SCHEMA = {
     "train?": {"steps": _COUNT, "seconds": _NUMBER, "examples_per_second": _NUMBER, "metrics?": {"*": _NUMBER}},
 }
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """{name without the suffix: JSON} of the evaluations' files, in the order of the page.
+    """{stem: JSON} of the evaluations' result files, in the order of the page.
 
     Raises:
-        UserError: one is not JSON, or not what its command writes.
+        UserError: a file is not JSON, or does not have the fields that its command writes.
     """
-    found = {}
+    results = {}
     for kind, (_, command) in tables.KINDS.items():
         for path in sorted(folder.glob(f"{kind}.json")) + sorted(folder.glob(f"{kind}-*.json")):
-            advice = f"run `siglit {command}` again"
-            value = _read(path, _SHAPES[kind], advice)
-            complaint = _unlike_logits(value) if kind == "logits" else None
-            if complaint:
-                raise UserError(f"{path}: {complaint}; {advice}")
-            found[path.stem] = value
-    return found
+            advice = f"rerun `siglit {command}`"
+            value = _read(path, _SCHEMAS[kind], advice)
+            problem = _logits_problem(value) if kind == "logits" else None
+            if problem is not None:
+                raise UserError(f"{path}: {problem}; {advice}")
+            results[path.stem] = value
+    return results
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The run's summary.json, empty if there is none.
 
     Raises:
-        UserError: it is not JSON, or not what the commands write.
+        UserError: it is not JSON, or does not have the fields that the commands write.
     """
     path = folder / "summary.json"
-    return _read(path, _SUMMARY, "remove it") if path.exists() else {}
+    return _read(path, _SUMMARY_SCHEMA, "remove it") if path.exists() else {}
 
 
-def _read(path: Path, shape: Any, advice: str) -> dict[str, Any]:
+def _read(path: Path, schema: Any, advice: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); {advice}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, an object was wanted; {advice}")
-    complaint = _unlike(value, shape, "")
-    if complaint:
-        raise UserError(f"{path}: {complaint}; {advice}")
+        raise UserError(f"{path} is a {type(value).__name__}, but a JSON object is expected; {advice}")
+    problem = _find_problem(value, schema, "")
+    if problem is not None:
+        raise UserError(f"{path}: {problem}; {advice}")
     return value
 
 
-def _unlike(value: Any, shape: Any, where: str) -> str | None:
-    """What is wrong with `value`, which stands at `where`, in the words of a message; None if it has the shape."""
-    if isinstance(shape, tuple):
-        complaints = [_unlike(value, one, where) for one in shape]
-        return None if None in complaints else complaints[0]
-    if shape is None or isinstance(shape, str):
-        fits = value is None if shape is None else _LEAVES[shape](value)
-        return None if fits else f"{where} is {_short(value)}, but {shape} is expected"
-    if not isinstance(value, type(shape)):
-        expected = "a list" if isinstance(shape, list) else "an object"
-        return f"{where} is {_short(value)}, but {expected} is expected"
-    if isinstance(shape, list):
-        found = (_unlike(entry, shape[0], f"{where}[{number}]") for number, entry in enumerate(value))
-        return next(filter(None, found), None)
-    return next(filter(None, (_unlike_field(value, name, one, where) for name, one in shape.items())), None)
+def _find_problem(value: Any, schema: Any, path: str) -> str | None:
+    """The first mismatch between the value at `path` and the schema, as a message; None if there is none."""
+    if isinstance(schema, tuple):
+        problems = [_find_problem(value, alternative, path) for alternative in schema]
+        return None if None in problems else problems[0]
+    if schema is None or isinstance(schema, str):
+        matches = value is None if schema is None else _LEAVES[schema](value)
+        return None if matches else f"{path} is {_short(value)}, but {schema} is expected"
+    if not isinstance(value, type(schema)):
+        expected = "a list" if isinstance(schema, list) else "an object"
+        return f"{path} is {_short(value)}, but {expected} is expected"
+    if isinstance(schema, list):
+        problems = [_find_problem(entry, schema[0], f"{path}[{number}]") for number, entry in enumerate(value)]
+    else:
+        problems = [_field_problem(value, name, field_schema, path) for name, field_schema in schema.items()]
+    return next(filter(None, problems), None)
 
 
-def _unlike_field(value: dict[str, Any], name: str, shape: Any, where: str) -> str | None:
-    path = f"{where}: " if where else ""
+def _field_problem(value: dict[str, Any], name: str, schema: Any, path: str) -> str | None:
+    """`_find_problem` for the fields of an object that one entry of its schema is about."""
+    prefix = f"{path}: " if path else ""
     if name.endswith("*"):
         fields = [field for field in value if field.startswith(name[:-1])]
-        found = (_unlike(value[field], shape, f"{path}{_short(field)[1:-1]}") for field in fields)
-        return next(filter(None, found), None)
+        problems = (_find_problem(value[field], schema, f"{prefix}{_short(field)[1:-1]}") for field in fields)
+        return next(filter(None, problems), None)
     plain = name.removesuffix("?")
     if value.get(plain) is None and name != plain:
         return None
     if plain not in value:
-        return f"{where or 'it'} has no {plain}"
-    return _unlike(value[plain], shape, path + plain)
+        return f"{path or 'it'} has no {plain}"
+    return _find_problem(value[plain], schema, prefix + plain)
 
 
-def _unlike_logits(value: dict[str, Any]) -> str | None:
-    """What the histogram and the words beside the calibration need besides the types."""
+def _logits_problem(value: dict[str, Any]) -> str | None:
+    """What the histogram and the calibration need beyond the schema, as a message if it is missing."""
     edges = value["edges"]
     if not all(map(math.isfinite, edges)) or any(low >= high for low, high in itertools.pairwise(edges)):
         return "edges are not finite and ascending"
     if not len(edges) - 1 == len(value["positive"]) == len(value["negative"]) > 0:
-        return "positive and negative are not one shorter than edges"
-    return "calibration is given, but no ece" if value["calibration"] and value.get("ece") is None else None
+        return "positive and negative do not have one entry less than edges"
+    if len(value["calibration"]) > 0 and value.get("ece") is None:
+        return "calibration is given, but ece is missing"
+    return None
 
 
 def _short(value: Any) -> str:

@@ -237,7 +237,7 @@ def test_info_verify_and_skipped_take_the_folder_of_both_splits(experiment, proj
 def test_a_cache_that_is_not_complete_says_so_and_lists_its_skipped_images(experiment, project, capsys):
     for number in (3, 4, 20):
         (project / f"images/{number:04d}.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"`siglit cache skipped cache/small/train` lists them"):
+    with pytest.raises(UserError, match=r"`siglit cache skipped cache/small/train` lists the images"):
         siglit.precompute(parse("precompute", "--cache.splits", "[train]"))
     code, out, _ = run(capsys, "skipped", "cache/small/train")
     assert (code, out) == (
@@ -247,7 +247,7 @@ def test_a_cache_that_is_not_complete_says_so_and_lists_its_skipped_images(exper
     (project / "cache/small/train/shard-000000.h5").unlink()
     code, out, _ = run(capsys, "info", "cache/small")
     assert code == 0
-    assert out[1] == "not complete: 4 shards are committed; run `siglit precompute` again"
+    assert out[1] == "not complete: 4 shards committed; run `siglit precompute` to complete it"
     assert "rows         31 × 48 float16" in out
     assert "  1 zero bytes" in out
     assert any('"pooling": "tower"' in line for line in out)
@@ -277,4 +277,4 @@ def test_no_cache_at_a_relative_path_names_the_working_directory(tmp_path, monke
     (tmp_path / "empty/train").mkdir(parents=True)
     code, out, err = run(capsys, command, tmp_path / "empty")
     assert (code, out, len(err)) == (2, [], 1)
-    assert "no shard is in" in err[0]
+    assert "holds no cache" in err[0]

@@ -31,7 +31,7 @@ def test_figures_are_those_of_a_plain_computation(classed, tmp_path):
         assert told["mean"] == pytest.approx(np.mean(expected))
         assert told["std"] == pytest.approx(np.std(expected, ddof=1))
     assert (written["images"], written["l2"]) == (12, 1024)
-    assert written["of"] == {
+    assert written["provenance"] == {
         "cache": "cache/small/val",
         "cache_digest": val.digest,
         "train_cache": "cache/small/train",
@@ -47,7 +47,7 @@ def test_one_draw_has_no_spread(classed):
 
 
 def test_what_cannot_be_drawn_is_told(classed, tmp_path):
-    with pytest.raises(UserError, match=r"eval.shots asks for 25 images of each class, but class 0 has 10"):
+    with pytest.raises(UserError, match=r"eval.shots needs 25 images of each class, but class 0 has 10"):
         siglit.eval_fewshot(parse("eval-fewshot"))
     with pytest.raises(UserError, match=r"eval.shots is \[0, 5\], but it must be a list of numbers of 1 or more"):
         parse("eval-fewshot", "--eval.shots", "[0,5]")

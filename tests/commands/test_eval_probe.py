@@ -24,7 +24,7 @@ def test_the_probe_of_a_locked_tower_needs_its_caches_alone(classed, tmp_path):
     assert written["held_out"] == {f"{l2:g}": share for l2, share in expected.held_out.items()}
     assert (written["train_images"], written["images"], written["classes"]) == (40, 12, 4)
     assert "top5" not in written
-    assert set(written["of"]) == {"cache", "cache_digest", "train_cache", "train_cache_digest"}
+    assert set(written["provenance"]) == {"cache", "cache_digest", "train_cache", "train_cache_digest"}
     assert f"{100 * found.top1:.1f}" in str(found)
 
 
@@ -38,7 +38,8 @@ def test_a_trained_tower_embeds_both_splits_for_all_three(classed, tmp_path):
     embedded = sorted(path.name.split("-")[0] for path in (tmp_path / "run/embeddings").glob("*/*"))
     assert embedded == ["train", "val"]
     of = {
-        kind: json.loads((tmp_path / f"run/{kind}.json").read_text())["of"] for kind in ("zeroshot", "fewshot", "probe")
+        kind: json.loads((tmp_path / f"run/{kind}.json").read_text())["provenance"]
+        for kind in ("zeroshot", "fewshot", "probe")
     }
     assert {told["step"] for told in of.values()} == {6}
     assert len({told["cache_digest"] for told in of.values()}) == 1

@@ -53,7 +53,7 @@ def test_all_that_can_be_asked_for(run_of):
     parts = [full_ranking(zimg[n : n + 4], ztxt[2 * n : 2 * n + 8], image_of_text[:8], KS) for n in (0, 4, 8)]
     assert written["folds"].pop("count") == 3
     assert written["folds"] == pytest.approx({name: np.mean([part[name] for part in parts]) for name in expected})
-    assert written["of"] == trained.origin()
+    assert written["provenance"] == trained.origin()
     assert [probe["nprobe"] for probe in written["index"]["sweep"]] == [1, 2]
     kept = trained.ensure_exact_index().with_name(f"{trained.ensure_exact_index().stem}-IVF2-Flat.faiss")
     assert written["index"]["file"] == str(kept)
@@ -113,7 +113,7 @@ def test_another_cache_or_head_has_another_index(run_of, trained_folder):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--eval.folds", "5"], r"eval\.folds is 5, but the 12 images of .* cannot be cut into 5 equal parts"),
+        (["--eval.folds", "5"], r"eval\.folds is 5, but 5 does not divide the 12 images of "),
         (["--eval.index", "bogus"], r"eval\.index: .*could not parse index string bogus.*; choose"),
         (["--eval.index", "IVF64,Flat"], r"eval\.index: .*12 images.*should be at least as large as number of clus"),
     ],

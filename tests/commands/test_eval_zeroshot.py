@@ -32,8 +32,8 @@ def result(folder, name="zeroshot.json"):
     return json.loads((folder / "runs/small" / name).read_text())
 
 
-def test_figures_are_those_of_a_plain_computation(worded):
-    """Also the confusions by class, in numbers and in a picture."""
+def test_metrics_equal_a_plain_computation(worded):
+    """Also the confusion matrix, in numbers and in a picture."""
     experiment = parse("eval-zeroshot", *NAMED)
     found = siglit.eval_zeroshot(experiment)
     trained = open_trained(experiment)
@@ -52,16 +52,16 @@ def test_figures_are_those_of_a_plain_computation(worded):
     assert written["mean_per_class"] == pytest.approx(written["top1"]), "each class has three images"
     assert (written["images"], written["classes"]) == (12, list(COLOURS))
     assert written["templates"] == ["a {} square", "picture 3 is {}"]
-    assert written["of"] == trained.origin()
+    assert written["provenance"] == trained.origin()
     expected = np.zeros((4, 4), np.int64)
     np.add.at(expected, (labels, taken), 1)
     counts = np.load(worded / "runs/small/zeroshot.npy", allow_pickle=False)
     np.testing.assert_array_equal(counts, expected)
     with Image.open(worded / "runs/small/zeroshot.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
-    told = str(found)
-    assert f"{100 * found.top1:.1f}" in told
-    assert "runs/small/zeroshot.png" in told
+    text = str(found)
+    assert f"{100 * found.top1:.1f}" in text
+    assert "runs/small/zeroshot.png" in text
     assert not list((worded / "runs/small").glob("*.tmp"))
 
 
@@ -74,7 +74,7 @@ def test_names_in_turn_and_split_and_name_of_the_set(worded):
     assert written["classes"][1] == ["green", "lime"]
     assert list(written["per_class"]) == ["red", "green", "blue", "grey (3)", "grey (4)", "pink"]
     assert written["per_class"]["pink"] is None
-    assert "classes have no image: are these their names?" in str(found)
+    assert "2 of 6 classes have no image; check eval.classes" in str(found)
     assert written["images"] == 40
     assert 0 <= written["top1"] <= written["top5"] <= 1
     assert written["per_class"]["grey (3)"] == 0, "two classes of one name tie, and neither is right"
@@ -83,28 +83,28 @@ def test_names_in_turn_and_split_and_name_of_the_set(worded):
 
 def test_without_matplotlib_all_but_the_picture_is_there(worded, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    told = str(siglit.eval_zeroshot(parse("eval-zeroshot", *NAMED, "--eval.name", "blind")))
-    assert "pip install 'siglit[plots]'" in told
+    text = str(siglit.eval_zeroshot(parse("eval-zeroshot", *NAMED, "--eval.name", "blind")))
+    assert "pip install 'siglit[plots]'" in text
     assert (worded / "runs/small/zeroshot-blind.npy").exists()
     assert not (worded / "runs/small/zeroshot-blind.png").exists()
     assert result(worded, "zeroshot-blind.json")["images"] == 12
 
 
 @pytest.mark.parametrize(
-    ("names", "words", "told"),
+    ("names", "words", "message"),
     [
-        (None, (), "eval.classes is not set, and cache/small/val does not know"),
-        (["red", "green", "blue"], (), r"names 3 classes, but labels of cache/small/val go up to 3; name 4"),
-        (["red"], (), "names 1 classes"),
+        (None, (), "eval.classes is not set, and cache/small/val has no class names"),
+        (["red", "green", "blue"], (), r"has 3 names, but labels of cache/small/val go up to 3; give 4 names"),
+        (["red"], (), "has 1 name, but"),
         (["red", 2], (), "class 1 is 2"),
         (list(COLOURS), ("--eval.templates", "nope.txt"), "eval.templates is nope.txt"),
     ],
 )
-def test_what_is_missing_is_told(classed, tmp_path, names, words, told):
+def test_what_is_missing_is_named(classed, tmp_path, names, words, message):
     path = tmp_path / "names.json"
     path.write_text(json.dumps(names))
     given = () if names is None else ("--eval.classes", str(path))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         siglit.eval_zeroshot(parse("eval-zeroshot", *given, *words))
 
 
@@ -144,7 +144,7 @@ def test_a_set_of_class_folders_is_laid_over_a_run(classed, tmp_path):
     written = result(classed, "zeroshot-folders.json")
     assert written["classes"] == ["a green", "grey", "plain red", "the blue"]
     assert written["top1"] > 0.5
-    assert written["of"]["cache"] == str(tmp_path / "cache/val")
+    assert written["provenance"]["cache"] == str(tmp_path / "cache/val")
 
 
 def test_canonical_prompts_are_what_is_encoded(worded, monkeypatch):
@@ -172,9 +172,9 @@ def test_canonical_prompts_are_what_is_encoded(worded, monkeypatch):
     assert not np.array_equal(seen[1], seen[0])
 
 
-def test_names_that_cannot_be_drawn_are_told_and_stand_in_the_result(worded, recwarn, monkeypatch):
+def test_names_that_cannot_be_drawn_are_reported_and_are_in_the_result(worded, recwarn, monkeypatch):
     """Letters that no font has, formulas and line breaks; warnings are no way to say so."""
-    monkeypatch.setattr(fonts, "_lacking", lambda font, letters: letters & set("柴犬"))
+    monkeypatch.setattr(fonts, "_missing_letters", lambda font, letters: letters & set("柴犬"))
     names = ["柴犬", "$a_$b", "blue\n sky", "grey"]
     (worded / "odd.json").write_text(json.dumps(names))
     found = siglit.eval_zeroshot(parse("eval-zeroshot", "--eval.classes", "odd.json", "--eval.name", "odd"))
@@ -182,5 +182,5 @@ def test_names_that_cannot_be_drawn_are_told_and_stand_in_the_result(worded, rec
     assert written["classes"] == names
     assert list(written["per_class"]) == ["柴犬", "$a_$b", "blue sky", "grey"]
     *_, last = str(found).splitlines()
-    assert last.endswith("zeroshot-odd.png; no installed font has 柴犬: names with them are drawn as numbers")
+    assert last.endswith("zeroshot-odd.png; no installed font has 柴犬: names with these letters are shown as numbers")
     assert not recwarn.list

@@ -204,8 +204,8 @@ def test_any_name_is_drawn_or_has_a_number(plain_fonts, tmp_path, recwarn, caplo
 def test_what_no_font_has_is_said(plain_fonts, tmp_path):
     """In the command's answer; of so many classes that they are numbered anyway nothing is said."""
     run = make_run(tmp_path / "柴犬", "0,0,9,0.1,5,4,")
-    told = str(siglit.plot([run], str(tmp_path / "curves.png")))
-    assert told.splitlines()[1:] == ["no installed font has 柴犬: names with them are drawn as numbers"]
+    text = str(siglit.plot([run], str(tmp_path / "curves.png")))
+    assert text.splitlines()[1:] == ["no installed font has 柴犬: names with these letters are shown as numbers"]
     assert confusion.class_lettering(["柴犬"] * 2).note.startswith("no installed font has 柴犬")
     assert confusion.class_lettering(["柴犬"] * 41).note == ""
     assert confusion.class_lettering([chr(0x4E00 + n) * 2 for n in range(40)]).note.count("…") == 1

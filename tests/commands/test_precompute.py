@@ -334,7 +334,7 @@ def test_where_all_images_are_missing_the_folder_is_named(experiment, project):
     with pytest.raises(UserError) as refused:
         siglit.precompute(parse("precompute", *words))
     assert str(refused.value) == (
-        f"no image was found below {project / 'nowhere'}: all 40 files that data.train names are missing, the first is "
+        f"there are no images in {project / 'nowhere'}: all 40 files listed in data.train are missing, the first is "
         "'images/0000.png'; check data.train.images, then run with --cache.retry_skipped true"
     )
     siglit.precompute(parse("precompute", *words[2:], "--cache.retry_skipped", "true"))

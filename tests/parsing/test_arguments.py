@@ -1,4 +1,4 @@
-"""What a user hands over is data: it is checked by name and type, told of in one line, and never run."""
+"""What a user passes is data: it is checked by name and type, reported in one line, and never run."""
 
 import re
 import shutil
@@ -12,10 +12,9 @@ from siglit.commands import COMMANDS
 from siglit.config import COUNTS
 from siglit.errors import UserError
 from siglit.parsing import arguments
-from siglit.parsing.fields import expected, field_types, is_free_form, is_list, section_types
+from siglit.parsing.fields import FIELDS, SECTIONS, describe_type, is_free_form, is_list
 from tests.test_cli import fails
 
-FIELDS = field_types()
 FREE_FORM = [name for name, kind in FIELDS.items() if is_free_form(kind)]
 ATTACK = {"class_path": "attacker.Attack", "init_args": {"name": "called"}}
 ATTACKER = """
@@ -79,14 +78,14 @@ def test_no_field_runs_what_it_is_given(section, parse, attacker):
         value = [ATTACK] if is_list(FIELDS[name]) else ATTACK
         with pytest.raises(UserError, match=re.escape(name)):
             parse(content=nested(name, value))
-        # On the command line, braces are a text where the field takes one.
-        takes = does_not_raise() if "a text" in expected(FIELDS[name]) else pytest.raises(UserError, match=name)
+        # On the command line, braces are a string where the field takes one.
+        takes = does_not_raise() if "a string" in describe_type(FIELDS[name]) else pytest.raises(UserError, match=name)
         with takes if not name.startswith("data.val.") and name not in COUNTS else pytest.raises(UserError):
             parse(f"--{name}", str(value))
     assert attacker() == []
 
 
-@pytest.mark.parametrize("name", sorted(section_types()))
+@pytest.mark.parametrize("name", sorted(SECTIONS))
 def test_no_section_runs_what_it_is_given(name, parse, attacker):
     for value in (ATTACK, "attacker.Attack", [ATTACK]):
         with pytest.raises(UserError, match=re.escape(name)):
@@ -96,7 +95,9 @@ def test_no_section_runs_what_it_is_given(name, parse, attacker):
     assert attacker() == []
 
 
-@pytest.mark.parametrize("name", [name for name in FREE_FORM if "a value" in expected(FIELDS[name])])
+@pytest.mark.parametrize(
+    "name", [name for name in FREE_FORM if "mapping of names to values" in describe_type(FIELDS[name])]
+)
 def test_a_free_form_field_runs_nothing_however_deep(name, parse, attacker):
     assert FREE_FORM
     for value in (ATTACK, [ATTACK], {"deep": [[ATTACK]]}, {"class_path": "attacker.Attack"}):
@@ -131,11 +132,11 @@ def test_help_imports_nothing_that_it_is_given(tmp_path, monkeypatch, attacker, 
         ("optim: !!python/name:attacker.Attack", "line 1: .*python/name:attacker.Attack is not"),
         ("image_tower: {model_args: {x: !!binary aGk=}}", "!!binary is not"),
         ("image_tower: {model_args: {x: !!timestamp 2020-01-01}}", r"image_tower.model_args.x is a date"),
-        ("optim: other.yaml", "line 1: optim is other.yaml, but it must be names with values"),
-        ("data: {val: other.yaml}", "line 1: data.val is other.yaml, but it must be names with values"),
+        ("optim: other.yaml", "line 1: optim is other.yaml, but it must be a mapping of fields to values"),
+        ("data: {val: other.yaml}", "line 1: data.val is other.yaml, but it must be a mapping of fields to values"),
         ("config: other.yaml", "line 1: config is not a field"),
-        ("optim: &all {name: lion, betas: [*all]}", "line 1: a value holds itself"),
-        ("? [name, seed]\n: 3", "a key must be a text"),
+        ("optim: &all {name: lion, betas: [*all]}", "line 1: a value contains itself"),
+        ("? [name, seed]\n: 3", "a key must be a string"),
         ("optim: {<<: {lrr: 3}}", "line 1: optim.lrr is not a field; did you mean optim.lr"),
         ("train: {steps: 3}\n---\nseed: 3", "is not YAML"),
     ],
@@ -161,7 +162,7 @@ def test_a_field_of_names_or_lists_reads_no_file(name, parse, tmp_path):
         parse(f"--{name}", "other.yaml")
 
 
-def test_braces_with_a_dollar_stay_text(parse, monkeypatch):
+def test_braces_with_a_dollar_stay_a_string(parse, monkeypatch):
     """Only paths expand variables, and only where they are used."""
     monkeypatch.setenv("SECRET", "x")
     text = "${oc.env:SECRET} ${SECRET} ${name}"
@@ -187,7 +188,7 @@ def test_braces_with_a_dollar_stay_text(parse, monkeypatch):
 def test_a_mistyped_name_gets_the_nearest_one(mistyped, nearest, parse):
     file = f"given.yaml, line {mistyped.count('.') + 1}: {mistyped} is not a field; did you mean {nearest}?"
     option = f"--{mistyped} is not an option of siglit train; did you mean --{nearest}?"
-    wrong = mistyped if "." in mistyped and mistyped.rpartition(".")[0] in section_types() else None
+    wrong = mistyped if "." in mistyped and mistyped.rpartition(".")[0] in SECTIONS else None
     with pytest.raises(UserError, match=re.escape(file) if wrong else "is not a field"):
         parse(content=nested(mistyped, 1))
     for words in ((f"--{mistyped}", "1"), (f"--{mistyped}=1",)):
@@ -252,22 +253,24 @@ WRONG = {
     "a number": "fast",
     "true or false": "maybe",
     "a list": "[[nested]]",
-    "names with": "3",
+    "a mapping": "3",
 }
 
 
 @pytest.mark.parametrize("section", sorted({name.rpartition(".")[0] for name in FIELDS}))
-def test_a_wrong_value_is_told_with_what_the_field_takes(section, parse):
+def test_a_wrong_value_is_reported_with_what_the_field_takes(section, parse):
     """Every field: its name, what was given, what it takes; no word of Python's types."""
     for name, kind in FIELDS.items():
-        wanted = expected(kind)
-        wrong = next((value for start, value in WRONG.items() if wanted.startswith(start)), "nonsense")
-        if name.rpartition(".")[0] != section or wanted.startswith("a text") or "or a text" in wanted:
+        expected = describe_type(kind)
+        wrong = next((value for start, value in WRONG.items() if expected.startswith(start)), "nonsense")
+        if name.rpartition(".")[0] != section or expected.startswith("a string") or "or a string" in expected:
             continue
         for given in ({"words": (f"--{name}", wrong)}, {"content": nested(name, yaml.safe_load(wrong))}):
             with pytest.raises(UserError) as error:
                 parse(*given.get("words", ()), content=given.get("content"))
-            assert re.fullmatch(rf"{re.escape(name)} (is|has) .*, but it must be {re.escape(wanted)}", str(error.value))
+            assert re.fullmatch(
+                rf"{re.escape(name)} (is|has) .*, but it must be {re.escape(expected)}", str(error.value)
+            )
 
 
 @pytest.mark.parametrize(
@@ -280,9 +283,12 @@ def test_a_wrong_value_is_told_with_what_the_field_takes(section, parse):
         (("--optim.betas", "[0.9]"), "optim.betas is [0.9], but it must be a list of 2 numbers, such as"),
         (("--data.val.format", "png", "--data.val.path", "x"), "data.val.format is png, but it must be csv, jsonl,"),
         (("--data.val.path", "x"), "data.val.format is missing; give data.val a format and a path"),
-        (("--train.steps", "3", "4"), "4 belongs to no option"),
+        (("--train.steps", "3", "4"), "4 does not belong to an option"),
         (("--optim.lr", "null"), "optim.lr is None, but it must be a number"),
-        (("--eval", "null"), "eval is null, but it must be names with values, such as --eval.checkpoint VALUE"),
+        (
+            ("--eval", "null"),
+            "eval is null, but it must be a mapping of fields to values, or set one field with --eval.checkpoint VALUE",
+        ),
     ],
 )
 def test_a_wrong_value_reads_well(words, message, parse):
@@ -290,7 +296,7 @@ def test_a_wrong_value_reads_well(words, message, parse):
         parse(*words)
 
 
-@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if "null" not in expected(kind)])
+@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if "null" not in describe_type(kind)])
 def test_null_is_for_fields_that_may_be_left_out(name, parse):
     others = {"data": {"val": {"format": "csv", "path": "x"}}}
     content = nested(name, None)

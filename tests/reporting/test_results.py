@@ -18,11 +18,11 @@ from siglit.commands import report
 from siglit.errors import UserError
 from siglit.reporting import page
 from siglit.reporting import tables as report_tables
-from siglit.reporting.results import _SHAPES, _SUMMARY, read_results, read_summary
+from siglit.reporting.results import _SCHEMAS, _SUMMARY_SCHEMA, read_results, read_summary
 from tests.conftest import parse
 
 OTHERS = (None, True, 7, -1.5, math.nan, 10**400, "high", "", [], ["a"], [[]], {}, {"a": 1}, {"a": {}}, "\ud800")
-"""Values of every type; which of them fit is the shape's affair, that none ends in a traceback is this file's."""
+"""Values of every type; some match the schema, and none may end in a traceback."""
 FOLDER = Path("runs/small")
 
 
@@ -55,7 +55,9 @@ def experiment(classed_run, tmp_path, monkeypatch):
     monkeypatch.chdir(classed_run)
     parsed = parse("report")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(page, "made_by", lambda: dict.fromkeys(("siglit", "packages", "python", "machine", "date"), ""))
+    monkeypatch.setattr(
+        page, "environment", lambda: dict.fromkeys(("siglit", "packages", "python", "machine", "date"), "")
+    )
     Path("runs/small").mkdir(parents=True)
     return parsed
 
@@ -82,7 +84,7 @@ def changed(value, path, *new):
 
 
 @pytest.mark.parametrize("name", [*report_tables.KINDS, "summary"])
-def test_every_other_shape_is_drawn_or_named(results, experiment, name):
+def test_every_malformed_result_is_drawn_or_named(results, experiment, name):
     """Each field missing, or of each type: either the page can be made, or one line names the file."""
     fitting, named = {}, set()
     for path in places(results[name]):
@@ -97,7 +99,10 @@ def test_every_other_shape_is_drawn_or_named(results, experiment, name):
                 fitting[f"{name}-{len(fitting)}"] = value
     assert fitting
     assert named
-    assert all(re.match(rf"runs/small/{name}\.json: .* (is expected|has no|are not|no ece)", text) for text in named)
+    assert all(
+        re.match(rf"runs/small/{name}\.json: .* (is expected|has no|are not|do not|ece is missing)", text)
+        for text in named
+    )
     assert all("\n" not in text and len(text) < 300 for text in named)
     if name == "summary":
         for value in fitting.values():
@@ -116,12 +121,12 @@ def test_other_json_and_no_json_are_named_in_one_line(experiment, capsys, name):
     wrong = ["[]", "3", "null", "", "{", '"a"', "[" * 100_000, "\udcff"]
     wrong += ['{"train": []}', '{"train": {"steps": "7"}}'] if name == "summary" else ["{}", '{"a": 1}']
     (FOLDER / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
-    advice = "remove it" if name == "summary" else f"run `siglit {report_tables.KINDS[name][1]}` again"
+    advice = "remove it" if name == "summary" else f"rerun `siglit {report_tables.KINDS[name][1]}`"
     for text in wrong:
         (FOLDER / f"{name}.json").write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(UserError, match=rf"^runs/small/{name}\.json.*; {advice}$"):
             siglit.report(experiment)
-    line = said(capsys)
+    line = printed_error(capsys)
     assert f"runs/small/{name}.json" in line
 
 
@@ -138,12 +143,12 @@ def test_a_table_of_other_metrics_is_named(experiment, text):
 def test_a_picture_of_another_kind_is_named(experiment):
     (FOLDER / "metrics.csv").write_text("step,train/loss\n0,1\n")
     (FOLDER / "zeroshot-x.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"zeroshot-x.png is not a picture in PNG; run `siglit eval-zeroshot` again"):
+    with pytest.raises(UserError, match=r"zeroshot-x.png is not a PNG file; rerun `siglit eval-zeroshot`"):
         siglit.report(experiment)
 
 
-def said(capsys):
-    """What the command says of the run, in one line."""
+def printed_error(capsys):
+    """The one line that the command prints about the run."""
     Path("e.yaml").write_text("data: {train: {format: csv, path: t.csv}}\n")
     with pytest.raises(SystemExit) as stop:
         main(["report", "-c", "e.yaml", "--output_dir", str(FOLDER)])
@@ -152,39 +157,39 @@ def said(capsys):
     return line
 
 
-def test_what_the_commands_write_has_the_shape(results):
-    """Nothing that a shape names is misspelt there: every field of the shapes stands in a real result."""
-    for kind, shape in {**_SHAPES, "summary": _SUMMARY}.items():
-        for name in shape:
+def test_what_the_commands_write_matches_the_schema(results):
+    """No field of a schema is misspelt: each of them is in a real result."""
+    for kind, schema in {**_SCHEMAS, "summary": _SUMMARY_SCHEMA}.items():
+        for name in schema:
             begins = name.rstrip("?*")
             assert any(field.startswith(begins) for field in results[kind]) or name in ("top5?", "by_language?"), name
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "new", "told"),
+    ("name", "path", "new", "message"),
     [
         (
             "zeroshot",
             ("top1",),
             "high",
-            r"zeroshot\.json: top1 is 'high', but a number is expected; run `siglit eval-z",
+            r"zeroshot\.json: top1 is 'high', but a number is expected; rerun `siglit eval-z",
         ),
         ("zeroshot", ("top1",), True, "top1 is True, but a number"),
         ("zeroshot", ("images",), -1, "images is -1, but a whole number"),
-        ("zeroshot", ("classes", 0), 7, r"classes\[0\] is 7, but a text"),
+        ("zeroshot", ("classes", 0), 7, r"classes\[0\] is 7, but a string"),
         ("fewshot", ("shots", "1", "mean"), None, "shots: 1: mean is None, but a number"),
         ("retrieval", ("folds", "text_to_image/R@1"), "x", "folds: text_to_image/R@1 is 'x'"),
         ("logits", ("edges", 0), math.nan, "edges are not finite"),
         ("logits", ("edges", 0), 1000, "edges are not finite and ascending"),
-        ("logits", ("edges",), [0.0, 1.0], "not one shorter than edges"),
-        ("logits", ("ece",), None, "calibration is given, but no ece"),
-        ("logits", ("nearest", 0, "caption"), 7, r"nearest\[0\]: caption is 7, but a text"),
+        ("logits", ("edges",), [0.0, 1.0], "do not have one entry less than edges"),
+        ("logits", ("ece",), None, "calibration is given, but ece is missing"),
+        ("logits", ("nearest", 0, "caption"), 7, r"nearest\[0\]: caption is 7, but a string"),
         ("summary", ("train", "metrics"), [], r"train: metrics is \[\], but an object is expected; remove it"),
     ],
 )
-def test_the_message_says_what_is_where(results, experiment, name, path, new, told):
+def test_the_message_says_what_is_where(results, experiment, name, path, new, message):
     (FOLDER / f"{name}.json").write_text(json.dumps(changed(results[name], path, new)))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_results(FOLDER), read_summary(FOLDER)
 
 

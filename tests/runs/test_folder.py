@@ -33,7 +33,7 @@ class TestTokenizer:
         experiment = experiment_of(tmp_path, text_tower=TextTowerConfig(pretrained="some/bert"))
         assert ensure_tokenizer(experiment, ["a red dog"]) == "some/bert"
         assert list(tmp_path.glob("**/*.model")) == []
-        with pytest.raises(UserError, match="'some/bert' brings its own tokenizer"):
+        with pytest.raises(UserError, match="'some/bert', which has its own tokenizer"):
             train_tokenizer(experiment)
 
     def test_the_default_case_is_the_case_that_was_written(self, tmp_path):

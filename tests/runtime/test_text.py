@@ -2,7 +2,7 @@
 
 import pytest
 
-from siglit.errors import first_line, plural
+from siglit.runtime.text import first_line, plural
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 shards"), (1, "1 shard"), (12_000, "12,000 shards")])

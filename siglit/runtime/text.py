@@ -1,0 +1,15 @@
+"""Parts of messages: counts with their nouns, and the first line of somebody else's."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, at most 200 characters; the name of its class where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 shard`, `8,192 shards`, `2 classes`, `3 entries`."""
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith("y"):
+        return f"{count:,} {noun[:-1]}ies"
+    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
