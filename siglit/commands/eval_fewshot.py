@@ -62,7 +62,7 @@ def eval_fewshot(experiment: Experiment) -> FewshotResult:
     config = experiment.eval
     splits = open_splits(experiment)
     _check_shots(splits, config.shots)
-    labels, wanted = splits.numbered(splits.train), splits.numbered(splits.val)
+    labels, wanted = splits.class_indices(splits.train), splits.class_indices(splits.val)
     classes, held_out = len(splits.classes), splits.val.embeddings()
     right: dict[int, list[float]] = {shots: [] for shots in config.shots}
     with Meter("few-shot", config.seeds * len(right), "regressions") as meter:
@@ -79,9 +79,9 @@ def eval_fewshot(experiment: Experiment) -> FewshotResult:
         images=len(wanted),
         classes=classes,
         l2=L2,
-        of=splits.of,
+        of=splits.origin,
     )
-    write_json(result_path(experiment, "fewshot"), result.to_json())
+    write_json(result_path(experiment.folder, experiment.eval, "fewshot"), result.to_json())
     return result
 
 

@@ -61,9 +61,9 @@ def eval_probe(experiment: Experiment) -> ProbeResult:
     with Meter("linear probe", None, "passes over the training images") as meter:
         probed = probe(
             splits.train.embeddings(),
-            splits.numbered(splits.train),
+            splits.class_indices(splits.train),
             splits.val.embeddings(),
-            splits.numbered(splits.val),
+            splits.class_indices(splits.val),
             len(splits.classes),
             device=device,
             told=lambda: meter.advance(1),
@@ -78,7 +78,7 @@ def eval_probe(experiment: Experiment) -> ProbeResult:
         train_images=len(splits.train.rows),
         images=probed.found.images,
         classes=len(splits.classes),
-        of=splits.of,
+        of=splits.origin,
     )
-    write_json(result_path(experiment, "probe"), result.to_json())
+    write_json(result_path(experiment.folder, experiment.eval, "probe"), result.to_json())
     return result

@@ -16,7 +16,6 @@ from siglit.data import prompts
 from siglit.data.prompts import Names
 from siglit.errors import UserError
 from siglit.evaluation import zeroshot
-from siglit.evaluation.encoding import encode_ids
 from siglit.reporting.confusion import class_lettering, draw_confusion
 from siglit.reporting.curves import save_png
 from siglit.runs.folder import result_path
@@ -91,8 +90,7 @@ def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
     if experiment.eval.canonicalize:
         worded = prompts.canonical(names, templates, experiment.eval.classes or str(trained.cache.path))
     texts, class_of_prompt = prompts.prompts(*worded)
-    ids = trained.tokenizer(texts)
-    ztxt = encode_ids(trained.tower.to(device), ids, batch_size=experiment.eval.batch_size, device=device)
+    ztxt = trained.encode_text(texts, device=device)
     found = zeroshot.classify(trained.zimg, zeroshot.class_embeddings(ztxt, class_of_prompt, len(names)), labels)
     called = _called(names)
     result = ZeroshotResult(
@@ -108,7 +106,7 @@ def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
         of=trained.origin(),
         confusion=_keep(experiment, found.confusion, called),
     )
-    write_json(result_path(experiment, "zeroshot"), result.to_json())
+    write_json(result_path(experiment.folder, experiment.eval, "zeroshot"), result.to_json())
     return result
 
 
@@ -153,10 +151,10 @@ def _mistakes(confusion: np.ndarray, called: list[str]) -> dict[str, tuple[str, 
 
 def _keep(experiment: Experiment, confusion: np.ndarray, called: list[str]) -> str:
     """Write the counts, and the picture where it can be drawn; say where they are."""
-    path = result_path(experiment, "zeroshot", ".npy")
+    path = result_path(experiment.folder, experiment.eval, "zeroshot", ".npy")
     with atomic_write(path) as file:
         np.save(file, confusion, allow_pickle=False)
-    picture = Path(result_path(experiment, "zeroshot", ".png"))
+    picture = Path(result_path(experiment.folder, experiment.eval, "zeroshot", ".png"))
     try:
         drawn = draw_confusion(confusion, called)
     except UserError as error:

@@ -15,11 +15,11 @@ from siglit.data.sources import open_source
 from siglit.errors import UserError
 from siglit.planning.memory import RandomData, estimate_memory
 from siglit.planning.throughput import Probe, measure_throughput
-from siglit.runs.caches import cache_path
-from siglit.runs.folder import output_dir
+from siglit.runs.folder import ensure_folder
 from siglit.runs.launch import check_batch_fits, check_batch_size, quiet_lightning
 from siglit.runtime.files import write_json
 from siglit.training.optim import total_steps
+from siglit.training.trainer import lightning_precision
 
 _GIB = 2**30
 _FILLED = 0.9
@@ -188,7 +188,7 @@ def plan(
     if rows is not None:
         check_batch_fits(experiment.train, rows)
     plan = _planned(experiment, gpu_memory, examples_per_second, rows)
-    write_json(output_dir(experiment) / "plan.json", asdict(plan))
+    write_json(ensure_folder(experiment.folder) / "plan.json", asdict(plan))
     return plan
 
 
@@ -197,8 +197,7 @@ def _planned(experiment: Experiment, gpu_memory: float | None, rate: float | Non
     cuda = here or (gpu_memory is not None and experiment.train.accelerator != "cpu")
     if gpu_memory is None and here:
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / _GIB
-    asked = experiment.train.precision
-    precision = asked if asked != "auto" else "bf16-mixed" if cuda else "32-true"
+    precision = lightning_precision(experiment.train.precision, cuda=cuda)
     counted = estimate_memory(experiment, device="cuda" if cuda else "cpu", precision=precision)
     fitting = None if gpu_memory is None else counted.largest_micro_batch(_FILLED * gpu_memory * _GIB)
     wanted = experiment.train.micro_batch_size
@@ -269,7 +268,7 @@ def _steps(experiment: Experiment, rows: int | None) -> int | None:
 def _rows(experiment: Experiment) -> int | None:
     """Images to train on, where that can be told without reading them."""
     if experiment.mode == "locked":
-        path = cache_path(experiment, "train")
+        path = experiment.cache_folder / "train"
         # Without its index a cache is not finished; a finished one that cannot be read is told of.
         if (path / "index.json").exists():
             return len(EmbeddingCache(path)) or None

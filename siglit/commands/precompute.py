@@ -19,8 +19,7 @@ from siglit.data.sources import Source, open_source
 from siglit.embedding import embed_source
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
-from siglit.runs.caches import cache_path
-from siglit.runs.folder import add_to_summary, output_dir, read_run_summary
+from siglit.runs.folder import add_to_summary, ensure_folder, read_run_summary
 from siglit.runs.launch import check_accelerator, check_launched, check_slurm_tasks, is_first_process, quiet_lightning
 from siglit.runtime.paths import expand
 from siglit.runtime.signals import ending_with_first_process, stopping_at_signals
@@ -78,7 +77,7 @@ def precompute(experiment: Experiment) -> PrecomputeResult:
     check_accelerator("cache.accelerator", experiment.cache.accelerator)
     check_launched("cache.nodes", experiment.cache.nodes)
     check_slurm_tasks("cache", experiment.cache.devices, experiment.cache.nodes)
-    output_dir(experiment)
+    ensure_folder(experiment.folder)
     first = is_first_process()
     specs = {split: getattr(experiment.data, split) for split in experiment.cache.splits}
     sources = {split: open_source(spec) for split, spec in specs.items() if spec is not None}
@@ -89,7 +88,7 @@ def precompute(experiment: Experiment) -> PrecomputeResult:
         stack.enter_context(ending_with_first_process(first))
         # Before the other ranks are started: who is refused leaves alone.
         for split in sources if first else ():
-            stack.enter_context(exclusive(cache_path(experiment, split)))
+            stack.enter_context(exclusive(experiment.cache_folder / split))
         fabric = _fabric(experiment.cache)
         tower = ImageTower(experiment.image_tower)
         fabric.launch()
@@ -103,10 +102,10 @@ def precompute(experiment: Experiment) -> PrecomputeResult:
 def _keep_figures(experiment: Experiment, result: PrecomputeResult) -> None:
     # A run that found everything done has no rates of its own and keeps those of the one that did it.
     name = "-".join(part for part in ("precompute", experiment.eval.name) if part)
-    earlier = read_run_summary(experiment).get(name, {})
+    earlier = read_run_summary(experiment.folder).get(name, {})
     done = {split: earlier.get(split) for split, figures in result.splits.items() if not figures.encoded_now}
     now = {split: done.get(split) or asdict(figures) for split, figures in result.splits.items()}
-    add_to_summary(experiment, name, {**earlier, **now})
+    add_to_summary(experiment.folder, name, {**earlier, **now})
 
 
 def _fabric(config: CacheConfig) -> Fabric:
@@ -121,7 +120,7 @@ def _fabric(config: CacheConfig) -> Fabric:
 
 
 def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str, source: Source) -> SplitResult:
-    path = cache_path(experiment, split)
+    path = experiment.cache_folder / split
     done = embed_source(experiment, fabric, tower, source, path, f"precompute {split}")
     _check_skipped(experiment, split, done.cache)
     return SplitResult(

@@ -37,7 +37,7 @@ def tokenizer_train(experiment: Experiment) -> TokenizerResult:
             "train one"
         )
     captions = [c for several in open_source(experiment.data.train).captions() for c in several]
-    path = ensure_tokenizer(experiment, captions)
+    path = ensure_tokenizer(experiment.folder, experiment.tokenizer, None, captions)
     length = experiment.tokenizer.length
     longer = load_tokenizer(path, replace(experiment.tokenizer, length=length + 1))
     cut = float((longer(captions[:10_000])[:, length - 1] != longer.pad_id).mean())

@@ -224,7 +224,8 @@ def build(experiment: Experiment, data: RandomData) -> SigLiT:
 def tokenizer_or_numbers(experiment: Experiment) -> Tokenizer | Vocabulary:
     """The run's tokenizer, or what is known of the one that training will make."""
     try:
-        return load_tokenizer(tokenizer_path(experiment), experiment.tokenizer)
+        path = tokenizer_path(experiment.folder, experiment.tokenizer, experiment.text_tower.pretrained)
+        return load_tokenizer(path, experiment.tokenizer)
     except UserError:
         return Vocabulary(experiment.tokenizer.vocab_size, experiment.tokenizer.length)
 
