@@ -127,7 +127,7 @@ def check_slurm_tasks(section: str, devices: int, nodes: int) -> None:
     actual = " ".join(f"{option} {value}" for option, value in options.items() if value)
     raise UserError(
         f"SLURM has started the job with {actual}, but "
-        f"{section}.devices is {devices} and {section}.nodes {nodes}, and each device needs one task. Start the job "
+        f"{section}.devices is {devices} and {section}.nodes {nodes}, and each device needs one task; start the job "
         f"with --nodes {nodes} --ntasks-per-node {devices} (not with --ntasks alone), or set {section}.devices and "
         f"{section}.nodes to match the job"
     )

@@ -360,7 +360,7 @@ def test_there_need_not_be_a_checkpoint_to_resume_from(folder, whole, capsys):
     cut_off_in_step(3)
     assert [row["step"] for row in table(folder)] == ["1"]
     siglit.train(experiment("stopped", "locked", "--train.resume", "true"))
-    assert "holds no checkpoint: training begins at the first step" in capsys.readouterr().err
+    assert "holds no checkpoint: training starts at the first step" in capsys.readouterr().err
     assert_equal(folder, whole())
 
 
