@@ -58,7 +58,7 @@ class TrainedRun:
     logit_bias: float
     """Learned b."""
     step: int
-    """Optimiser steps taken."""
+    """Optimizer steps taken."""
     checkpoint: str
     """File it came from."""
     index_file: Path

@@ -1,7 +1,7 @@
 """Checkpoints that a kill cannot harm: when they are written, and how.
 
-A run's folder `checkpoints` holds `last.ckpt` and `previous.ckpt`, the one before. Knows Lightning's trainer, not what
-is in a checkpoint: that is the affair of the module and of the loader.
+A run's folder `checkpoints` holds `last.ckpt` and `previous.ckpt`, the one before. Knows Lightning's trainer, but not
+what is in a checkpoint: module and loader write that.
 """
 
 from pathlib import Path

@@ -192,7 +192,7 @@ class CacheDataModule(TrainDataModule):
         assert self.val is not None
         rows = min(self._experiment.train.val_rows, len(self.val))
         texts = int(self.val.caption_offsets[rows])
-        captions = [self.val.caption(number) for number in range(texts)]
+        captions = [self.val.caption(index) for index in range(texts)]
         image_of_text = np.repeat(np.arange(rows), np.diff(self.val.caption_offsets[: rows + 1]))
         return self.val.gather(np.arange(rows)), self.tokenizer(captions), image_of_text
 

@@ -25,7 +25,7 @@ def is_logged_step(trainer: pl.Trainer) -> bool:
 def call_before_batch_fetch(trainer: pl.Trainer, action: Callable[[], None]) -> None:
     """Call `action` each time the training loop is about to ask its loader for a batch.
 
-    No hook of a callback runs then; the profiler is told of it under the name of the action.
+    No hook of a callback runs then, but Lightning's profiler is started for it.
     """
     trainer.profiler = _FetchProfiler(action)  # type: ignore[attr-defined]
 

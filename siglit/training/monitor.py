@@ -86,7 +86,7 @@ class TrainingMonitor(pl.Callback):
     - `time/data` (waiting for the batch), `time/towers` (forward and backward), `time/loss` and `time/optimizer` (with
       clipping): shares of this one step, which waits for the device between them. The losses compute their gradients
       in their forward, so `time/loss` is the whole of the loss;
-    - `train/mfu`: model FLOP/s utilisation, the towers' FLOP/s as a share of the hardware's peak, where `peak_flops`
+    - `train/mfu`: model FLOP/s utilization, the towers' FLOP/s as a share of the hardware's peak, where `peak_flops`
       knows it.
 
     The module must have a `step_timer` and an `embed(batch)`. Times are those of the first rank.
