@@ -16,7 +16,6 @@ import torch
 import siglit
 from benchmarks.common import parser, report
 from siglit.data.tokens import token_ids
-from siglit.evaluation.encoding import encode_ids
 from siglit.parsing.arguments import parse_command
 from siglit.runs.trained import open_trained
 
@@ -58,7 +57,7 @@ def measure(args: argparse.Namespace, treatment: str, words: list[str]) -> dict[
     trained = open_trained(experiment)
     cache = trained.cache
     ids, first = np.unique(token_ids(cache, trained.tokenizer), axis=0, return_index=True)
-    ztxt = encode_ids(trained.tower, ids, batch_size=512, device=torch.device("cpu"), quiet=True)
+    ztxt = trained.encode_ids(ids, quiet=True)
     labels = cache.labels
     assert labels is not None, "calibration needs labels"
     match = labels[:, None] == labels[cache.caption_rows[first]]

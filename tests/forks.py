@@ -35,12 +35,12 @@ def run(words, cwd, env, timeout=300):
         with environment():
             process.start()
         process.join(timeout)
-        late = process.is_alive()
-        if late:
+        timed_out = process.is_alive()
+        if timed_out:
             process.kill()
             process.join()
         texts = [path.read_text() if path.exists() else "" for path in (out, err)]
-        if late:
+        if timed_out:
             raise subprocess.TimeoutExpired(words, timeout, *texts)
         return subprocess.CompletedProcess(words, process.exitcode, *texts)
 

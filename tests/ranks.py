@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests import forks
 
-MOST = 4
+MAX_RANKS = 4
 
 
 class Ranks:
@@ -32,15 +32,15 @@ class Ranks:
             for pipe in self.pipes[:size]:
                 pipe.send_bytes(job)
             end = time.monotonic() + timeout
-            answers = []
+            replies = []
             for rank, pipe in enumerate(self.pipes[:size]):
                 if not pipe.poll(max(0, end - time.monotonic())):
                     self.stop()
                     raise TimeoutError(f"rank {rank} of {size} has not come back after {timeout} s")
-                answers.append(pickle.loads(pipe.recv_bytes()))
-        failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
+                replies.append(pickle.loads(pipe.recv_bytes()))
+        failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(replies) if text]
         assert not failures, "\n".join(failures)
-        return [result for _, result in answers]
+        return [result for _, result in replies]
 
     def stop(self):
         for process in self.processes:
@@ -49,7 +49,7 @@ class Ranks:
         self.processes, self.pipes = [], []
 
     def _start(self):
-        while len(self.processes) < MOST:
+        while len(self.processes) < MAX_RANKS:
             ours, theirs = forks.context.Pipe()
             process = forks.context.Process(target=_serve, args=(len(self.processes), theirs), daemon=True)
             with forks.environment():

@@ -152,10 +152,10 @@ def test_figures_of_a_finished_run_are_kept(experiment, project):
     """Repeating a finished precompute or train changes no figure in summary.json."""
     siglit.precompute(experiment)
     result = siglit.train(experiment)
-    before = read_run_summary(experiment)
+    before = read_run_summary(experiment.folder)
     siglit.precompute(experiment)
     assert siglit.train(parse("train", "--train.resume", "true")) == result
-    assert read_run_summary(experiment) == before
+    assert read_run_summary(experiment.folder) == before
     with pytest.raises(UserError, match="has taken 6 steps, more than the 3"):
         siglit.train(parse("train", "--train.resume", "true", "--train.resume_changed", "true", "--train.steps", "3"))
 

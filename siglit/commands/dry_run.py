@@ -1,6 +1,6 @@
-"""`siglit train --dry-run`: what would be trained, how fast and with which decay, without training or writing anything.
+"""`siglit train --dry-run`: which parameters would be trained, with which learning rates and decay; writes nothing.
 
-Builds the towers as training does, so what is missing is found here too.
+Builds the towers as training does, so missing files are reported here too.
 """
 
 from dataclasses import dataclass
@@ -16,23 +16,25 @@ from siglit.training.optim import group_table, lr_multiplier, parameter_groups, 
 
 @dataclass(frozen=True)
 class DryRun:
-    """The table of parameters, those that are never read, and the schedule in words."""
+    """The parameters, their groups and the schedule of a training, as text."""
 
     table: str
+    """All tensors, and the optimizer's groups."""
     unused: str
-    """Empty where every parameter is read."""
+    """The tensors that the towers never read; empty where they read all."""
     schedule: str
+    """Steps, epochs, and the learning rate at a few of the steps."""
 
     def __str__(self) -> str:
-        """All of it."""
+        """All parts, with an empty line between them."""
         return "\n\n".join(part for part in (self.table, self.unused, self.schedule) if part)
 
 
 def dry_run(experiment: Experiment) -> DryRun:
-    """Build what `siglit train` would build and say what its optimiser would do.
+    """Build what `siglit train` would build and describe its optimizer and schedule.
 
     Raises:
-        UserError: what `siglit train` would raise before its first step.
+        UserError: the experiment cannot be trained, for the reasons that `siglit train` finds before its first step.
     """
     quiet_lightning()
     optim, train = experiment.optim, experiment.train
@@ -40,33 +42,33 @@ def dry_run(experiment: Experiment) -> DryRun:
     data = open_data(experiment)
     check_batch_fits(train, data.count)
     steps = total_steps(train, data.count)
-    named = experiment.tokenizer.path or experiment.text_tower.pretrained
-    found = load_tokenizer(named, experiment.tokenizer) if named else tokenizer_or_placeholder(experiment)
-    data.tokenizer = found  # type: ignore[assignment]
+    name = experiment.tokenizer.path or experiment.text_tower.pretrained
+    tokenizer = load_tokenizer(name, experiment.tokenizer) if name else tokenizer_or_placeholder(experiment)
+    data.tokenizer = tokenizer  # type: ignore[assignment]
     module = SigLiT(experiment, steps)
     module.build(data)
     groups = parameter_groups(module, optim, module.multipliers())
     table = group_table(groups, module.named_parameters(), optim)
-    told = [0, *(round(steps * share) for share in (0.01, 0.1, 0.5, 0.9)), steps - 1]
-    rates = ", ".join(
-        f"{step:,}: {optim.lr * lr_multiplier(step, optim, steps, train.batch_size):.3g}" for step in sorted({*told})
+    shown = {0, *(round(steps * share) for share in (0.01, 0.1, 0.5, 0.9)), steps - 1}
+    learning_rates = ", ".join(
+        f"{step:,}: {optim.lr * lr_multiplier(step, optim, steps, train.batch_size):.3g}" for step in sorted(shown)
     )
-    passes = steps * train.batch_size / data.count
+    epochs = steps * train.batch_size / data.count
     return DryRun(
         table,
         _unused(module),
-        f"{steps:,} steps of {train.batch_size:,} pairs = {steps * train.batch_size:,} examples, {passes:,.2f} passes "
-        f"over {data.count:,} images; mode {experiment.mode}\nlearning rate at step {rates}",
+        f"{steps:,} steps of {train.batch_size:,} pairs = {steps * train.batch_size:,} examples, {epochs:,.2f} epochs "
+        f"of {data.count:,} images; mode {experiment.mode}\nlearning rate at step {learning_rates}",
     )
 
 
 def _unused(module: SigLiT) -> str:
-    """List what the towers never read, a line for each of them."""
+    """The tensors that the towers never read, one per line."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     names = module.unused()
     if not names:
         return ""
     count = sum(parameters[name].numel() for name in names)
     return "\n".join(
-        [f"never read, so left as they are: {len(names)} parameters of {count:,} numbers (locked above)", *names]
+        [f"never read, so left unchanged: {len(names)} tensors of {count:,} parameters (locked above)", *names]
     )

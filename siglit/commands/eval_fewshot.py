@@ -68,7 +68,7 @@ def eval_fewshot(experiment: Experiment) -> FewshotResult:
     config = experiment.eval
     splits = open_splits(experiment)
     _check_shots(splits, config.shots)
-    labels, val_labels = splits.numbered(splits.train), splits.numbered(splits.val)
+    labels, val_labels = splits.class_indices(splits.train), splits.class_indices(splits.val)
     classes, held_out = len(splits.classes), splits.val.embeddings()
     accuracies: dict[int, list[float]] = {shots: [] for shots in config.shots}
     with Meter("few-shot", config.seeds * len(accuracies), "regressions") as meter:
@@ -87,9 +87,9 @@ def eval_fewshot(experiment: Experiment) -> FewshotResult:
         images=len(val_labels),
         classes=classes,
         l2=L2,
-        provenance=splits.of,
+        provenance=splits.origin,
     )
-    write_json(result_path(experiment, "fewshot"), result.to_json())
+    write_json(result_path(experiment.folder, experiment.eval, "fewshot"), result.to_json())
     return result
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from siglit.config import Experiment
 from siglit.data.tokens import token_ids
 from siglit.errors import UserError
-from siglit.evaluation.encoding import encode_ids
 from siglit.evaluation.logits import logit_health, nearest_rows
 from siglit.runs.folder import result_path
 from siglit.runs.launch import choose_device
@@ -72,7 +71,7 @@ def eval_logits(experiment: Experiment) -> LogitsResult:
     ids = token_ids(cache, trained.tokenizer)
     _, first, text_ids = np.unique(ids, axis=0, return_index=True, return_inverse=True)
     text_ids = text_ids.reshape(-1)
-    distinct = encode_ids(trained.tower.to(device), ids[first], batch_size=experiment.eval.batch_size, device=device)
+    distinct = trained.encode_ids(ids[first], device=device)
     is_softmax = experiment.loss.name == "softmax"
     bias = 0.0 if is_softmax else trained.logit_bias
     batch_size = min(experiment.train.batch_size, len(cache))
@@ -104,7 +103,7 @@ def eval_logits(experiment: Experiment) -> LogitsResult:
             "provenance": trained.origin(),
         }
     )
-    write_json(result_path(experiment, "logits"), result.to_json())
+    write_json(result_path(experiment.folder, experiment.eval, "logits"), result.to_json())
     return result
 
 

@@ -64,9 +64,9 @@ def eval_probe(experiment: Experiment) -> ProbeResult:
     with Meter("linear probe", None, "epochs") as meter:
         probed = probe(
             splits.train.embeddings(),
-            splits.numbered(splits.train),
+            splits.class_indices(splits.train),
             splits.val.embeddings(),
-            splits.numbered(splits.val),
+            splits.class_indices(splits.val),
             len(splits.classes),
             device=device,
             on_pass=lambda: meter.advance(1),
@@ -81,7 +81,7 @@ def eval_probe(experiment: Experiment) -> ProbeResult:
         train_images=len(splits.train.rows),
         images=probed.test.images,
         classes=len(splits.classes),
-        provenance=splits.of,
+        provenance=splits.origin,
     )
-    write_json(result_path(experiment, "probe"), result.to_json())
+    write_json(result_path(experiment.folder, experiment.eval, "probe"), result.to_json())
     return result

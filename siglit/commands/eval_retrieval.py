@@ -16,7 +16,6 @@ from siglit.data.tokens import token_ids
 from siglit.errors import UserError
 from siglit.evaluation import index as indices
 from siglit.evaluation import retrieval
-from siglit.evaluation.encoding import encode_ids
 from siglit.runs.folder import result_path
 from siglit.runs.launch import choose_device
 from siglit.runs.trained import TrainedRun, open_trained
@@ -101,7 +100,7 @@ def eval_retrieval(experiment: Experiment) -> RetrievalResult:
     _check_folds(experiment.eval.folds, cache)
     built = _build(experiment, trained)
     ids = token_ids(cache, trained.tokenizer)
-    ztxt = encode_ids(trained.tower.to(device), ids, batch_size=experiment.eval.batch_size, device=device)
+    ztxt = trained.encode_ids(ids, device=device)
     arrays = zimg, ztxt, np.asarray(cache.caption_rows)
     langs = cache.langs
     result = RetrievalResult(
@@ -115,7 +114,7 @@ def eval_retrieval(experiment: Experiment) -> RetrievalResult:
         provenance=trained.origin(),
     )
     trained.ensure_exact_index()
-    write_json(result_path(experiment, "retrieval"), result.to_json())
+    write_json(result_path(experiment.folder, experiment.eval, "retrieval"), result.to_json())
     return result
 
 

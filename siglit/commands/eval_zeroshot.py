@@ -16,7 +16,6 @@ from siglit.data import prompts
 from siglit.data.prompts import Names
 from siglit.errors import UserError
 from siglit.evaluation import zeroshot
-from siglit.evaluation.encoding import encode_ids
 from siglit.reporting.confusion import class_lettering, draw_confusion
 from siglit.reporting.curves import save_png
 from siglit.runs.folder import result_path
@@ -94,8 +93,7 @@ def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
     if experiment.eval.canonicalize:
         wording = prompts.canonical(names, templates, experiment.eval.classes or str(trained.cache.path))
     texts, class_of_prompt = prompts.prompts(*wording)
-    ids = trained.tokenizer(texts)
-    ztxt = encode_ids(trained.tower.to(device), ids, batch_size=experiment.eval.batch_size, device=device)
+    ztxt = trained.encode_text(texts, device=device)
     classified = zeroshot.classify(trained.zimg, zeroshot.class_embeddings(ztxt, class_of_prompt, len(names)), labels)
     unique = _unique_names(names)
     result = ZeroshotResult(
@@ -111,7 +109,7 @@ def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
         provenance=trained.origin(),
         confusion=_save_confusion(experiment, classified.confusion, unique),
     )
-    write_json(result_path(experiment, "zeroshot"), result.to_json())
+    write_json(result_path(experiment.folder, experiment.eval, "zeroshot"), result.to_json())
     return result
 
 
@@ -156,10 +154,10 @@ def _mistakes(confusion: np.ndarray, names: list[str]) -> dict[str, tuple[str, f
 
 def _save_confusion(experiment: Experiment, confusion: np.ndarray, names: list[str]) -> str:
     """Write the matrix as .npy, and as .png if matplotlib is installed; return a line that names the files."""
-    path = result_path(experiment, "zeroshot", ".npy")
+    path = result_path(experiment.folder, experiment.eval, "zeroshot", ".npy")
     with atomic_write(path) as file:
         np.save(file, confusion, allow_pickle=False)
-    picture = Path(result_path(experiment, "zeroshot", ".png"))
+    picture = Path(result_path(experiment.folder, experiment.eval, "zeroshot", ".png"))
     try:
         figure = draw_confusion(confusion, names)
     except UserError as error:

@@ -16,11 +16,11 @@ from siglit.data.sources import open_source
 from siglit.errors import UserError
 from siglit.planning.memory import MemoryEstimate, RandomDataModule, estimate_memory
 from siglit.planning.throughput import ThroughputMeasurement, measure_throughput
-from siglit.runs.caches import cache_path
-from siglit.runs.folder import output_dir
+from siglit.runs.folder import ensure_folder
 from siglit.runs.launch import check_batch_fits, check_batch_size, quiet_lightning
 from siglit.runtime.files import write_json
 from siglit.training.optim import total_steps
+from siglit.training.trainer import lightning_precision
 
 _GIB = 2**30
 _USABLE = 0.9
@@ -193,7 +193,7 @@ def plan(
         check_batch_fits(train, rows)
     device = _choose_device(train, gpu_memory)
     plan = _plan(experiment, train.devices * train.nodes, device, examples_per_second, rows)
-    write_json(output_dir(experiment) / "plan.json", asdict(plan))
+    write_json(ensure_folder(experiment.folder) / "plan.json", asdict(plan))
     return plan
 
 
@@ -222,7 +222,7 @@ def _choose_device(train: TrainConfig, gpu_memory: float | None) -> _Device:
     cuda = here or (gpu_memory is not None and train.accelerator != "cpu")
     if gpu_memory is None and here:
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / _GIB
-    precision = train.precision if train.precision != "auto" else "bf16-mixed" if cuda else "32-true"
+    precision = lightning_precision(train.precision, cuda=cuda)
     return _Device("cuda" if cuda else "cpu", gpu_memory, precision)
 
 
@@ -314,7 +314,7 @@ def _bytes(number: int) -> str:
 def _rows(experiment: Experiment) -> int | None:
     """Return the number of images to train on, if it is known without reading them."""
     if experiment.mode == "locked":
-        path = cache_path(experiment, "train")
+        path = experiment.cache_folder / "train"
         # Without its index a cache is not finished. A finished one that cannot be read raises.
         if (path / "index.json").exists():
             return len(EmbeddingCache(path)) or None

@@ -20,8 +20,7 @@ from siglit.data.sources import open_source
 from siglit.embedding import embed_source
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
-from siglit.runs.caches import cache_path
-from siglit.runs.folder import add_to_summary, output_dir, read_run_summary
+from siglit.runs.folder import add_to_summary, ensure_folder, read_run_summary
 from siglit.runs.launch import check_accelerator, check_launched, check_slurm_tasks, is_first_process, quiet_lightning
 from siglit.runtime.paths import expand
 from siglit.runtime.signals import ending_with_first_process, stopping_at_signals
@@ -81,7 +80,7 @@ def precompute(experiment: Experiment) -> PrecomputeResult:
     check_accelerator("cache.accelerator", experiment.cache.accelerator)
     check_launched("cache.nodes", experiment.cache.nodes)
     check_slurm_tasks("cache", experiment.cache.devices, experiment.cache.nodes)
-    output_dir(experiment)
+    ensure_folder(experiment.folder)
     first = is_first_process()
     specs = {split: getattr(experiment.data, split) for split in experiment.cache.splits}
     sources = {split: open_source(spec) for split, spec in specs.items() if spec is not None}
@@ -92,7 +91,7 @@ def precompute(experiment: Experiment) -> PrecomputeResult:
         stack.enter_context(ending_with_first_process(first))
         # Before the other ranks are started, so that they need not be stopped if the lock is taken.
         for split in sources if first else ():
-            stack.enter_context(exclusive(cache_path(experiment, split)))
+            stack.enter_context(exclusive(experiment.cache_folder / split))
         fabric = _fabric(experiment.cache)
         tower = ImageTower(experiment.image_tower)
         fabric.launch()
@@ -106,13 +105,13 @@ def precompute(experiment: Experiment) -> PrecomputeResult:
 def _save_summary(experiment: Experiment, result: PrecomputeResult) -> None:
     # A run that encodes nothing has no speed; the entry of the run that encoded the split stays.
     name = "-".join(part for part in ("precompute", experiment.eval.name) if part)
-    earlier = read_run_summary(experiment).get(name, {})
+    earlier = read_run_summary(experiment.folder).get(name, {})
     entries = {
         split: asdict(figures)
         for split, figures in result.splits.items()
         if figures.encoded_now > 0 or earlier.get(split) is None
     }
-    add_to_summary(experiment, name, {**earlier, **entries})
+    add_to_summary(experiment.folder, name, {**earlier, **entries})
 
 
 def _fabric(config: CacheConfig) -> Fabric:
@@ -127,7 +126,7 @@ def _fabric(config: CacheConfig) -> Fabric:
 
 
 def _split(experiment: Experiment, fabric: Fabric, tower: ImageTower, split: str, source: Source) -> SplitResult:
-    path = cache_path(experiment, split)
+    path = experiment.cache_folder / split
     done = embed_source(
         fabric,
         tower,

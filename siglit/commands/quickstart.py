@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from siglit.commands.eval_retrieval import RetrievalResult, eval_retrieval
@@ -20,10 +19,9 @@ from siglit.commands.train import TrainResult, train
 from siglit.config import Experiment
 from siglit.data import shapes
 from siglit.errors import UserError
-from siglit.evaluation.encoding import encode_ids
 from siglit.evaluation.index import nearest_images
 from siglit.reporting.contact_sheet import SheetImage, draw_contact_sheet
-from siglit.runs.folder import output_dir
+from siglit.runs.folder import ensure_folder
 from siglit.runs.launch import check_accelerator, check_batch_fits, check_batch_size
 from siglit.runs.trained import open_trained
 from siglit.runtime.files import atomic_write
@@ -92,7 +90,7 @@ def quickstart(experiment: Experiment) -> QuickstartResult:
     precomputed = precompute(experiment)
     trained = train(experiment)
     result = eval_retrieval(experiment)
-    folder = output_dir(experiment)
+    folder = ensure_folder(experiment.folder)
     picture = folder / "retrieval.png"
     _draw_examples(experiment, Path(experiment.data.val.path).parent).save(picture)
     return QuickstartResult(precomputed, trained, result, str(folder), str(picture), time.monotonic() - start)
@@ -139,9 +137,7 @@ def _draw_examples(experiment: Experiment, folder: Path) -> Image.Image:
     cache = trained.cache
     targets = np.linspace(0, len(cache) - 1, _QUERIES).astype(int)
     queries = [cache.captions(int(row))[i % 5] for i, row in enumerate(targets)]
-    ztxt = encode_ids(
-        trained.tower, trained.tokenizer(queries), batch_size=_QUERIES, device=torch.device("cpu"), quiet=True
-    )
+    ztxt = trained.encode_text(queries, quiet=True)
     scores, nearest = nearest_images(trained.ensure_exact_index(), ztxt, _TOP_K)
     rows = []
     for number, query in enumerate(queries):

@@ -6,7 +6,6 @@ import torch
 
 from siglit.config import Experiment
 from siglit.errors import UserError
-from siglit.evaluation.encoding import encode_ids
 from siglit.evaluation.index import nearest_images
 from siglit.runs.trained import open_trained
 
@@ -44,7 +43,7 @@ def search(experiment: Experiment, query: str) -> SearchResult:
             "the query is not UTF-8; set the terminal to UTF-8, or convert the query (iconv -t utf-8)"
         ) from error
     trained = open_trained(experiment)
-    ztxt = encode_ids(trained.tower, trained.tokenizer([query]), batch_size=1, device=torch.device("cpu"), quiet=True)
+    ztxt = trained.encode_text([query], quiet=True)
     scores, rows = nearest_images(trained.ensure_exact_index(), ztxt, experiment.eval.top_k)
     logits = trained.logit_scale * scores[0] + trained.logit_bias
     return SearchResult(

@@ -39,7 +39,7 @@ def tokenizer_train(experiment: Experiment) -> TokenizerResult:
             "train a tokenizer"
         )
     captions = [caption for group in open_source(experiment.data.train).captions() for caption in group]
-    path = ensure_tokenizer(experiment, captions)
+    path = ensure_tokenizer(experiment.folder, experiment.tokenizer, None, captions)
     length = experiment.tokenizer.length
     longer = load_tokenizer(path, replace(experiment.tokenizer, length=length + 1))
     cut = float((longer(captions[:10_000])[:, length - 1] != longer.pad_id).mean())

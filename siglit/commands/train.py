@@ -1,6 +1,6 @@
 """`siglit train`: trains the text tower on the cache, or both towers on images.
 
-Sets up Lightning and the run's folder; what is trained is `siglit.training.module`.
+Sets up Lightning and the run's folder; knows nothing of towers and losses, which are in `siglit.training.module`.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from siglit.cache import CacheError, exclusive
 from siglit.config import Experiment
 from siglit.errors import UserError
 from siglit.runs import checkpoints, resume
-from siglit.runs.folder import add_to_summary, output_dir, read_run_summary
+from siglit.runs.folder import add_to_summary, ensure_folder, read_run_summary
 from siglit.runs.launch import (
     check_accelerator,
     check_batch_fits,
@@ -28,7 +28,7 @@ from siglit.runs.launch import (
     quiet_lightning,
 )
 from siglit.runtime.signals import Signals, ending_with_first_process, stopping_at_signals
-from siglit.training.callbacks import Record, TrainProgress
+from siglit.training.callbacks import ExperimentRecord, TrainProgress
 from siglit.training.checkpointing import Stopped
 from siglit.training.data import TrainDataModule, open_data
 from siglit.training.module import SigLiT
@@ -40,46 +40,52 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run came to."""
+    """The outcome of a training run, as written to summary.json."""
 
     steps: int
+    """Optimizer steps of the whole run, those before it was resumed included."""
     examples_seen: int
+    """Pairs in these steps."""
     seconds: float
+    """Wall-clock time since the run was started, or resumed."""
     examples_per_second: float
+    """Pairs per second in this time, over all devices."""
     metrics: dict[str, float]
     """Last logged values, "train/loss" and "val/text_to_image/R@1" among them."""
     checkpoint: str
+    """Path of the last checkpoint."""
 
     def __str__(self) -> str:
-        """Two lines for a person."""
-        shown = sorted(name for name in self.metrics if name == "train/loss" or name.startswith("val/"))
-        told = ", ".join(f"{name} {self.metrics[name]:.4g}" for name in shown)
+        """Two lines: steps, speed and checkpoint; loss and validation metrics."""
+        names = sorted(name for name in self.metrics if name == "train/loss" or name.startswith("val/"))
+        metrics = ", ".join(f"{name} {self.metrics[name]:.4g}" for name in names)
         return (
             f"trained {self.steps:,} steps on {self.examples_seen:,} pairs in {self.seconds:.0f} s "
-            f"({self.examples_per_second:,.0f} pairs/s): {self.checkpoint}\n{told}"
+            f"({self.examples_per_second:,.0f} pairs/s): {self.checkpoint}\n{metrics}"
         )
 
 
 def train(experiment: Experiment) -> TrainResult:
-    """Train as the experiment says and write checkpoints, metrics.csv and summary.json into the run's folder.
+    """Train as the experiment says; write checkpoints, metrics.csv, experiment.yaml and summary.json into its folder.
 
-    SIGTERM and Ctrl-C end the run once the step is done and saved, before the first step at once; a second one at once.
+    SIGTERM and Ctrl-C stop the run once the current step is done and saved. Before the first step, and when a second
+    signal comes, they stop it at once.
 
     Args:
         experiment: what to train.
 
     Raises:
-        UserError: caches, tokenizer, settings or the checkpoints to go on from are not fit to train on; another process
-            trains in the run's folder; resumed, the training curve would change.
-        RuntimeError: the loss or the weights are not finite any more, or the disk is full.
-        KeyboardInterrupt: a signal came; `siglit.stopping.Terminated` for SIGTERM.
+        UserError: caches, tokenizer, settings or the checkpoint to resume from do not fit the experiment; another
+            process trains in the run's folder; resuming would change the training curve.
+        RuntimeError: the loss or the weights are no longer finite, or the disk is full.
+        KeyboardInterrupt: a signal came; for SIGTERM a `siglit.runtime.signals.Terminated`.
     """
     quiet_lightning()
     first = is_first_process()
     with stopping_at_signals() as signals, ending_with_first_process(first):
-        data, steps = _open(experiment)
-        folder = output_dir(experiment)
-        with checkpoints.naming_a_full_disk(folder), contextlib.ExitStack() as stack:
+        data, steps = _open_checked(experiment)
+        folder = ensure_folder(experiment.folder)
+        with checkpoints.explaining_full_disk(folder), contextlib.ExitStack() as stack:
             if first:
                 try:
                     stack.enter_context(exclusive(folder))
@@ -88,8 +94,8 @@ def train(experiment: Experiment) -> TrainResult:
             return _run(experiment, data, steps, folder, signals)
 
 
-def _open(experiment: Experiment) -> tuple[TrainDataModule, int]:
-    """The data and the number of steps; nothing is written yet."""
+def _open_checked(experiment: Experiment) -> tuple[TrainDataModule, int]:
+    """Open the data and compute the number of optimizer steps, after checks of the settings; writes nothing."""
     train = experiment.train
     check_batch_size(train)
     check_accelerator("train.accelerator", train.accelerator)
@@ -98,28 +104,31 @@ def _open(experiment: Experiment) -> tuple[TrainDataModule, int]:
     data = open_data(experiment)
     check_batch_fits(train, data.count)
     steps = total_steps(train, data.count)
-    lr_multiplier(0, experiment.optim, steps, train.batch_size)  # raises before anything is made
+    lr_multiplier(0, experiment.optim, steps, train.batch_size)  # raises where the schedule does not fit
     return data, steps
 
 
 def _run(experiment: Experiment, data: TrainDataModule, steps: int, folder: Path, signals: Signals) -> TrainResult:
+    """Train in the run's folder, which this run alone writes to."""
     last = folder / "checkpoints" / checkpoints.LAST
-    resumed, taken_before = _find_resume_checkpoint(experiment, folder)
-    record = Record(folder, experiment)
+    resumes, steps_before = _find_resume_checkpoint(experiment, folder)
+    record = ExperimentRecord(folder, experiment)
     pl.seed_everything(experiment.seed, verbose=False)
     module = SigLiT(experiment, steps)
-    trainer = build_trainer(experiment, folder, steps, taken_before, signals, record)
-    begun = time.monotonic()
-    _fit(trainer, module, data, last if resumed else None, signals)
-    seconds = time.monotonic() - begun
+    trainer = build_trainer(experiment, folder, steps, steps_before, signals, record)
+    start = time.monotonic()
+    _fit(trainer, module, data, last if resumes else None, signals)
+    seconds = time.monotonic() - start
     taken = trainer.global_step
-    progress = next(c for c in trainer.callbacks if isinstance(c, TrainProgress))  # type: ignore[attr-defined]
     if taken > steps:
-        raise UserError(f"{last} has taken {taken} steps, more than the {steps} asked for; choose another --output_dir")
+        raise UserError(
+            f"{last} has taken {taken} steps, more than the {steps} of the experiment; choose another --output_dir"
+        )
     if not (folder / resume.RECORD).exists():
-        record.keep(trainer)  # also of a run that had come to its end before
-    earlier = read_run_summary(experiment).get("train")
-    if progress.first_step in (None, taken) and earlier:
+        record.write(trainer)  # of a run that was complete already, but has lost its experiment.yaml
+    progress = next(c for c in trainer.callbacks if isinstance(c, TrainProgress))  # type: ignore[attr-defined]
+    earlier = read_run_summary(folder).get("train")
+    if progress.first_step in (None, taken) and earlier:  # no step was left to take
         return TrainResult(**earlier)
     result = TrainResult(
         steps=taken,
@@ -130,49 +139,55 @@ def _run(experiment: Experiment, data: TrainDataModule, steps: int, folder: Path
         checkpoint=str(last),
     )
     if trainer.is_global_zero:
-        add_to_summary(experiment, "train", asdict(result))
+        add_to_summary(folder, "train", asdict(result))
     return result
 
 
 def _find_resume_checkpoint(experiment: Experiment, folder: Path) -> tuple[bool, int]:
-    """Whether there is a checkpoint to go on from, and its step as far as the first process needs to know it.
+    """Whether there is a checkpoint to resume from and, on the first process alone, how many steps it has taken.
 
-    All ranks look, and are refused together: one alone would leave the others waiting. The first one repairs and tells.
+    All ranks check, and all fail together: if one failed alone, the others would wait for it. Only the first one moves
+    files and logs.
 
     Raises:
-        UserError: the run is not to be resumed but has checkpoints, all of them are damaged, or the training curve
-            would change.
+        UserError: the run has checkpoints but is not to be resumed, all of them are damaged, or resuming would change
+            the training curve.
     """
-    kept = folder / "checkpoints"
+    saved = folder / "checkpoints"
     first = is_first_process()
-    wanted = experiment.train.resume or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-    if checkpoints.exist(kept) and not wanted:
+    requested = experiment.train.resume or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    if checkpoints.exist(saved) and not requested:
         raise UserError(
             f"{folder} holds the checkpoints of an earlier run; continue it with --resume (or --train.resume true), "
             "or choose another --output_dir"
         )
-    path = checkpoints.prepare(kept) if first else kept / checkpoints.LAST
+    path = checkpoints.prepare(saved) if first else saved / checkpoints.LAST
     if path is None:
-        if wanted:
-            _logger.info(f"{kept} holds no checkpoint: training begins at the first step")
+        if requested:
+            _logger.info(f"{saved} holds no checkpoint: training starts at the first step")
         return False, 0
     if first or path.exists():
         resume.check_resumed(folder, checkpoints.trained_as(path), experiment, quiet=not first)
-    return (True, checkpoints.steps_taken(path)) if first else (wanted and checkpoints.exist(kept), 0)
+    return (True, checkpoints.steps_taken(path)) if first else (requested and checkpoints.exist(saved), 0)
 
 
 def _fit(trainer: pl.Trainer, module: SigLiT, data: TrainDataModule, start: Path | None, signals: Signals) -> None:
+    """Run Lightning's training, from the checkpoint `start` if there is one.
+
+    Raises:
+        KeyboardInterrupt: a signal came; the run is saved unless it came before the first step.
+    """
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
     except Stopped:
         if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-            # Lightning kills the first process of a machine when one that it started there fails.
+            # When a process that the first one of a machine has started fails, Lightning kills the first one.
             sys.exit(0)
-        told = f"stopped at step {trainer.global_step:,} of {trainer.max_steps:,}; go on with --resume"
-        raise signals.exception(told) from None
-    except SystemExit as stop:  # how Lightning leaves after a signal that came before the first step
+        message = f"stopped at step {trainer.global_step:,} of {trainer.max_steps:,}; add --resume to continue"
+        raise signals.exception(message) from None
+    except SystemExit as stop:  # Lightning raises it after a signal that came before the first step
         raise (signals.exception() if trainer.interrupted else stop) from stop
     finally:
         signals.hold = False
-        # Lightning does so only at the end of a whole run; workers that are at work then keep the program waiting.
+        # Lightning does this only at the end of a complete run; workers that are busy would keep the program waiting.
         data.teardown("fit")

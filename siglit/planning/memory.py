@@ -231,7 +231,8 @@ def build_on_meta(experiment: Experiment, data: RandomDataModule) -> SigLiT:
 def tokenizer_or_placeholder(experiment: Experiment) -> Tokenizer | TokenizerPlaceholder:
     """Load the run's tokenizer; a placeholder if it is not trained yet."""
     try:
-        return load_tokenizer(tokenizer_path(experiment), experiment.tokenizer)
+        path = tokenizer_path(experiment.folder, experiment.tokenizer, experiment.text_tower.pretrained)
+        return load_tokenizer(path, experiment.tokenizer)
     except UserError:
         return TokenizerPlaceholder(experiment.tokenizer.vocab_size, experiment.tokenizer.length)
 

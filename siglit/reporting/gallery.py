@@ -15,7 +15,6 @@ from siglit.config import Experiment, SourceSpec
 from siglit.data.images import BadImage, decode_image
 from siglit.data.sources import open_source
 from siglit.errors import UserError
-from siglit.evaluation.encoding import encode_ids
 from siglit.runs.trained import TrainedRun
 from siglit.runtime.progress import Meter
 
@@ -74,9 +73,7 @@ def collect_examples(experiment: Experiment, trained: TrainedRun) -> Gallery | N
     sample = np.unique(np.linspace(0, cache.num_captions - 1, _SAMPLE).astype(int))
     texts = [cache.caption(int(number)) for number in sample]
     own = cache.caption_rows[sample]
-    device = torch.device("cpu")
-    ids = trained.tokenizer(texts)
-    ztxt = encode_ids(trained.tower.to(device), ids, batch_size=experiment.eval.batch_size, device=device, quiet=True)
+    ztxt = trained.encode_text(texts, quiet=True)
     scores, rows = nearest(trained.zimg, ztxt, _TOP_K)
     correct = np.array(
         [

@@ -1,1 +1,1 @@
-"""What a run leaves in its folder, and how it is found again."""
+"""What a run needs before it starts, and what it leaves in its folder."""

@@ -1,4 +1,4 @@
-"""The checkpoints in a run's folder: which one is whole, and what it says of itself.
+"""The checkpoints in a run's folder: which one is undamaged, and what it records about its run.
 
 `checkpoints/last.ckpt`, and `previous.ckpt`, the one before. How they are written is `siglit.training.checkpointing`.
 """
@@ -23,9 +23,12 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None where it has none; says so if it is not the last one.
+    """Return the newest undamaged checkpoint of a run, or None where it has none; warns if it is not the last one.
 
-    Every byte is read: torch's files are zip archives with a checksum for each member.
+    Reads every byte: torch's files are zip archives with a checksum for each member.
+
+    Args:
+        folder: `checkpoints` in the run's folder.
 
     Raises:
         UserError: there are checkpoints, but all are damaged.
@@ -34,7 +37,7 @@ def newest(folder: Path) -> Path | None:
     for path in (folder / LAST, folder / PREVIOUS):
         if not path.exists():
             continue
-        if _is_whole(path):
+        if is_undamaged(path):
             if damaged:
                 _logger.warning(f"{damaged[0]} is damaged; {path.name}, the checkpoint before it, is used")
             return path
@@ -42,16 +45,16 @@ def newest(folder: Path) -> Path | None:
     if damaged:
         raise UserError(
             f"{' and '.join(map(str, damaged))} {'are' if damaged[1:] else 'is'} damaged and there is no other "
-            "checkpoint; restore one, or train anew with another --output_dir"
+            "checkpoint; restore one, or train again with another --output_dir"
         )
     return None
 
 
 def prepare(folder: Path) -> Path | None:
-    """Make the folder ready to be written to, and return what `newest` does, under the name `last.ckpt`.
+    """Remove temporary files, and return what `newest` does, renamed to `last.ckpt`.
 
-    For the first process alone, before any checkpoint is written: a damaged last one must not take the place of the
-    one before.
+    For the first process alone, before any checkpoint is written: a damaged `last.ckpt` must not become
+    `previous.ckpt` and replace an undamaged one.
 
     Raises:
         UserError: all checkpoints are damaged.
@@ -60,23 +63,24 @@ def prepare(folder: Path) -> Path | None:
     path = newest(folder)
     if path is not None and path.name == PREVIOUS:
         os.replace(path, folder / LAST)
-    return path and folder / LAST
+    return None if path is None else folder / LAST
 
 
 def exist(folder: Path) -> bool:
-    """Tell whether there is a checkpoint, whole or not; right also while another process runs `prepare`."""
+    """Tell whether there is a checkpoint, damaged or not; correct also while another process runs `prepare`."""
+    # `prepare` renames previous to last: looking in the other order could miss both.
     return (folder / PREVIOUS).exists() or (folder / LAST).exists()
 
 
 @contextlib.contextmanager
-def naming_a_full_disk(folder: Path) -> Iterator[None]:
-    """Say of a full disk that the work has failed, not the input, and how to go on; which file comes first is chance.
+def explaining_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the OSError of a full disk, whichever file met it, into one that says how to continue.
 
     Args:
         folder: of the run, which holds `checkpoints`.
 
     Raises:
-        RuntimeError: the disk or a quota is full, or a file is larger than it may become.
+        RuntimeError: the disk or a quota is full, or a file exceeds the size limit.
     """
     try:
         yield
@@ -85,28 +89,29 @@ def naming_a_full_disk(folder: Path) -> Iterator[None]:
             raise
         kept = exist(folder / "checkpoints")
         raise RuntimeError(
-            f"{error.filename or folder}: {error.strerror}; make room, then "
-            + ("go on with --resume from the last checkpoint, which is whole" if kept else "train again")
+            f"{error.filename or folder}: {error.strerror}; free some space, then "
+            + ("add --resume to continue from the last checkpoint, which is intact" if kept else "train again")
         ) from error
 
 
 def steps_taken(path: Path) -> int:
-    """Optimiser steps of a whole checkpoint, read without its tensors."""
+    """Optimizer steps of an undamaged checkpoint, read without its tensors."""
     return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
 
 
 def trained_as(path: Path) -> dict[str, Any] | None:
-    """The experiment that a checkpoint was trained as, in JSON's types; None where it does not say or is damaged."""
+    """The experiment of a checkpoint, in JSON's types; None where it is not recorded or the checkpoint is damaged."""
     try:
         experiment = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["siglit"].get("experiment")
-    except Exception:  # damage takes many shapes, and is for `newest` to tell of
+    except Exception:  # damage raises errors of many types; `newest` reports it
         return None
     return experiment if isinstance(experiment, dict) else None
 
 
-def _is_whole(path: Path) -> bool:
+def is_undamaged(path: Path) -> bool:
+    """Tell whether a checkpoint's checksums are correct and torch can read it."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None and steps_taken(path) >= 0
-    except Exception:  # damage to the directory of the archive takes many shapes, and torch reads it in its own way
+    except Exception:  # damage to the directory of the archive raises errors of many types, in zipfile and in torch
         return False

@@ -1,38 +1,49 @@
-"""What the stages share of a run: its folder, its caches and its tokenizer.
+"""A run's folder: where results go, and the summary of what its commands measured.
 
-Knows where a run keeps things; computes nothing.
+Knows the names of files; computes nothing.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from siglit.config import Experiment
+from siglit.config import EvalConfig
 from siglit.errors import UserError
 from siglit.runtime.files import write_json
 
 
-def output_dir(experiment: Experiment) -> Path:
-    """Return the run's folder, made if it is missing."""
-    folder = experiment.folder
+def ensure_folder(folder: Path) -> Path:
+    """Return the run's folder, created if it is missing.
+
+    Raises:
+        UserError: there is a file of that name.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, but results need a folder; choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def result_path(experiment: Experiment, kind: str, suffix: str = ".json") -> Path:
-    """File of an evaluation's result: zeroshot.json, zeroshot-imagenet.json (eval.name), zeroshot-train.json."""
-    split = None if experiment.eval.split == "val" else experiment.eval.split
-    return output_dir(experiment) / ("-".join(part for part in (kind, experiment.eval.name, split) if part) + suffix)
+def result_path(folder: Path, config: EvalConfig, kind: str, suffix: str = ".json") -> Path:
+    """File of an evaluation's result: zeroshot.json, zeroshot-imagenet.json (eval.name), zeroshot-train.json.
+
+    Args:
+        folder: of the run, created if it is missing.
+        config: of the evaluation: eval.name and eval.split are parts of the name.
+        kind: of evaluation, such as "zeroshot".
+        suffix: of the file.
+    """
+    split = None if config.split == "val" else config.split
+    name = "-".join(part for part in (kind, config.name, split) if part)
+    return ensure_folder(folder) / f"{name}{suffix}"
 
 
-def read_run_summary(experiment: Experiment) -> dict[str, Any]:
+def read_run_summary(folder: Path) -> dict[str, Any]:
     """Return the run's summary.json, empty if there is none."""
-    path = output_dir(experiment) / "summary.json"
+    path = folder / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def add_to_summary(experiment: Experiment, command: str, value: Any) -> None:
-    """Put one command's figures into the run's summary.json, beside those of the others."""
-    write_json(output_dir(experiment) / "summary.json", {**read_run_summary(experiment), command: value})
+def add_to_summary(folder: Path, command: str, value: Any) -> None:
+    """Add one command's figures to the run's summary.json, beside those of the other commands."""
+    write_json(ensure_folder(folder) / "summary.json", {**read_run_summary(folder), command: value})

@@ -1,4 +1,4 @@
-"""How this process was started, and whether the devices and machines that are asked for are there.
+"""How this process was started, and checks of the devices, machines and batch size of the experiment.
 
 Knows Lightning's environments; computes nothing.
 """
@@ -18,19 +18,19 @@ from siglit.errors import UserError
 
 def is_first_process() -> bool:
     """Tell whether this is the first of all processes of the run, also before Lightning has set up the group."""
-    node = int(os.environ.get("NODE_RANK", "0"))  # all that is set where machines are started by hand
+    node = int(os.environ.get("NODE_RANK", "0"))  # the only variable that is set where machines are started by hand
     return int(getattr(rank_zero_only, "rank", 0) or 0) == 0 and node == 0
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning says of itself; what matters of a run is said by its stage."""
+    """Silence the messages and warnings of libraries that do not matter to a user of siglit."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for harmless in (
-        "Experiment logs directory",  # its rows are kept, see siglit.training
+        "Experiment logs directory",  # its rows are kept, see siglit.training.metrics_csv
         "Checkpoint directory .* exists and is not empty",
-        r"Found \d+ module\(s\) in eval mode",  # a locked model's, on purpose
+        r"Found \d+ module\(s\) in eval mode",  # a locked model's are so on purpose
         ".*does not have many workers",
         ".*The number of training batches .* is smaller than the logging interval",
         ".*LeafSpec.* is deprecated",
@@ -44,42 +44,45 @@ def check_accelerator(field: str, accelerator: str) -> None:
     """Refuse CUDA where there is none.
 
     Raises:
-        UserError: `field` asks for it in vain.
+        UserError: `field` is cuda, but the machine has no CUDA device.
     """
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{field} is cuda, but this machine has no CUDA device; use cpu or auto")
 
 
 def choose_device(field: str, accelerator: str) -> torch.device:
-    """Return the device that `accelerator` means here; auto: CUDA where there is one.
+    """Return the device of `accelerator`; auto: CUDA where there is one, else the CPU.
 
     Raises:
-        UserError: `field` asks for CUDA in vain.
+        UserError: `field` is cuda, but the machine has no CUDA device.
     """
     check_accelerator(field, accelerator)
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def check_batch_size(train: TrainConfig) -> None:
-    """Refuse a global batch that cannot be cut into equal parts.
+    """Refuse a global batch that cannot be split evenly over the devices.
 
     Raises:
-        UserError: it cannot.
+        UserError: train.batch_size is not divisible by devices × nodes.
     """
     devices = train.devices * train.nodes
     if train.batch_size % devices:
-        raise UserError(f"train.batch_size {train.batch_size} cannot be shared evenly by {devices} devices")
+        raise UserError(
+            f"train.batch_size {train.batch_size} cannot be shared evenly by {devices} devices; choose a multiple of "
+            f"{devices}"
+        )
 
 
 def check_batch_fits(train: TrainConfig, images: int) -> None:
-    """Refuse a global batch of more pairs than there are images: an image gives one pair per pass.
+    """Refuse a global batch of more pairs than there are images: an image is in one pair per epoch.
 
     Args:
-        train: the batch and the devices that share it.
-        images: in one pass over data.train.
+        train: the global batch and the devices that share it.
+        images: of data.train that have captions.
 
     Raises:
-        UserError: train.batch_size is larger than the data.
+        UserError: train.batch_size is larger than `images`.
     """
     if train.batch_size <= images:
         return
@@ -90,21 +93,21 @@ def check_batch_fits(train: TrainConfig, images: int) -> None:
 
 
 def check_launched(field: str, nodes: int) -> None:
-    """Refuse several machines where nobody says which one this is: it would wait for the others, in silence.
+    """Refuse several machines where no launcher says which one this is: it would wait for the others in silence.
 
     Raises:
-        UserError: `field` asks for several, and neither torchrun nor SLURM has started this process.
+        UserError: `field` is more than 1, but neither torchrun nor SLURM has started this process.
     """
     if nodes > 1 and "MASTER_ADDR" not in os.environ and not SLURMEnvironment.detect():
         raise UserError(
-            f"{field} is {nodes}, but this process was not started by torchrun or SLURM, which tell the machines of "
-            f"each other: torchrun --nnodes {nodes} --nproc-per-node DEVICES --node-rank 0 --master-addr HOST "
+            f"{field} is {nodes}, but this process was not started by torchrun or SLURM, which connect the machines. "
+            f"Start it with torchrun --nnodes {nodes} --nproc-per-node DEVICES --node-rank 0 --master-addr HOST "
             "-m siglit … on the first one, with --node-rank 1 on the next"
         )
 
 
 def check_slurm_tasks(section: str, devices: int, nodes: int) -> None:
-    """Refuse a job of SLURM that has not one task for each device: those that are too few wait for ever.
+    """Refuse a SLURM job that does not have one task for each device: with too few, the tasks wait for ever.
 
     Args:
         section: "train" or "cache", whose devices these are, for the message.
@@ -112,18 +115,19 @@ def check_slurm_tasks(section: str, devices: int, nodes: int) -> None:
         nodes: machines.
 
     Raises:
-        UserError: SLURM has started this process as one of more, fewer or otherwise placed tasks.
+        UserError: SLURM has started more or fewer tasks than devices × nodes, or not `devices` on each machine.
     """
-    if not SLURMEnvironment.detect() or TorchElasticEnvironment.detect():  # within a job, torchrun starts the ranks
+    if not SLURMEnvironment.detect() or TorchElasticEnvironment.detect():  # torchrun within a job starts the ranks
         return
     tasks, per_node, machines = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "NTASKS_PER_NODE", "NNODES"))
     placed = per_node == str(devices) or (per_node is None and tasks == "1")
     if placed and tasks == str(devices * nodes) and machines in (None, str(nodes)):
         return
-    asked = {"--ntasks": tasks, "--ntasks-per-node": per_node, "--nodes": machines}
+    options = {"--ntasks": tasks, "--ntasks-per-node": per_node, "--nodes": machines}
+    actual = " ".join(f"{option} {value}" for option, value in options.items() if value)
     raise UserError(
-        f"SLURM has started {' '.join(f'{option} {value}' for option, value in asked.items() if value)}, but "
-        f"{section}.devices is {devices} and {section}.nodes {nodes}, and each device needs one task: start the job "
+        f"SLURM has started the job with {actual}, but "
+        f"{section}.devices is {devices} and {section}.nodes {nodes}, and each device needs one task; start the job "
         f"with --nodes {nodes} --ntasks-per-node {devices} (not with --ntasks alone), or set {section}.devices and "
-        f"{section}.nodes to what SLURM gives"
+        f"{section}.nodes to match the job"
     )

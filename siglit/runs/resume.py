@@ -1,6 +1,6 @@
-"""What a run was trained as, its experiment.yaml, and what differs where it goes on.
+"""The record of a run's experiment, experiment.yaml, and what differs from it when the run is resumed.
 
-Knows the fields of the experiment, and which of them move the weights; nothing of trainers and checkpoints.
+Knows the fields of the experiment and which of them change the weights; knows neither trainers nor checkpoints.
 """
 
 import logging
@@ -20,18 +20,18 @@ _logger = logging.getLogger(__name__)
 RECORD = "experiment.yaml"
 
 _PLACES = ("data.train.path", "data.train.images")
-"""Where the images lie: locked, a digest of the cache says whether they are the same; decoded, nothing does."""
+"""Where the images are: in mode locked, the cache's digest tells whether they are the same; else nothing does."""
 
 _SAME_CURVE = {
     "names the run and its folder": ("name", "output_dir"),
-    "says where things lie or what automatic choice to make; the checkpoint compares what came of it": (
+    "says where files are, or lets siglit choose; the checkpoint compares their content, or the choice": (
         "cache",
         *_PLACES,
         "image_tower.weights",
         "tokenizer.path",
         "train.shuffle",
     ),
-    "measures and records, but teaches nothing": (
+    "changes what is measured and logged, not what is trained": (
         "data.val",
         "eval",
         "train.log_every",
@@ -39,7 +39,7 @@ _SAME_CURVE = {
         "train.val_every",
         "train.val_rows",
     ),
-    "computes the same gradients of the same global batch in another way, up to rounding": (
+    "computes the same gradients of the same global batch in another way, equal up to rounding": (
         "loss.chunk_size",
         "loss.exchange",
         "train.compile",
@@ -48,16 +48,16 @@ _SAME_CURVE = {
         "train.nodes",
         "train.strategy",
     ),
-    "says how many processes decode, and when to give up": ("data.max_skipped", "data.workers"),
+    "says how many processes decode, and when to give up on unusable images": ("data.max_skipped", "data.workers"),
 }
-"""Fields, and whole sections, that leave the training curve as it is, by reason. All others are taken to change it."""
+"""{reason: fields and whole sections that do not change the training curve}. All others are assumed to change it."""
 
 _NOT_COMPARED = ("train.resume", "train.resume_changed")
-"""They say how to begin, and have no effect later."""
+"""They say how to start, and have no effect on the training."""
 
 
 class Difference(NamedTuple):
-    """A field that is not what it was."""
+    """A field whose value differs from the earlier experiment's."""
 
     field: str
     before: Any
@@ -66,7 +66,7 @@ class Difference(NamedTuple):
 
     @property
     def changes_curve(self) -> bool:
-        """Whether the weights would become others than those of the earlier experiment."""
+        """Whether training with this value leads to other weights than with the earlier one."""
         if self.field in _PLACES and self.mode != "locked":
             return True
         parts = self.field.split(".")
@@ -74,17 +74,18 @@ class Difference(NamedTuple):
         return not any(names & set(kept) for kept in _SAME_CURVE.values())
 
     def __str__(self) -> str:
-        """One line: old → new."""
+        """One line: earlier value → new value, and whether that changes the training curve."""
         before, now = ("none" if value is None else value for value in (self.before, self.now))
-        return f"{self.field}: {before} → {now}" + ", which changes the training curve" * self.changes_curve
+        consequence = ", which changes the training curve" if self.changes_curve else ""
+        return f"{self.field}: {before} → {now}{consequence}"
 
 
 def differences(earlier: Any, now: Any) -> list[Difference]:
     """Fields that differ between two experiments, in the order of the experiment.
 
     Args:
-        earlier: an experiment as plain values; fields that it does not have, of a run of an older siglit, are left out.
-        now: likewise.
+        earlier: an experiment as plain values; fields that it lacks, as in a run of an older siglit, are not compared.
+        now: the other experiment as plain values.
     """
     before, after = _flat(earlier, Experiment), _flat(now, Experiment)
     return [
@@ -95,40 +96,41 @@ def differences(earlier: Any, now: Any) -> list[Difference]:
 
 
 def check_resumed(folder: Path, trained_as: dict[str, Any] | None, experiment: Experiment, *, quiet: bool) -> None:
-    """Print what differs from the experiment that the run was trained with, a line for each field.
+    """Log what differs from the experiment that the run was trained with, one line for each field.
 
     Args:
         folder: of the run.
-        trained_as: the experiment of its checkpoint, see `siglit.config.plain`; None, in a checkpoint of an older
-            siglit: the folder's experiment.yaml stands for it.
-        experiment: what is to go on.
-        quiet: print nothing, as on all ranks but the first.
+        trained_as: the experiment in its checkpoint, see `siglit.config.plain`; None for a checkpoint of an older
+            siglit: then the folder's experiment.yaml is compared.
+        experiment: to resume with.
+        quiet: log nothing, as on all ranks but the first.
 
     Raises:
-        UserError: the training curve would change, and train.resume_changed does not accept that.
+        UserError: the training curve would change and train.resume_changed is false, or experiment.yaml is not YAML.
     """
     path = folder / RECORD
     if trained_as is not None:
-        found = differences(trained_as, plain(experiment))
+        changes = differences(trained_as, plain(experiment))
     elif path.exists():
-        found = differences(_read(path), yaml.safe_load(experiment_yaml(experiment)))
+        changes = differences(_read(path), yaml.safe_load(experiment_yaml(experiment)))
     else:
-        found = []
+        changes = []
         if not quiet:
-            _logger.info(f"there is no {path}: what has changed since is not known")
-    for difference in () if quiet else found:
-        _logger.info(f"resuming with {difference}")
-    changing = [difference.field for difference in found if difference.changes_curve]
+            _logger.info(f"{path} is missing: cannot tell what has changed since the run was trained")
+    if not quiet:
+        for difference in changes:
+            _logger.info(f"resuming with {difference}")
+    changing = [difference.field for difference in changes if difference.changes_curve]
     if changing and not experiment.train.resume_changed:
         raise UserError(
-            f"{folder} was trained with other values of {', '.join(changing)}: resumed with these, its training curve "
-            "would be another. Change them back, add --train.resume_changed true to go on with them, or choose another "
+            f"{folder} was trained with other values of {', '.join(changing)}: resuming with the new ones changes the "
+            "training curve. Change them back, add --train.resume_changed true to accept that, or choose another "
             "--output_dir"
         )
 
 
 def experiment_yaml(experiment: Experiment) -> str:
-    """The experiment as a file: unset fields, default folders and train.resume are left out."""
+    """The experiment as YAML, without unset fields and default folders; train.resume and .resume_changed are false."""
 
     def values(section: Any) -> dict[str, Any]:
         pairs = ((field.name, getattr(section, field.name)) for field in fields(section))
@@ -149,10 +151,10 @@ def experiment_yaml(experiment: Experiment) -> str:
 
 
 def write_record(folder: Path, experiment: Experiment) -> None:
-    """Leave the experiment in the run's folder; another file that is there under its name becomes experiment.N.yaml.
+    """Write experiment.yaml into the run's folder; an earlier one that differs is kept as experiment.N.yaml.
 
     Raises:
-        OSError: it cannot be written; the earlier one is then there as before.
+        OSError: it cannot be written; the earlier one is unchanged.
     """
     path, text = folder / RECORD, experiment_yaml(experiment).encode()
     if path.exists():
@@ -164,7 +166,7 @@ def write_record(folder: Path, experiment: Experiment) -> None:
 
 
 def _is_same(name: str, before: Any, now: Any) -> bool:
-    """Whether two values of a field mean the same: 200M examples are 200000000."""
+    """Whether two values of a field mean the same: 200M examples equal 200000000."""
     if name in COUNTS and before is not None and now is not None:
         return count(before) == count(now)
     return bool(before == now)
@@ -174,33 +176,34 @@ def _read(path: Path) -> Any:
     """The experiment in a file as plain values.
 
     Raises:
-        UserError: it is not YAML.
+        UserError: the file is not YAML.
     """
     try:
         return yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
         raise UserError(
-            f"{path} is not YAML, so what has changed since is not known ({' '.join(str(error).split())}); mend it, "
-            "or remove it"
+            f"{path} is not YAML, so siglit cannot tell what has changed since the run was trained "
+            f"({' '.join(str(error).split())}); fix or remove it"
         ) from error
 
 
 def _flat(tree: Any, section: type, prefix: str = "") -> dict[str, Any]:
-    """{dotted name: plain value} of the fields of a section; those that are not there have their default if it is None.
+    """{dotted name: plain value} of the fields of a section.
 
-    The command leaves unset fields out of the file; any other default may be newer than the file.
+    A missing field that may be unset is None, because unset fields are not written. Any other missing field is newer
+    than the file and left out.
     """
     tree = tree if isinstance(tree, dict) else {}
-    kinds, found = get_type_hints(section), dict[str, Any]()
+    kinds, values = get_type_hints(section), dict[str, Any]()
     for field in fields(section):
         kind = kinds[field.name]
         inner = next((k for k in (kind, *get_args(kind)) if is_dataclass(k)), None)
         if inner is not None:
             assert isinstance(inner, type)
-            found |= _flat(tree.get(field.name), inner, f"{prefix}{field.name}.")
+            values |= _flat(tree.get(field.name), inner, f"{prefix}{field.name}.")
         elif field.name in tree or _may_be_unset(field):
-            found[prefix + field.name] = tree.get(field.name)
-    return found
+            values[prefix + field.name] = tree.get(field.name)
+    return values
 
 
 def _may_be_unset(field: "Field[Any]") -> bool:

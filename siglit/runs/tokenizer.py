@@ -1,38 +1,42 @@
-"""The run's tokenizer: where it is, and how it is trained if it is missing."""
+"""The run's tokenizer: where it is, and its training where it is missing."""
 
 import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from siglit.config import Experiment
+from siglit.config import TokenizerConfig
 from siglit.errors import UserError
 from siglit.models.tokenizer import SentencePieceTokenizer, lowercases, train_sentencepiece
-from siglit.runs.folder import output_dir
+from siglit.runs.folder import ensure_folder
 from siglit.runtime.files import atomic_write, write_json
 
 _logger = logging.getLogger(__name__)
 
 
-def tokenizer_path(experiment: Experiment) -> str:
-    """Where the run's tokenizer is, or will be once it is trained; a pretrained text tower brings its own."""
-    given = experiment.tokenizer.path or experiment.text_tower.pretrained
-    return given or str(output_dir(experiment) / "tokenizer.model")
+def tokenizer_path(folder: Path, config: TokenizerConfig, pretrained: str | None) -> str:
+    """File, folder or Hub name of the run's tokenizer, which need not be trained yet.
+
+    Args:
+        folder: of the run.
+        config: a tokenizer that it names takes precedence.
+        pretrained: text_tower.pretrained, which has a tokenizer of its own.
+    """
+    return config.path or pretrained or str(folder / "tokenizer.model")
 
 
-def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
-    """Return the path of the run's tokenizer, trained on the captions if it has none yet.
+def ensure_tokenizer(folder: Path, config: TokenizerConfig, pretrained: str | None, captions: Iterable[str]) -> str:
+    """Return `tokenizer_path`, after training a tokenizer on the captions if the run needs one and has none.
 
-    `tokenizer.json` beside it keeps what it was trained with, and as actual_vocab_size how many pieces it has; fewer
-    than tokenizer.vocab_size are said on stderr.
+    `tokenizer.json` beside it records what it was trained with, and as actual_vocab_size how many pieces it has; warns
+    if these are fewer than tokenizer.vocab_size.
 
     Raises:
-        UserError: the one that is there was trained with other settings.
+        UserError: the run's tokenizer was trained with other settings.
     """
-    if experiment.tokenizer.path or experiment.text_tower.pretrained:
-        return tokenizer_path(experiment)
-    path = Path(tokenizer_path(experiment))
-    config = experiment.tokenizer
+    if config.path or pretrained:
+        return tokenizer_path(folder, config, pretrained)
+    path = Path(tokenizer_path(ensure_folder(folder), config, pretrained))
     settings = {
         "vocab_size": config.vocab_size,
         "character_coverage": config.character_coverage,
@@ -40,14 +44,13 @@ def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
     }
     note = path.with_suffix(".json")
     if path.exists():
-        made = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings
-        differing = [k for k in settings if made.get(k) != settings[k]]
-        if differing:
-            k = differing[0]
-            raise UserError(
-                f"{path} was trained with tokenizer.{k} {made.get(k)}, the experiment asks for {settings[k]}; "
-                "remove the file, or choose another --output_dir"
-            )
+        saved = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings
+        for name, expected in settings.items():
+            if saved.get(name) != expected:
+                raise UserError(
+                    f"{path} was trained with tokenizer.{name} {saved.get(name)}, but the experiment has {expected}; "
+                    "remove the file, or choose another --output_dir"
+                )
         return str(path)
     model = train_sentencepiece(captions, config)
     pieces = SentencePieceTokenizer(model, config.length, lowercases(config)).vocab_size
@@ -56,7 +59,7 @@ def ensure_tokenizer(experiment: Experiment, captions: Iterable[str]) -> str:
         file.write(model)
     if pieces < config.vocab_size:
         _logger.warning(
-            f"{path} has {pieces:,} pieces, not tokenizer.vocab_size {config.vocab_size:,}: "
-            "the captions support no more"
+            f"{path} has {pieces:,} pieces, fewer than tokenizer.vocab_size {config.vocab_size:,}: "
+            "the captions do not support more"
         )
     return str(path)

@@ -1,13 +1,16 @@
-"""A trained run, ready to be evaluated: its towers, its tokenizer, and the embeddings of a split's images.
+"""A trained run, ready to be evaluated: its text tower, its tokenizer, and the embeddings of a split's images.
 
-A locked image tower left them in the cache; a trained one embeds the images first, into a cache of its own in the
-run's folder, named after its weights. Shapes: N images, D embedding width.
+The outputs of a locked image tower are in the experiment's cache. A trained tower embeds the images first, into a cache
+in the run's folder that is named after the tower's weights. Shapes: N images, M texts, L tokens, D embedding width, W
+width of the image tower.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,18 +24,21 @@ from siglit.config import Experiment, TextTowerConfig
 from siglit.data.sources import open_source
 from siglit.embedding import embed_source
 from siglit.errors import UserError
-from siglit.evaluation.encoding import unit_rows
+from siglit.evaluation.encoding import encode_ids, unit_rows
 from siglit.evaluation.index import is_index_of, save_index
 from siglit.models.image_tower import ImageEncoder, ImageTower
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
-from siglit.runs.caches import open_cache
+from siglit.runs.caches import open_cache, source_spec
 from siglit.runs.checkpoints import LAST, newest
-from siglit.runs.folder import output_dir
+from siglit.runs.folder import ensure_folder
 from siglit.runs.tokenizer import tokenizer_path
 
-_LARGEST_LOG_SCALE = 80.0
-"""e⁸⁰ times a cosine is still a float32."""
+_CPU = torch.device("cpu")
+_MAX_LOG_SCALE = 80.0
+"""e⁸⁰ times a cosine is still finite in float32."""
+_KEYS = {"mode", "tokenizer", "image_head", "text_tower", "built_for"}
+"""What every checkpoint of siglit has under "siglit"."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,11 @@ class TrainedRun:
     """A trained run and the images of one split."""
 
     cache: EmbeddingCache
-    """Outputs of the image tower, not normalised, with keys and captions."""
-    zimg: np.ndarray
-    """(N, D) float32 unit rows: the cache's, behind the head if there is one."""
+    """Outputs of the image tower, not normalized, with keys and captions."""
+    image_head: torch.Tensor | None
+    """(D, W) weight of the linear map behind the image tower; None where there is none and D is W."""
     tower: TextTower
-    """In evaluation mode, on the CPU."""
+    """The text tower in evaluation mode, on the device of the last call that encoded texts, at first the CPU."""
     tokenizer: Tokenizer
     """The tokenizer it was trained with."""
     logit_scale: float
@@ -52,20 +58,47 @@ class TrainedRun:
     logit_bias: float
     """Learned b."""
     step: int
-    """Optimiser steps taken."""
+    """Optimizer steps taken."""
     checkpoint: str
     """File it came from."""
     index_file: Path
-    """Where `index_path` keeps the index over `zimg`: another cache or head has another file."""
+    """Where `ensure_exact_index` keeps the index over `zimg`; another cache or head has another file."""
+    batch_size: int
+    """Texts per forward pass: eval.batch_size."""
+
+    @cached_property
+    def zimg(self) -> np.ndarray:
+        """(N, D) float32 unit rows of the cache's images."""
+        return self.encode_image(self.cache.gather(np.arange(len(self.cache))))
+
+    def encode_image(self, rows: np.ndarray) -> np.ndarray:
+        """Map (N, W) float16 outputs of the image tower, as caches hold them, to (N, D) float32 unit rows."""
+        if self.image_head is None:
+            return unit_rows(rows)
+        return F.normalize(torch.from_numpy(rows).float() @ self.image_head.T, dim=1).numpy()
+
+    def encode_text(self, texts: Sequence[str], *, device: torch.device = _CPU, quiet: bool = False) -> np.ndarray:
+        """Embed M texts as (M, D) float32 unit rows.
+
+        Args:
+            texts: captions, prompts or queries.
+            device: where to run the text tower, which is moved there.
+            quiet: show no progress.
+        """
+        return self.encode_ids(self.tokenizer(texts), device=device, quiet=quiet)
+
+    def encode_ids(self, ids: np.ndarray, *, device: torch.device = _CPU, quiet: bool = False) -> np.ndarray:
+        """Embed (M, L) ids of the run's tokenizer as (M, D) float32 unit rows; see `encode_text`."""
+        return encode_ids(self.tower.to(device), ids, batch_size=self.batch_size, device=device, quiet=quiet)
 
     def ensure_exact_index(self) -> Path:
-        """File of the exact faiss index over `zimg`, written if nobody has asked for it before, or if it is damaged."""
+        """File of the exact faiss index over `zimg`, written if it is missing or damaged."""
         if not is_index_of(self.index_file, self.zimg):
             save_index(self.zimg, self.index_file)
         return self.index_file
 
     def origin(self) -> dict[str, Any]:
-        """What a result belongs to, for its JSON: checkpoint, step, cache and the digest of its rows."""
+        """What a result was computed from, for its JSON: checkpoint, step, cache and the digest of its rows."""
         return {
             "checkpoint": self.checkpoint,
             "step": self.step,
@@ -75,52 +108,61 @@ class TrainedRun:
 
 
 def open_trained(experiment: Experiment, split: Literal["train", "val"] | None = None) -> TrainedRun:
-    """Load the run's checkpoint, embed the images of a split (None: eval.split) if no cache holds them.
+    """Load the run's checkpoint; a trained image tower embeds the images of the split, if no cache has them.
+
+    Args:
+        experiment: of the run.
+        split: whose images to open; default: eval.split.
 
     Raises:
-        UserError: there is no checkpoint, it is not one of siglit's, or it belongs to another cache or tokenizer.
+        UserError: there is no checkpoint, it is damaged or has weights that are not finite, or it was trained with
+            another mode, tokenizer, image tower or head.
     """
-    if split is not None:
-        experiment = replace(experiment, eval=replace(experiment.eval, split=split))
-    locked = experiment.mode == "locked"
-    cache = open_cache(experiment, experiment.eval.split) if locked else None
+    split = split or experiment.eval.split
+    cache = open_cache(experiment, split) if experiment.mode == "locked" else None
     path, state = _read(experiment)
     about, weights = state["siglit"], state["state_dict"]
     if about["mode"] != experiment.mode:
         raise UserError(
-            f"{path} was trained with mode {about['mode']}, but the experiment says {experiment.mode}; change it back"
+            f"{path} was trained with mode {about['mode']}, but the experiment has {experiment.mode}; change it back"
         )
-    tokenizer = load_tokenizer(tokenizer_path(experiment), experiment.tokenizer)
-    if tokenizer.fingerprint != about["tokenizer"]:
-        raise UserError(
-            f"{path} was trained with another tokenizer than {tokenizer_path(experiment)} of length "
-            f"{experiment.tokenizer.length}; set tokenizer.path, .length and .lowercase as they were in training"
-        )
+    tokenizer = _tokenizer(experiment, path, about)
     _check_finite(path, weights)
     side = _image_side(experiment, path, about, _part(weights, "image_tower."), cache)
-    cache = cache or _embed(experiment, side)
-    zimg, index_file = _behind_head(experiment, cache, side)
-    tower = _text_tower(path, about, _part(weights, "text_tower."))
+    if cache is None:
+        cache = _embed(experiment, split, side)
+    head = None if side.head is None else side.head.weight.detach()
     return TrainedRun(
         cache=cache,
-        zimg=zimg,
-        tower=tower,
+        image_head=head,
+        tower=_text_tower(path, about, _part(weights, "text_tower.")),
         tokenizer=tokenizer,
         logit_scale=math.exp(weights["log_scale"].item()),
         logit_bias=weights["logit_bias"].item(),
         step=int(state["global_step"]),
         checkpoint=path,
-        index_file=index_file,
+        index_file=_index_file(ensure_folder(experiment.folder), split, cache, head),
+        batch_size=experiment.eval.batch_size,
     )
 
 
-_KEYS = {"mode", "tokenizer", "image_head", "text_tower", "built_for"}
-"""What every checkpoint says of itself under "siglit"."""
+def _tokenizer(experiment: Experiment, path: str, about: dict[str, Any]) -> Tokenizer:
+    """The experiment's tokenizer, if it is the one that the checkpoint was trained with."""
+    config = experiment.tokenizer
+    name = tokenizer_path(experiment.folder, config, experiment.text_tower.pretrained)
+    tokenizer = load_tokenizer(name, config)
+    if tokenizer.fingerprint != about["tokenizer"]:
+        raise UserError(
+            f"{path} was trained with another tokenizer than {name} of length {config.length}; set tokenizer.path, "
+            ".length and .lowercase as they were in training"
+        )
+    return tokenizer
 
 
 def _read(experiment: Experiment) -> tuple[str, dict[str, Any]]:
-    kept = output_dir(experiment) / "checkpoints"
-    path = experiment.eval.checkpoint or str(newest(kept) or kept / LAST)
+    """Path and content of eval.checkpoint, by default of the run's newest checkpoint."""
+    folder = ensure_folder(experiment.folder) / "checkpoints"
+    path = experiment.eval.checkpoint or str(newest(folder) or folder / LAST)
     if not Path(path).is_file():
         raise UserError(
             f"there is no checkpoint {path}; run `siglit train` with this experiment, or set eval.checkpoint"
@@ -131,11 +173,11 @@ def _read(experiment: Experiment) -> tuple[str, dict[str, Any]]:
         state["state_dict"].items(), state["global_step"]
     except OSError:
         raise
-    except Exception:  # whatever torch makes of bytes that are no checkpoint
+    except Exception:  # torch raises errors of many types for a file that is not a checkpoint
         missing = _KEYS
     if missing:
         raise UserError(
-            f"{path} is not a checkpoint of siglit, or is damaged; set eval.checkpoint to one, such as {kept / LAST}"
+            f"{path} is not a checkpoint of siglit, or is damaged; set eval.checkpoint to one, such as {folder / LAST}"
         )
     return path, state
 
@@ -145,29 +187,29 @@ def _part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 
 def _check_finite(path: str, weights: dict[str, torch.Tensor]) -> None:
-    """Refuse a model that has diverged: its figures would be numbers all the same, and some of them good ones."""
+    """Refuse a model that has diverged: its metrics would be numbers all the same, and some of them good ones."""
     for name in ("log_scale", "logit_bias"):
         if name not in weights:
             raise UserError(f"{path} has no {name}; train again, or set eval.checkpoint")
-    broken = [name for name, value in weights.items() if not value.isfinite().all()]
-    if weights["log_scale"].abs() > _LARGEST_LOG_SCALE:
-        broken.append("log_scale")
-    if broken:
+    non_finite = [name for name, value in weights.items() if not value.isfinite().all()]
+    if weights["log_scale"].abs() > _MAX_LOG_SCALE:
+        non_finite.append("log_scale")
+    if non_finite:
         raise UserError(
-            f"{path} holds weights that are no finite numbers ({broken[0]}); see metrics.csv for where training went "
-            "wrong, or set eval.checkpoint"
+            f"{path} has weights that are not finite ({non_finite[0]}); see in metrics.csv where training diverged, or "
+            "set eval.checkpoint"
         )
 
 
 def _text_tower(path: str, about: dict[str, Any], weights: dict[str, torch.Tensor]) -> TextTower:
-    """The text tower as it was trained."""
+    """The text tower with its trained weights, in evaluation mode."""
     try:
         tower = TextTower(TextTowerConfig(**about["text_tower"]), **about["built_for"])
         tower.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
-        told = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path} does not fit the text towers of this version of siglit: {told}; train again, or set "
+            f"{path} does not fit the text towers of this version of siglit: {reason}; train again, or set "
             "eval.checkpoint"
         ) from error
     return tower.eval()
@@ -180,17 +222,17 @@ def _image_side(
     weights: dict[str, torch.Tensor],
     cache: EmbeddingCache | None,
 ) -> ImageEncoder:
-    """The image side as it was trained, without the weights that it started from."""
+    """The image side with its trained weights, in evaluation mode; reads no pretrained weights."""
     if about["image_head"] != experiment.image_tower.head:
         raise UserError(
-            f"{path} was trained with image_tower.head {about['image_head']}, but the experiment says "
+            f"{path} was trained with image_tower.head {about['image_head']}, but the experiment has "
             f"{experiment.image_tower.head}; change it back"
         )
     if cache is not None:
         if about["image_tower"] != cache.fingerprint["image_tower"]:
             raise UserError(
-                f"{path} was trained on embeddings of {_tower_words(about['image_tower'])}, but {cache.path} holds "
-                f"those of {_tower_words(cache.fingerprint['image_tower'])}; train again, or set cache.path"
+                f"{path} was trained on embeddings of {_describe_tower(about['image_tower'])}, but {cache.path} holds "
+                f"those of {_describe_tower(cache.fingerprint['image_tower'])}; train again, or set cache.path"
             )
         side = ImageEncoder(None, width=cache.dim, head=experiment.image_tower.head)
     else:
@@ -199,26 +241,23 @@ def _image_side(
     try:
         side.load_state_dict(weights)
     except RuntimeError as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit the image tower of the experiment: {told}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit the image tower of the experiment: {reason}") from error
     return side.eval()
 
 
-def _embed(experiment: Experiment, side: ImageEncoder) -> EmbeddingCache:
-    """Embed the images of eval.split with the trained tower."""
-    split = experiment.eval.split
-    spec = getattr(experiment.data, split)
-    if spec is None:
-        raise UserError(f"data.{split} is not set: there is nothing held out; set it, or choose another eval.split")
+def _embed(experiment: Experiment, split: str, side: ImageEncoder) -> EmbeddingCache:
+    """Embed the images of a split with the trained tower, or return the cache that has them already."""
+    spec = source_spec(experiment.data, split)
     assert side.tower is not None
     weights = side.tower.fingerprint()["weights"]
     fabric = Fabric(accelerator=experiment.eval.accelerator, devices=1)
     side.tower.to(fabric.device)
     source = open_source(spec)
-    made_of = hashlib.blake2b(json.dumps(source.identity(), sort_keys=True).encode(), digest_size=4).hexdigest()
-    path = output_dir(experiment) / "embeddings" / weights[:16] / f"{split}-{made_of}"
+    source_digest = hashlib.blake2b(json.dumps(source.identity(), sort_keys=True).encode(), digest_size=4).hexdigest()
+    path = ensure_folder(experiment.folder) / "embeddings" / weights[:16] / f"{split}-{source_digest}"
     try:
-        done = embed_source(
+        embedded = embed_source(
             fabric,
             side.tower,
             source,
@@ -233,25 +272,20 @@ def _embed(experiment: Experiment, side: ImageEncoder) -> EmbeddingCache:
     except CacheError as error:
         raise UserError(str(error)) from error
     side.cpu()
-    if len(done.cache) == 0:
-        raise UserError(f"{path} holds no image; see data.{split} in the experiment")
-    return done.cache
+    if len(embedded.cache) == 0:
+        raise UserError(f"{path} holds no image; check data.{split}")
+    return embedded.cache
 
 
-def _behind_head(experiment: Experiment, cache: EmbeddingCache, side: ImageEncoder) -> tuple[np.ndarray, Path]:
-    """Unit rows of the cache's images, and the file of the index over them."""
-    rows = cache.gather(np.arange(len(cache)))
+def _index_file(folder: Path, split: str, cache: EmbeddingCache, head: torch.Tensor | None) -> Path:
+    """File of the index over the cache's images, named after what it is computed from: rows and head."""
     name = cache.digest[:16]
-    if side.head is None:
-        zimg = unit_rows(rows)
-    else:
-        weight = side.head.weight.detach()
-        zimg = F.normalize(torch.from_numpy(rows).float() @ weight.T, dim=1).numpy()
-        name += "-" + hashlib.blake2b(weight.numpy().tobytes(), digest_size=8).hexdigest()
-    return zimg, output_dir(experiment) / f"images-{experiment.eval.split}-{name}.faiss"
+    if head is not None:
+        name += "-" + hashlib.blake2b(head.numpy().tobytes(), digest_size=8).hexdigest()
+    return folder / f"images-{split}-{name}.faiss"
 
 
-def _tower_words(tower: dict[str, Any]) -> str:
+def _describe_tower(tower: dict[str, Any]) -> str:
     if tower.get("imported"):
         return f"{tower['model']} (imported)"
     return f"{tower['model']} (pooling {tower['pooling']}, weights {tower['weights'][:8]})"

@@ -1,7 +1,7 @@
-"""FSDP2: weights, gradients and the optimiser's state shared out among the ranks, block by block.
+"""FSDP2: weights, gradients and optimizer state are sharded over the ranks, block by block.
 
-Knows a block as one of several equal modules in a list, not towers. A checkpoint is the file that training without
-sharding writes, so a run can go on either way.
+Knows nothing of towers: a block is one of several modules of the same type in a list. A checkpoint is the same file
+that training without sharding writes, so a run can be resumed with either.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.utils._pytree import tree_map_only
+from typing_extensions import override
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Share out the children of a module; its own parameters, which may be scalars, are on every rank.
+    """Shard the children of a module; its own parameters, which may be scalars, are replicated.
 
-    All ranks go on with the first one's values. Parameters become DTensors.
+    All ranks take the values of the first one. Parameters become DTensors.
 
     Args:
-        module: the same on all ranks, each child with a forward of its own.
+        module: of the same structure on all ranks; each child has a forward of its own.
         mesh: the ranks, in one dimension.
     """
     for tensor in chain(module.parameters(), module.buffers()):
@@ -35,8 +36,8 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     for child in module.children():
         _shard_blocks(child, mesh)
         if _has_parameters(child):
-            # By itself the outermost module stays whole after a forward without a backward, as in validation, and
-            # whoever looks at the parameters then would find other ones than the optimiser's.
+            # By default the outermost module stays gathered after a forward without a backward, as in validation, and
+            # its parameters would then be others than the optimizer's.
             fully_shard(child, mesh=mesh, reshard_after_forward=True)
     for name, own in list(module.named_parameters(recurse=False)):
         copies = distribute_tensor(own.detach(), mesh, [Replicate()])
@@ -45,7 +46,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
 
 def _shard_blocks(tower: nn.Module, mesh: DeviceMesh) -> None:
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    for blocks in reversed(lists):  # the inner ones first, as fully_shard wants it
+    for blocks in reversed(lists):  # the inner ones first, as fully_shard requires
         if len(blocks) > 1 and len({type(block) for block in blocks}) == 1:
             for block in blocks:
                 if _has_parameters(block) and not isinstance(block, nn.ModuleList):  # a list has no forward
@@ -57,72 +58,78 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def unsharded(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a parameter that is on every rank as a plain tensor; its gradient is the mean of the ranks', as in DDP."""
+    """Return a replicated parameter as a plain tensor, whose gradient is averaged over the ranks, as in DDP."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor(grad_placements=[Partial("avg")])
     return parameter
 
 
-class Sharded(ModelParallelStrategy):
-    """Lightning's strategy for modules that `shard` themselves, with the checkpoints of any other strategy.
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's strategy for modules that `shard` themselves, with the checkpoints of every other strategy.
 
-    Lightning's own number the optimiser's parameters as the module has them, not as the optimiser does: read by
-    another strategy, or the other way round, the state would go to the wrong parameters. They are also loaded before
-    the module can refuse them.
+    Lightning's own checkpoints number the optimizer's parameters in the order of the module, not of the optimizer: when
+    another strategy reads them, or the other way round, the state goes to the wrong parameters. Lightning also loads
+    the weights before the module can refuse the checkpoint.
     """
 
     def __init__(self, ranks: int):
-        """Share everything out among so many ranks."""
+        """Shard over `ranks` ranks."""
         super().__init__(data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     @property
+    @override
     def lightning_restore_optimizer(self) -> bool:
-        """Have `load_optimizer_state_dict` called."""
+        """True, so that Lightning calls `load_optimizer_state_dict`."""
         return True
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Full weights on the first rank; all ranks together."""
+        """Gather the full weights on the first rank; all ranks call it together."""
         assert self.lightning_module is not None
-        return self._whole(self.lightning_module.state_dict())
+        return self._gathered(self.lightning_module.state_dict())
 
+    @override
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Full state on the first rank; all ranks together."""
-        return self._whole(optimizer.state_dict())
+        """Gather the full state on the first rank; all ranks call it together."""
+        return self._gathered(optimizer.state_dict())
 
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file, and no more."""
+        """Read the file without loading anything into the module."""
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
 
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this rank's part of the weights."""
+        """Load this rank's shards of the weights."""
         assert self.lightning_module is not None
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=options)
 
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's part of the state."""
+        """Load this rank's shards of the optimizer state."""
         assert self.lightning_module is not None
         names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             named: dict[int, str] = {}
             groups = []
-            for group, of_saved in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
                 members = [names[parameter] for parameter in group["params"]]
-                named |= zip(of_saved["params"], members, strict=True)
-                groups.append({**of_saved, "params": members})
-            state = {named[number]: value for number, value in saved["state"].items()}
-            whole: dict[str, Any] = {"state": state, "param_groups": groups}
+                named |= zip(saved_group["params"], members, strict=True)
+                groups.append({**saved_group, "params": members})
+            state = {named[index]: value for index, value in saved["state"].items()}
+            full: dict[str, Any] = {"state": state, "param_groups": groups}
             options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(self.lightning_module, optimizer, whole, options=options)
-            for group, of_saved in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-                group |= {**of_saved, "params": group["params"]}  # torch has made lists of pairs
+            set_optimizer_state_dict(self.lightning_module, optimizer, full, options=options)
+            for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+                group |= {**saved_group, "params": group["params"]}  # torch turns pairs such as betas into lists
 
-    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Gather all DTensors, one after the other, so that no device holds more than one of them whole."""
+    def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Gather all DTensors, one after the other, so that a device holds at most one full tensor at a time."""
 
-        def whole(part: DTensor) -> torch.Tensor | None:
-            full = part.full_tensor()
+        def full_on_first_rank(shard: DTensor) -> torch.Tensor | None:
+            full = shard.full_tensor()
             return full.cpu() if self.is_global_zero else None
 
-        gathered: dict[str, Any] = tree_map_only(DTensor, whole, state)
+        gathered: dict[str, Any] = tree_map_only(DTensor, full_on_first_rank, state)
         return gathered

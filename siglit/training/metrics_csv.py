@@ -1,7 +1,7 @@
-"""metrics.csv: a row for what is logged of a step at once, kept through kills and resumes.
+"""metrics.csv: one row for each set of metrics logged at a step, kept through kills and resumes.
 
 Knows nothing of what is logged. Lightning's own CSV logger deletes the file of an earlier run when it opens it, and
-writes it anew in place when a column is added: a kill then loses all rows.
+rewrites it in place when a column is added: a kill then loses all rows.
 """
 
 import csv
@@ -13,21 +13,22 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
+from typing_extensions import override
 
 from siglit.runtime.files import atomic_write
 
 
 class MetricsTable(Logger):
-    """Appends rows on the first rank, also where another brings new columns."""
+    """Appends rows on the first rank; a row may bring new columns."""
 
     def __init__(self, path: Path):
-        """Take the file; nothing is written yet."""
+        """Take the path of the file; nothing is written yet."""
         super().__init__()
         self._path, self._pending = path, list[dict[str, Any]]()
         self._columns = ["step"]
 
-    def go_on_after(self, steps: int) -> None:
-        """Keep the rows of the first `steps` steps; a run that goes on from there makes the later ones again.
+    def keep_first(self, steps: int) -> None:
+        """Keep the rows of the first `steps` steps; a run resumed from there logs the later ones again.
 
         For the first process alone.
         """
@@ -37,31 +38,36 @@ class MetricsTable(Logger):
             self._replace(rows)
 
     @property
+    @override
     def name(self) -> str:
-        """The folder has the name."""
+        """Empty: the run's folder has the name."""
         return ""
 
     @property
+    @override
     def version(self) -> str:
-        """There is one table per run."""
+        """Empty: a run has one table."""
         return ""
 
+    @override
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """They are in experiment.yaml."""
+        """Do nothing: hyperparameters are in experiment.yaml."""
 
+    @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, torch.Tensor | float], step: int | None = None) -> None:
-        """Keep a row until it is saved, which Lightning does at once."""
+        """Keep a row until `save`, which Lightning calls next."""
         assert step is not None
-        figures = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
-        self._pending.append({"step": step, **figures})
+        values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+        self._pending.append({"step": step, **values})
 
+    @override
     @rank_zero_only
     def save(self) -> None:
-        """Write what has come since the last time.
+        """Write the rows logged since the last call.
 
         Raises:
-            OSError: the disk is full, or refuses for another reason; names the file.
+            OSError: the file cannot be written, as on a full disk; names it.
         """
         try:
             self._save()
@@ -80,8 +86,9 @@ class MetricsTable(Logger):
             with self._path.open("a", newline="", encoding="utf-8") as file:
                 file.write(self._lines(rows))
 
+    @override
     def finalize(self, status: str) -> None:
-        """Write the last rows, however the run ended."""
+        """Write the last rows, whatever the status."""
         self.save()
 
     def _replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -96,6 +103,6 @@ class MetricsTable(Logger):
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    """All whole rows: a kill may have torn the last one."""
+    """All complete rows; a kill may have cut the last one short."""
     text = path.read_bytes().rpartition(b"\n")[0].decode()
     return list(csv.DictReader(io.StringIO(text, newline="")))

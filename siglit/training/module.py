@@ -1,7 +1,7 @@
-"""Both towers and the loss, put together for Lightning.
+"""Both towers and the loss as a LightningModule.
 
-Knows the experiment; what is read is `siglit.training.data`, commands and files belong to the stages. The mode changes
-the image side and the batches that come in, nothing else. Shapes: B pairs per rank, L tokens, D embedding width.
+Knows the experiment, but neither files nor commands; batches come from `siglit.training.data`. The mode changes the
+image side and the batches, nothing else. Shapes: B pairs per rank, L tokens, D embedding width.
 """
 
 import logging
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from siglit.config import Experiment, plain
 from siglit.data.epoch_loader import Batch
@@ -26,40 +27,42 @@ from siglit.loss import Negatives, sigmoid_loss, softmax_loss
 from siglit.loss.exchange import gather_rows
 from siglit.models.image_tower import ImageEncoder
 from siglit.models.text_tower import TextTower
-from siglit.training.data import Sample, TrainDataModule
+from siglit.training.data import TrainDataModule, ValidationSample
 from siglit.training.fsdp import shard, unsharded
-from siglit.training.monitor import Clock, is_logged
+from siglit.training.lightning_internals import is_logged_step
+from siglit.training.monitor import StepTimer
 from siglit.training.optim import build_optimizer, lr_multiplier, parameter_groups
 
 _logger = logging.getLogger(__name__)
 
-_WATCHED = ("positive_logit", "negative_logit", "positive_share")
+_LOGGED_STATISTICS = ("positive_logit", "negative_logit", "positive_share")
 """Statistics of the loss that are logged, see `sigmoid_loss`."""
 
 
 class SigLiT(pl.LightningModule):
-    """Two towers that learn to meet under the sigmoid loss; locked, the image tower is the rows of its cache."""
+    """Two towers trained with the sigmoid loss; in mode locked, the rows of the cache stand for the image tower."""
 
     image_tower: ImageEncoder
     text_tower: TextTower
 
     def __init__(self, experiment: Experiment, total_steps: int):
-        """Take the experiment; the towers are built once the tokenizer is known, in `configure_model`."""
+        """Take the experiment and its optimizer steps; `configure_model` builds the towers for the tokenizer."""
         super().__init__()
         self._experiment, self._total_steps = experiment, total_steps
-        self.clock = Clock()
+        self.step_timer = StepTimer()
         # t' and b stay float32 and outside weight decay: bare parameters are never decayed (siglit.training.optim).
         self.log_scale = nn.Parameter(torch.tensor(math.log(experiment.loss.logit_scale)))
         with_bias = experiment.loss.name == "sigmoid"
         self.logit_bias = nn.Parameter(torch.tensor(float(experiment.loss.logit_bias)), requires_grad=with_bias)
         self._description: dict[str, Any] = {}
-        self._val: Sample | None = None
+        self._val: ValidationSample | None = None
 
+    @override
     def on_fit_start(self) -> None:
-        """Refuse what looks like a larger batch and is none.
+        """Refuse gradient accumulation, which does not make the batch of a contrastive loss larger.
 
         Raises:
-            UserError: Lightning is to add up the gradients of several batches.
+            UserError: accumulate_grad_batches is more than 1.
         """
         if self.trainer.accumulate_grad_batches > 1:
             raise UserError(
@@ -67,8 +70,9 @@ class SigLiT(pl.LightningModule):
                 "never meet in a contrastive loss. Raise train.batch_size and set train.micro_batch_size instead"
             )
 
+    @override
     def configure_model(self) -> None:
-        """Build the towers once the tokenizer is known, and share them out if the strategy asks for it."""
+        """Build the towers for the tokenizer of the data, and shard them where the strategy has a device mesh."""
         if not hasattr(self, "text_tower"):
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             self.build(data)
@@ -76,20 +80,20 @@ class SigLiT(pl.LightningModule):
                 shard(self, self.device_mesh["data_parallel"])
 
     def build(self, data: TrainDataModule) -> None:
-        """Build the towers for each other and for the tokenizer."""
+        """Build the image side of `data`, and a text tower of the same width for its tokenizer."""
         self.image_tower, identity = data.image_encoder()
-        built: dict[str, Any] = {
+        built_for: dict[str, Any] = {
             "vocab_size": data.tokenizer.vocab_size,
             "length": data.tokenizer.length,
             "eos_id": data.tokenizer.eos_id,
             "pad_id": data.tokenizer.pad_id,
             "dim": self.image_tower.dim,
         }
-        self.text_tower = TextTower(self._experiment.text_tower, **built)
+        self.text_tower = TextTower(self._experiment.text_tower, **built_for)
         self._description = {
             "mode": self._experiment.mode,
             "text_tower": asdict(self._experiment.text_tower),
-            "built_for": built | {"architecture": self.text_tower.architecture},
+            "built_for": built_for | {"architecture": self.text_tower.architecture},
             "tokenizer": data.tokenizer.fingerprint,
             "image_tower": identity,
             "image_head": self._experiment.image_tower.head,
@@ -101,23 +105,25 @@ class SigLiT(pl.LightningModule):
             for tower in (self.image_tower, self.text_tower):
                 tower.compile()
 
+    @override
     def on_train_start(self) -> None:
-        """Take rates and decay from the experiment, also where a checkpoint has others; tell of the text tower."""
-        self._ask_optimizer()
+        """Set learning rates and decay to the experiment's, also after a checkpoint was loaded."""
+        self._reset_optimizer_hparams()
         if self.trainer.is_global_zero and self.text_tower.summary:
             _logger.info(self.text_tower.summary)
 
+    @override
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         """Loss of this rank's part of the global batch."""
         zimg, ztxt = self.embed(batch)
         if torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type) == torch.bfloat16:
-            # Half the bytes to send, and fast products; logits and sums stay float32 (siglit.loss).
+            # Half the bytes to exchange, and fast matrix products; logits and sums stay float32 (siglit.loss).
             zimg, ztxt = zimg.bfloat16(), ztxt.bfloat16()
-        logged = is_logged(self.trainer)
+        logged = is_logged_step(self.trainer)
         statistics: dict[str, torch.Tensor] | None = {} if logged else None
-        with self.clock("loss"):
+        with self.step_timer("loss"):
             loss = self._loss(zimg, ztxt, batch, statistics)
-        if logged:  # the ranks have to sum up for each row
+        if logged:  # a logged loss is averaged over the ranks
             self._log(loss, statistics or {})
         return loss
 
@@ -125,8 +131,8 @@ class SigLiT(pl.LightningModule):
         self.log("train/loss", loss, sync_dist=True)
         self.log_dict(
             {
-                **{f"train/{name}": statistics[name] for name in _WATCHED if name in statistics},
-                "train/lr": self._experiment.optim.lr * self._share_of_peak(self.trainer.global_step),
+                **{f"train/{name}": statistics[name] for name in _LOGGED_STATISTICS if name in statistics},
+                "train/lr": self._experiment.optim.lr * self._lr_multiplier(self.trainer.global_step),
                 "train/logit_scale": unsharded(self.log_scale.detach()).exp(),
                 "train/logit_bias": unsharded(self.logit_bias.detach()),
             }
@@ -140,15 +146,16 @@ class SigLiT(pl.LightningModule):
     def _embed(
         self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, is_last: bool = False
     ) -> torch.Tensor:
-        """Embed (B, …) inputs as (B, D), in micro-batches if asked for, which backward computes again.
+        """Embed (B, …) inputs as (B, D), in micro-batches if train.micro_batch_size is set.
 
-        The very last one is kept: backward begins with it, and would make room for it at once.
+        Backward computes the micro-batches again. It starts with the very last one (`is_last`), whose activations are
+        kept: they would be computed again at once.
         """
         parts = inputs.split(self._experiment.train.micro_batch_size or len(inputs))
-        again = len(parts) - (is_last or len(parts) == 1)
-        remade = [checkpoint(tower, part, use_reentrant=False) for part in parts[:again]]
-        found = [*remade, *(tower(part) for part in parts[again:])]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        recomputed = len(parts) - (1 if is_last or len(parts) == 1 else 0)
+        rows = [checkpoint(tower, part, use_reentrant=False) for part in parts[:recomputed]]
+        rows += [tower(part) for part in parts[recomputed:]]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _loss(
         self, zimg: torch.Tensor, ztxt: torch.Tensor, batch: Batch, statistics: dict[str, torch.Tensor] | None
@@ -176,57 +183,66 @@ class SigLiT(pl.LightningModule):
             statistics=statistics,
         )
 
+    @override
     def validation_step(self, *_: Any) -> None:
-        """Retrieval on the held-out sample: each rank embeds its share, and all ranks get the same figures."""
+        """Log R@K on the held-out sample: each rank embeds its share, and all ranks compute the same metrics."""
         if self.trainer.datamodule.val is None:  # type: ignore[attr-defined]
-            return  # Lightning comes here all the same: the hooks around it are where checkpoints are made
+            return  # Lightning validates all the same, because the hooks around validation save the checkpoints
         if self._val is None:
             self._val = self.trainer.datamodule.val_sample()  # type: ignore[attr-defined]
         images, ids, image_of_text = self._val
-        # Each distinct caption once, and before they are shared out: ranks of a sharded tower make its passes together.
-        distinct, number = np.unique(ids, axis=0, return_inverse=True)
-        zimg = self._shared(self.image_tower, images, "images")
-        ztxt = self._shared(self.text_tower, distinct.astype(np.int64), "captions")[number.reshape(-1)]
+        # Captions are deduplicated before they are split over the ranks: all ranks of a sharded tower must run the same
+        # number of forward passes.
+        distinct, inverse = np.unique(ids, axis=0, return_inverse=True)
+        zimg = self._embed_share_and_gather(self.image_tower, images, "images")
+        ztxt = self._embed_share_and_gather(self.text_tower, distinct.astype(np.int64), "captions")
+        ztxt = ztxt[inverse.reshape(-1)]
         metrics = retrieval_metrics(zimg, ztxt, image_of_text, device=self.device, quiet=True)
         recall = {f"val/{name}": value for name, value in metrics.items() if "/R@" in name}
         self.log_dict(recall, batch_size=1, sync_dist=True)
 
-    def _shared(self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: np.ndarray, told: str) -> np.ndarray:
-        """Embed (N, …) inputs, an equal share on each rank."""
+    def _embed_share_and_gather(
+        self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: np.ndarray, unit: str
+    ) -> np.ndarray:
+        """Embed (N, …) inputs as (N, D) unit rows: each rank an equal share, then all ranks get all rows."""
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         share = -(-len(inputs) // ranks)
         mine = inputs[np.minimum(np.arange(rank * share, (rank + 1) * share), len(inputs) - 1)]
         size, device = self._experiment.eval.batch_size, self.device
         # Compiling for other shapes and without gradients would take longer than it saves.
         with torch.compiler.set_stance("force_eager"):
-            found = encode(tower, mine, batch_size=size, device=device, unit=told, quiet=True)
-        return gather_rows(torch.from_numpy(found).to(device)).cpu().numpy()[: len(inputs)]
+            rows = encode(tower, mine, batch_size=size, device=device, unit=unit, quiet=True)
+        return gather_rows(torch.from_numpy(rows).to(device)).cpu().numpy()[: len(inputs)]
 
+    @override
     def configure_optimizers(self) -> Any:
-        """The experiment's optimiser, its rate set anew before every step."""
+        """Build the experiment's optimizer, and its schedule, which sets the learning rate before every step."""
         optimizer = build_optimizer(self, self._experiment.optim, self.multipliers())
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_peak)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_multiplier)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _ask_optimizer(self) -> None:
-        """Put the experiment's numbers in place of those that a checkpoint's optimiser and schedule brought along."""
+    def _reset_optimizer_hparams(self) -> None:
+        """Replace the hyperparameters that optimizer and schedule have from a checkpoint by the experiment's."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
-        asked = build_optimizer(self, self._experiment.optim, self.multipliers()).param_groups
-        share = self._share_of_peak(self.trainer.global_step)
-        for group, own in zip(optimizer.param_groups, asked, strict=True):  # type: ignore[union-attr]
-            numbers = {name: value for name, value in own.items() if name != "params"}
-            group |= {**numbers, "initial_lr": own["lr"], "lr": own["lr"] * share}
-        schedule.base_lrs = [group["lr"] for group in asked]
+        expected = build_optimizer(self, self._experiment.optim, self.multipliers()).param_groups
+        multiplier = self._lr_multiplier(self.trainer.global_step)
+        for group, own in zip(optimizer.param_groups, expected, strict=True):  # type: ignore[union-attr]
+            hparams = {name: value for name, value in own.items() if name != "params"}
+            group |= {**hparams, "initial_lr": own["lr"], "lr": own["lr"] * multiplier}
+        schedule.base_lrs = [group["lr"] for group in expected]
 
-    def _learning(self) -> list[list[str]]:
-        """Names of the parameters of each of the optimiser's groups: its state is kept by their order."""
+    def _lr_multiplier(self, step: int) -> float:
+        return lr_multiplier(step, self._experiment.optim, self._total_steps, self._experiment.train.batch_size)
+
+    def _trainable_names(self) -> list[list[str]]:
+        """Names of the parameters in each group of the optimizer, which keeps its state in their order."""
         groups = parameter_groups(self, self._experiment.optim, self.multipliers())
         names = {parameter: name for name, parameter in self.named_parameters()}
         return [[names[parameter] for parameter in group["params"]] for group in groups]
 
     def multipliers(self) -> dict[str, float]:
-        """Names of the parameters that came pretrained, each with its multiplier of the learning rate."""
+        """{name of each pretrained parameter: its multiplier of the learning rate}."""
         config = self._experiment.optim
         image = {f"image_tower.{name}": config.image_lr_multiplier for name in self.image_tower.pretrained}
         return image | {f"text_tower.{name}": config.text_lr_multiplier for name in self.text_tower.pretrained}
@@ -236,59 +252,59 @@ class SigLiT(pl.LightningModule):
         image = [f"image_tower.{name}" for name in self.image_tower.unused]
         return image + [f"text_tower.{name}" for name in self.text_tower.unused]
 
-    def _share_of_peak(self, step: int) -> float:
-        return lr_multiplier(step, self._experiment.optim, self._total_steps, self._experiment.train.batch_size)
-
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with a run that was another.
+        """Refuse the checkpoint of another run.
 
         Raises:
-            UserError: the checkpoint's towers, tokenizer, optimiser, batch size or seed are not the experiment's.
+            UserError: mode, towers, tokenizer, optimizer, its parameter groups, batch size or seed of the checkpoint
+                are not the experiment's.
         """
-        made = checkpoint.get("siglit", {})
-        for name, asked in self._description.items():
-            if made.get(name) != asked:
-                told, before, now = _difference(name, made.get(name), asked)
+        saved = checkpoint.get("siglit", {})
+        for name, expected in self._description.items():
+            if saved.get(name) != expected:
+                label, before, now = _first_difference(name, saved.get(name), expected)
                 raise UserError(
-                    f"cannot resume: the checkpoint was made with {told} {before}, the experiment asks for {now}; "
+                    f"cannot resume: the checkpoint was made with {label} {before}, but the experiment has {now}; "
                     "change it back, or choose another --output_dir"
                 )
         _drop_unused(checkpoint, self.unused())
-        if made.get("learning") != self._learning():
+        if saved.get("learning") != self._trainable_names():
             raise UserError(
-                "cannot resume: the checkpoint's optimiser has its parameters in other groups; set loss.name, "
+                "cannot resume: the checkpoint's optimizer has its parameters in other groups; set loss.name, "
                 "optim.decay_pretrained, optim.image_lr_multiplier and optim.text_lr_multiplier back, or choose "
                 "another --output_dir"
             )
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in plain types how to rebuild the tower and which towers and tokenizer it belongs to."""
+        """Add, in plain types, what is needed to rebuild the text tower and to recognize image tower and tokenizer."""
         experiment = plain(self._experiment)
-        checkpoint["siglit"] = self._description | {"learning": self._learning(), "experiment": experiment}
+        checkpoint["siglit"] = self._description | {"learning": self._trainable_names(), "experiment": experiment}
 
 
 def _drop_unused(checkpoint: dict[str, Any], unused: list[str]) -> None:
-    """Take parameters that are never read out of a checkpoint's optimiser: earlier commits put them into its groups.
+    """Remove parameters that the towers never read from a checkpoint's optimizer, which once had them in its groups.
 
-    They never had a gradient, so it has no state of them and never changed them.
+    They never had a gradient, so the optimizer has no state of them and never changed them.
     """
-    learning = checkpoint.get("siglit", {}).get("learning")
-    if not learning or not {*unused} & {name for names in learning for name in names}:
+    trainable = checkpoint.get("siglit", {}).get("learning")
+    if not trainable or not {*unused} & {name for names in trainable for name in names}:
         return
     optimizer = checkpoint["optimizer_states"][0]
-    kept = []
-    for names, group in zip(learning, optimizer["param_groups"], strict=True):
-        numbers = [n for n, name in zip(group["params"], names, strict=True) if name not in unused]
-        if numbers:
-            kept.append({**group, "params": numbers})
-    optimizer["param_groups"] = kept
-    learned = ([name for name in names if name not in unused] for names in learning)
-    checkpoint["siglit"]["learning"] = [names for names in learned if names]
+    groups = []
+    for names, group in zip(trainable, optimizer["param_groups"], strict=True):
+        indices = [n for n, name in zip(group["params"], names, strict=True) if name not in unused]
+        if indices:
+            groups.append({**group, "params": indices})
+    optimizer["param_groups"] = groups
+    read = ([name for name in names if name not in unused] for names in trainable)
+    checkpoint["siglit"]["learning"] = [names for names in read if names]
 
 
-def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """What to tell of two values that differ: of two dictionaries, the first entry that does."""
+def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """Dotted name and both values of what differs; of two dictionaries, of the first entry that does."""
     if isinstance(before, dict) and isinstance(now, dict):
         key = next(key for key in [*now, *before] if before.get(key) != now.get(key))
-        return _difference(f"{name}.{key}", before.get(key), now.get(key))
+        return _first_difference(f"{name}.{key}", before.get(key), now.get(key))
     return name, before, now

@@ -1,4 +1,4 @@
-"""Watching a run: norms, speed and where the time goes on the steps that are logged, and the end of a run gone bad.
+"""Monitoring a run: norms, speed and where the time goes on logged steps, and a stop when the run has diverged.
 
 Knows Lightning and that a batch has `rows`, not what is trained: a tower is any child of the module that learns.
 Shapes: B pairs per rank.
@@ -6,19 +6,21 @@ Shapes: B pairs per rank.
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.profilers import Profiler
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
 
-_PEAKS = {
+from siglit.training.lightning_internals import call_before_batch_fetch, is_logged_step
+
+_PEAK_FLOPS = {
     r"NVIDIA B200": 2250e12,
     r"NVIDIA H200": 989e12,
     r"NVIDIA H100 80GB HBM3": 989e12,
@@ -31,21 +33,21 @@ _PEAKS = {
 }
 """Dense bfloat16 FLOP/s by CUDA's full name of the device: slices (MIG), NVL and laptop variants have other peaks."""
 
-_KEYS_TOLD = 3
-_UNREAD_AT_MOST = 100
-"""Steps whose loss and rows wait on the device to be looked at, however seldom is logged."""
+_KEYS_IN_MESSAGE = 3
+_MAX_UNCHECKED_STEPS = 100
+"""Most steps whose loss and rows are kept on the device before they are checked, however rarely a step is logged."""
 
 
-class Clock:
-    """Seconds by part of one step; parts do not overlap, and on CUDA each waits for the device at its ends."""
+class StepTimer:
+    """Seconds by part of one step; parts do not overlap, and on CUDA each waits for the device at its start and end."""
 
     def __init__(self) -> None:
-        """Stand still; `to` starts it."""
+        """Wait for the first `switch_to`."""
         self.seconds: dict[str, float] = {}
         self._part: str | None = None
         self._since = 0.0
 
-    def to(self, part: str | None) -> None:
+    def switch_to(self, part: str | None) -> None:
         """End the current part and begin another, or none."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -56,17 +58,17 @@ class Clock:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Count the block as `part`, within whatever part is current; costs nothing while the clock stands still."""
-        around = self._part
-        if around is None:
+        """Count the block as `part`, interrupting the current part; does nothing while no part is timed."""
+        outer = self._part
+        if outer is None:
             yield
             return
-        self.to(part)
+        self.switch_to(part)
         yield
-        self.to(around)
+        self.switch_to(outer)
 
     def shares(self) -> dict[str, float]:
-        """Share of each part in the whole; begins anew."""
+        """Share of each part in the time of all parts; resets the timer."""
         total = max(sum(self.seconds.values()), 1e-9)
         shares = {part: seconds / total for part, seconds in self.seconds.items()}
         self.seconds = {}
@@ -76,195 +78,191 @@ class Clock:
 class TrainingMonitor(pl.Callback):
     """Logs how a run is doing, and stops it when a loss or the weights are no longer finite.
 
-    On the steps that Lightning logs, and on no other:
+    Logs on the steps that Lightning logs, and on no other:
 
     - `train/grad_norm`, and of each tower `train/TOWER/grad_norm` (before clipping, averaged over the ranks),
       `param_norm` (after the step) and `update_norm` (of the difference the step made), as in the paper's Figure 5;
-    - `train/examples_per_second` since the last logged step, validation apart;
+    - `train/examples_per_second` since the last logged step, without validation;
     - `time/data` (waiting for the batch), `time/towers` (forward and backward), `time/loss` and `time/optimizer` (with
-      clipping), shares of this one step, which waits for the device at their borders. Gradients of our losses are
-      computed in their forward, so it is the whole loss that counts as such;
-    - `train/mfu`: FLOP/s of the towers as a share of the hardware's peak, where that is known (`peak_flops`).
+      clipping): shares of this one step, which waits for the device between them. The losses compute their gradients
+      in their forward, so `time/loss` is the whole of the loss;
+    - `train/mfu`: model FLOP/s utilization, the towers' FLOP/s as a share of the hardware's peak, where `peak_flops`
+      knows it.
 
-    The module has a `clock` and an `embed(batch)`. Times are those of the first rank.
+    The module must have a `step_timer` and an `embed(batch)`. Times are those of the first rank.
     """
 
     def __init__(self, batch_size: int, checkpoints: Path):
-        """Count examples in global batches; `checkpoints` is where the newest good checkpoint will be found."""
+        """Count examples in global batches.
+
+        Args:
+            batch_size: pairs of the global batch.
+            checkpoints: folder of the checkpoints, of which a message names the newest.
+        """
         self._batch_size, self._checkpoints = batch_size, checkpoints
         self._logged = False
         self._norms: dict[str, torch.Tensor] = {}
         self._before: dict[str, list[torch.Tensor]] = {}
-        self._unread: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self._mark = (0.0, 0)
-        self._peak: float | None = None
-        self._flops: float | None = None
+        self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._counted_from = (0.0, 0)
+        self._peak_flops: float | None = None
+        self._flops_per_pair: float | None = None
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have the clock start when a batch is asked for, which no hook of a callback tells."""
+        """Time a logged step from the moment when its batch is fetched."""
 
-        def begin() -> None:
-            if is_logged(trainer):
-                _clock(pl_module).to("data")
+        def start_timer() -> None:
+            if is_logged_step(trainer):
+                _timer(pl_module).switch_to("data")
 
-        trainer.profiler = _Fetches(begin)  # type: ignore[attr-defined]
+        call_before_batch_fetch(trainer, start_timer)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count examples."""
-        self._mark = time.perf_counter(), trainer.global_step
+        """Start counting examples."""
+        self._counted_from = time.perf_counter(), trainer.global_step
         sharded = any(isinstance(p, DTensor) for p in pl_module.parameters())  # FlopCounterMode would count the shards
-        self._peak = None if sharded else peak_flops(pl_module.device)
+        self._peak_flops = None if sharded else peak_flops(pl_module.device)
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look before anything is validated or saved; leave the time of validation out of the rate."""
+        """Check before anything is validated or saved; leave the time of validation out of the rate."""
         self.check(trainer)
-        self._mark = self._mark[0] - time.perf_counter(), self._mark[1]
+        self._counted_from = self._counted_from[0] - time.perf_counter(), self._counted_from[1]
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on counting."""
-        self._mark = self._mark[0] + time.perf_counter(), self._mark[1]
+        """Continue counting."""
+        self._counted_from = self._counted_from[0] + time.perf_counter(), self._counted_from[1]
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin with the towers; count their FLOPs once."""
-        if self._peak is not None and self._flops is None:
+        """Start timing the towers; count their FLOPs once."""
+        if self._peak_flops is not None and self._flops_per_pair is None:
             with trainer.precision_plugin.forward_context():
-                self._flops = flops_per_pair(pl_module, batch)
-        self._logged = is_logged(trainer)
+                self._flops_per_pair = flops_per_pair(pl_module, batch)
+        self._logged = is_logged_step(trainer)
         if self._logged:
-            _clock(pl_module).to("towers")
+            _timer(pl_module).switch_to("towers")
 
+    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Take the norms of the gradients, and keep the weights for the size of the update."""
+        """Compute the norms of the gradients, and copy the weights to compute the norm of the update later."""
         if not self._logged:
             return
-        _clock(pl_module).to(None)
+        _timer(pl_module).switch_to(None)
         towers = _towers(pl_module)
         self._before = {name: [p.detach().clone() for p in parameters] for name, parameters in towers.items()}
         self._norms = {f"train/{name}/grad_norm": _grad_norm(parameters) for name, parameters in towers.items()}
         self._norms["train/grad_norm"] = _grad_norm(pl_module.parameters())
-        _clock(pl_module).to("optimizer")
+        _timer(pl_module).switch_to("optimizer")
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep loss and rows to be looked at later; log if this step is logged."""
-        self._unread.append((trainer.global_step, outputs["loss"], batch["rows"]))
+        """Keep loss and rows to be checked later; log if this is a logged step."""
+        self._unchecked.append((trainer.global_step, outputs["loss"], batch["rows"]))
         if not self._logged:
-            if len(self._unread) >= _UNREAD_AT_MOST:
+            if len(self._unchecked) >= _MAX_UNCHECKED_STEPS:
                 self.check(trainer)
             return
-        _clock(pl_module).to(None)
+        _timer(pl_module).switch_to(None)
         now, steps = time.perf_counter(), trainer.global_step
-        rate = (steps - self._mark[1]) * self._batch_size / (now - self._mark[0])
-        self._mark = now, steps
-        figures: dict[str, Any] = {**self._norms, "train/examples_per_second": rate}
-        if self._peak is not None and self._flops is not None:
-            figures["train/mfu"] = rate * self._flops / (trainer.world_size * self._peak)
+        rate = (steps - self._counted_from[1]) * self._batch_size / (now - self._counted_from[0])
+        self._counted_from = now, steps
+        metrics: dict[str, Any] = {**self._norms, "train/examples_per_second": rate}
+        if self._peak_flops is not None and self._flops_per_pair is not None:
+            metrics["train/mfu"] = rate * self._flops_per_pair / (trainer.world_size * self._peak_flops)
         for name, parameters in _towers(pl_module).items():
             after = [p.detach() for p in parameters]
             before = self._before.pop(name)
             torch._foreach_sub_(before, after)
-            figures[f"train/{name}/param_norm"] = _norm(after)
-            figures[f"train/{name}/update_norm"] = _norm(before)
-        figures |= {f"time/{part}": share for part, share in _clock(pl_module).shares().items()}
-        pl_module.log_dict(figures)
+            metrics[f"train/{name}/param_norm"] = _norm(after)
+            metrics[f"train/{name}/update_norm"] = _norm(before)
+        metrics |= {f"time/{part}": share for part, share in _timer(pl_module).shares().items()}
+        pl_module.log_dict(metrics)
         self.check(trainer)
 
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let no checkpoint be written of weights that are not finite."""
+        """Refuse to save weights that are not finite."""
         self.check(trainer)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the losses that are left."""
+        """Check the losses that are left."""
         self.check(trainer)
 
     def check(self, trainer: pl.Trainer) -> None:
-        """Look at the losses since the last look, and at the weights; all ranks together, for all of them stop.
+        """Check the losses since the last check, and the weights; all ranks together, because all of them stop.
 
         Raises:
-            RuntimeError: one of them is not finite; names the step, its batch and the newest checkpoint.
-            SystemExit: the same on the other ranks, which have nothing to add to it.
+            RuntimeError: a loss or the weights are not finite; names the step, its batch and the newest checkpoint.
+            SystemExit: the same, on the other ranks.
         """
         weights = _norm([p.detach() for p in trainer.lightning_module.parameters() if p.requires_grad])
-        seen = torch.stack([weights.float(), *(loss.float() for _, loss, _ in self._unread)])
-        bad = trainer.strategy.reduce((~seen.isfinite()).int(), reduce_op="sum").tolist()
-        unread, self._unread = self._unread, []
-        if not any(bad):
+        values = torch.stack([weights.float(), *(loss.float() for _, loss, _ in self._unchecked)])
+        non_finite = trainer.strategy.reduce((~values.isfinite()).int(), reduce_op="sum").tolist()
+        unchecked, self._unchecked = self._unchecked, []
+        if not any(non_finite):
             return
-        first = next((step for step, wrong in zip(unread, bad[1:], strict=True) if wrong), None)
-        told = f"the weights are no longer finite after step {trainer.global_step}"
+        first = next((step for step, bad in zip(unchecked, non_finite[1:], strict=True) if bad), None)
+        problem = f"the weights are no longer finite after step {trainer.global_step}"
         if first is not None:
             step, loss, rows = first
-            told = f"the loss is {float(loss)} at step {step}, in the batch of {_keys(trainer, rows)}"
+            problem = f"the loss is {float(loss)} at step {step}, in the batch of {_keys(trainer, rows)}"
         if not trainer.is_global_zero:
-            raise SystemExit(0)  # Lightning kills the first rank, perhaps before it has told, when another one fails
+            # When another rank fails, Lightning kills the first one, perhaps before it has shown the message.
+            raise SystemExit(0)
         saved = sorted(self._checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-        kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        raise RuntimeError(f"{told}; lower optim.lr, or see with siglit cache verify if the cache is sound; {kept}")
-
-
-class _Fetches(Profiler):
-    """Calls `begin` when the training loop asks for a batch."""
-
-    def __init__(self, begin: Callable[[], None]):
-        super().__init__()
-        self._begin = begin
-
-    def start(self, action_name: str) -> None:
-        if action_name.endswith(".train_dataloader_next"):
-            self._begin()
-
-    def stop(self, action_name: str) -> None:
-        pass
-
-
-def is_logged(trainer: pl.Trainer) -> bool:
-    """Tell whether the step that runs, or is about to, will be a row of metrics.csv; Lightning's own rule."""
-    return trainer._logger_connector.should_update_logs
+        newest = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise RuntimeError(f"{problem}; lower optim.lr, or check the cache with `siglit cache verify`; {newest}")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of a device, None where it is not known.
+    """Peak of a device in dense bfloat16 FLOP/s, None where it is not known.
 
     Source: the vendor's data sheets, figures without sparsity.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for pattern, peak in _PEAKS.items() if re.fullmatch(pattern, name)), None)
+    return next((peak for pattern, peak in _PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
 
 
 def flops_per_pair(module: Any, batch: Mapping[str, torch.Tensor]) -> float:
-    """Floating-point operations of the towers for one pair, forward and backward, nothing computed twice.
+    """Floating-point operations of the towers for one pair, forward and backward, without any recomputation.
 
-    Counted by running one pair without compilation; gradients and random state stay as they were.
+    Counted by running one pair without compilation; gradients and random state stay unchanged.
 
     Args:
-        module: has `embed(batch)`, which gives the embeddings of images and texts.
+        module: has `embed(batch)`, which returns the embeddings of images and of texts.
         batch: tensors of B rows.
     """
     one = {name: rows[:1] for name, rows in batch.items()}
     devices = [module.device] if module.device.type == "cuda" else []
-    learning = [p for p in module.parameters() if p.requires_grad]
+    trainable = [p for p in module.parameters() if p.requires_grad]
     counter = FlopCounterMode(display=False)
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), counter:
         embedded = [z.sum() for z in module.embed(one) if z.requires_grad]
-        torch.autograd.grad(embedded, learning, allow_unused=True)
+        torch.autograd.grad(embedded, trainable, allow_unused=True)
     return float(counter.get_total_flops())
 
 
-def _clock(module: pl.LightningModule) -> Clock:
-    clock = module.clock
-    assert isinstance(clock, Clock)
-    return clock
+def _timer(module: pl.LightningModule) -> StepTimer:
+    timer = module.step_timer
+    assert isinstance(timer, StepTimer)
+    return timer
 
 
 def _towers(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """{name: parameters that learn} of the children that do."""
+    """{name: trainable parameters} of the children that have any."""
     towers = {name: [p for p in child.parameters() if p.requires_grad] for name, child in module.named_children()}
     return {name: parameters for name, parameters in towers.items() if parameters}
 
@@ -279,10 +277,10 @@ def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _keys(trainer: pl.Trainer, rows: torch.Tensor) -> str:
-    """The first keys of the global batch, and how many more there are; numbers where the loader knows no keys."""
-    everywhere = trainer.strategy.all_gather(rows).flatten().tolist()
+    """The first keys of the global batch, and how many more there are; row numbers where the loader has no keys."""
+    all_rows = trainer.strategy.all_gather(rows).flatten().tolist()
+    first = all_rows[:_KEYS_IN_MESSAGE]
     keys = getattr(trainer.train_dataloader, "keys", None)
-    named = everywhere[:_KEYS_TOLD]
-    told = ", ".join(map(str, keys(named))) if keys else "rows " + ", ".join(map(str, named))
-    more = len(everywhere) - len(named)
-    return told + (f" and {more:,} more" if more else "")
+    text = "rows " + ", ".join(map(str, first)) if keys is None else ", ".join(map(str, keys(first)))
+    more = len(all_rows) - len(first)
+    return text + (f" and {more:,} more" if more else "")

@@ -51,7 +51,7 @@ def test_what_cannot_be_drawn_is_told(classed, tmp_path):
         siglit.eval_fewshot(parse("eval-fewshot"))
     with pytest.raises(UserError, match=r"eval.shots is \[0, 5\], but it must be a list of numbers of 1 or more"):
         parse("eval-fewshot", "--eval.shots", "[0,5]")
-    with pytest.raises(UserError, match="eval.split is train, but this evaluation learns from data.train"):
+    with pytest.raises(UserError, match="eval.split is train, but this evaluation trains a classifier on data.train"):
         siglit.eval_fewshot(parse("eval-fewshot", "--eval.split", "train"))
     with pytest.raises(UserError, match="data.val is not set"):
         siglit.eval_fewshot(parse("eval-fewshot", "--data.val", "null"))

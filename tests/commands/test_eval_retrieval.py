@@ -11,8 +11,7 @@ import siglit
 from siglit.commands import eval_retrieval
 from siglit.data.tokens import token_ids
 from siglit.errors import UserError
-from siglit.evaluation.encoding import encode_ids
-from siglit.runs.trained import open_trained
+from siglit.runs.trained import TrainedRun, open_trained
 from tests.conftest import parse
 from tests.evaluation.reference import full_ranking
 
@@ -39,7 +38,7 @@ def run_of(trained_folder, monkeypatch):
 def trained_arrays(experiment):
     trained = open_trained(experiment)
     ids = token_ids(trained.cache, trained.tokenizer)
-    ztxt = encode_ids(trained.tower, ids, batch_size=64, device=torch.device("cpu"), quiet=True)
+    ztxt = trained.encode_ids(ids, quiet=True)
     return trained, (trained.zimg, ztxt, np.asarray(trained.cache.caption_rows))
 
 
@@ -119,7 +118,7 @@ def test_another_cache_or_head_has_another_index(run_of, trained_folder):
     ],
 )
 def test_what_cannot_be_is_told_before_the_captions_are_encoded(run_of, monkeypatch, words, told):
-    monkeypatch.setattr(eval_retrieval, "encode_ids", None)
+    monkeypatch.setattr(TrainedRun, "encode_ids", None)
     with pytest.raises(UserError, match=told) as error:
         run_of(*words)
     assert "\n" not in str(error.value)

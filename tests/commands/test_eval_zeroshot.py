@@ -12,11 +12,9 @@ from torch.nn import functional as F
 
 import siglit
 from siglit.cache import EmbeddingCache
-from siglit.commands import eval_zeroshot
 from siglit.errors import UserError
-from siglit.evaluation.encoding import encode_ids
 from siglit.reporting import fonts
-from siglit.runs.trained import open_trained
+from siglit.runs.trained import TrainedRun, open_trained
 from tests.conftest import COLOURS, parse
 
 NAMED = ("--eval.classes", "colours.json", "--eval.templates", "templates.txt")
@@ -153,16 +151,16 @@ def test_canonical_prompts_are_what_is_encoded(worded, monkeypatch):
     (worded / "loud.txt").write_text("A {}-square!\n")
     seen = []
 
-    def encode(tower, ids, **options):
-        seen.append(ids)
-        return encode_ids(tower, ids, **options)
+    def encode(self, texts, **options):
+        seen.append(texts)
+        return encode_text(self, texts, **options)
 
-    monkeypatch.setattr(eval_zeroshot, "encode_ids", encode)
+    encode_text = TrainedRun.encode_text
+    monkeypatch.setattr(TrainedRun, "encode_text", encode)
     words = ["--eval.classes", "loud.json", "--eval.templates", "loud.txt", "--eval.name", "loud"]
     experiment = parse("eval-zeroshot", *words, "--eval.canonicalize", "true")
     siglit.eval_zeroshot(experiment)
-    texts = ["a redsquare", "a greensquare", "a b l u esquare", "a greysquare"]
-    np.testing.assert_array_equal(seen[0], open_trained(experiment).tokenizer(texts))
+    assert seen[0] == ["a redsquare", "a greensquare", "a b l u esquare", "a greysquare"]
     written = result(worded, "zeroshot-loud.json")
     assert written["canonicalize"] is True
     assert written["classes"] == ["RED, crimson", "Green.", "b_l_u_e", "grey"]

@@ -22,7 +22,6 @@ from siglit.cache import CacheError, EmbeddingCache
 from siglit.commands import precompute
 from siglit.embedding import _Encoder
 from siglit.errors import UserError
-from siglit.runs.folder import output_dir
 from tests.conftest import ROOT, TOWER, parse, run_siglit
 
 
@@ -54,7 +53,7 @@ def test_rows_are_the_towers_own_output_for_each_key(experiment, tower_weights):
 
 def test_summary_has_the_rate_beside_the_towers_own(experiment):
     siglit.precompute(experiment)
-    summary = json.loads((output_dir(experiment) / "summary.json").read_text())
+    summary = json.loads((experiment.folder / "summary.json").read_text())
     train = summary["precompute"]["train"]
     assert train["images_per_second"] > 0
     assert train["tower_images_per_second"] > 0

@@ -256,11 +256,11 @@ def test_a_resumed_run_takes_the_rate_that_is_asked_for_now(cached, project, ask
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--optim.name", "lion"], "optimizer adamw, the experiment asks for lion"),
-        (["--optim.name", "adafactor"], "optimizer adamw, the experiment asks for adafactor"),
+        (["--optim.name", "lion"], "optimizer adamw, but the experiment has lion"),
+        (["--optim.name", "adafactor"], "optimizer adamw, but the experiment has adafactor"),
         (["--loss.name", "softmax"], "optim.image_lr_multiplier"),
-        (["--text_tower.width", "16"], "text_tower.width 32, the experiment asks for 16"),
-        (["--tokenizer.length", "9"], "built_for.length 8, the experiment asks for 9"),
+        (["--text_tower.width", "16"], "text_tower.width 32, but the experiment has 16"),
+        (["--tokenizer.length", "9"], "built_for.length 8, but the experiment has 9"),
     ],
 )
 def test_momentum_is_not_taken_for_what_it_is_not(trained, words, told):
@@ -419,7 +419,11 @@ SLURM = {"SLURM_JOB_NAME": "job", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SL
 @pytest.mark.parametrize(
     ("tasks", "words", "told"),
     [
-        ({"NTASKS": "2"}, ["--train.devices", "2"], "SLURM has started --ntasks 2, but train.devices is 2 and"),
+        (
+            {"NTASKS": "2"},
+            ["--train.devices", "2"],
+            "SLURM has started the job with --ntasks 2, but train.devices is 2",
+        ),
         ({"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1"}, [], "--ntasks-per-node 2 --nodes 1, but train.devi"),
         ({"NTASKS": "1", "NNODES": "1"}, ["--train.devices", "2"], "--ntasks 1 --nodes 1, but train.devices is 2"),
         ({"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2"}, [], "--nodes 2, but train.devices is 1 and train.no"),

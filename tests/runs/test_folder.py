@@ -22,16 +22,26 @@ def experiment_of(folder, **parts):
     return Experiment(data=DataConfig(train=SourceSpec("csv", "train.csv")), output_dir=str(folder / "run"), **parts)
 
 
+def path_of(experiment):
+    """`tokenizer_path` of an experiment."""
+    return tokenizer_path(experiment.folder, experiment.tokenizer, experiment.text_tower.pretrained)
+
+
+def ensure(experiment, captions):
+    """`ensure_tokenizer` of an experiment."""
+    return ensure_tokenizer(experiment.folder, experiment.tokenizer, experiment.text_tower.pretrained, captions)
+
+
 class TestTokenizer:
     def test_the_first_that_is_given(self, tmp_path):
         named, pretrained = TokenizerConfig(path="words.model"), TextTowerConfig(pretrained="some/bert")
-        assert tokenizer_path(experiment_of(tmp_path, tokenizer=named, text_tower=pretrained)) == "words.model"
-        assert tokenizer_path(experiment_of(tmp_path, text_tower=pretrained)) == "some/bert"
-        assert tokenizer_path(experiment_of(tmp_path)) == str(tmp_path / "run" / "tokenizer.model")
+        assert path_of(experiment_of(tmp_path, tokenizer=named, text_tower=pretrained)) == "words.model"
+        assert path_of(experiment_of(tmp_path, text_tower=pretrained)) == "some/bert"
+        assert path_of(experiment_of(tmp_path)) == str(tmp_path / "run" / "tokenizer.model")
 
     def test_none_is_trained_for_a_pretrained_tower(self, tmp_path):
         experiment = experiment_of(tmp_path, text_tower=TextTowerConfig(pretrained="some/bert"))
-        assert ensure_tokenizer(experiment, ["a red dog"]) == "some/bert"
+        assert ensure(experiment, ["a red dog"]) == "some/bert"
         assert list(tmp_path.glob("**/*.model")) == []
         with pytest.raises(UserError, match="'some/bert', which has its own tokenizer"):
             train_tokenizer(experiment)
@@ -39,10 +49,10 @@ class TestTokenizer:
     def test_the_default_case_is_the_case_that_was_written(self, tmp_path):
         """A tokenizer that was trained with lower case named is the one that the default asks for."""
         small = TokenizerConfig(vocab_size=300)
-        path = ensure_tokenizer(experiment_of(tmp_path, tokenizer=replace(small, lowercase=True)), ["a red dog"])
-        assert ensure_tokenizer(experiment_of(tmp_path, tokenizer=small), ["another"]) == path
-        with pytest.raises(UserError, match="trained with tokenizer.lowercase True, the experiment asks for False"):
-            ensure_tokenizer(experiment_of(tmp_path, tokenizer=replace(small, lowercase=False)), [])
+        path = ensure(experiment_of(tmp_path, tokenizer=replace(small, lowercase=True)), ["a red dog"])
+        assert ensure(experiment_of(tmp_path, tokenizer=small), ["another"]) == path
+        with pytest.raises(UserError, match="trained with tokenizer.lowercase True, but the experiment has False"):
+            ensure(experiment_of(tmp_path, tokenizer=replace(small, lowercase=False)), [])
 
 
 class ThreeRows:
@@ -69,7 +79,7 @@ def test_a_run_is_loaded_without_the_weights_it_started_from(tmp_path, monkeypat
         text_tower=TextTowerConfig(pretrained=folder, locked=locked),
         tokenizer=TokenizerConfig(length=8),
     )
-    tokenizer = load_tokenizer(tokenizer_path(experiment), experiment.tokenizer)
+    tokenizer = load_tokenizer(path_of(experiment), experiment.tokenizer)
     built = {"vocab_size": tokenizer.vocab_size, "length": 8, "eos_id": 3, "pad_id": 0, "dim": 20}
     assert {name: getattr(tokenizer, name) for name in built if name != "dim"} | {"dim": 20} == built
     tower = TextTower(experiment.text_tower, **built)
@@ -101,21 +111,21 @@ def test_a_run_is_loaded_without_the_weights_it_started_from(tmp_path, monkeypat
 def test_a_vocabulary_that_came_out_smaller_is_said_and_recorded(tmp_path, capsys):
     """Once, where it is trained; a note of an earlier version, which has no such key, is as good."""
     experiment = experiment_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=32_000))
-    path = ensure_tokenizer(experiment, ["a red circle", "a blue square"])
+    path = ensure(experiment, ["a red circle", "a blue square"])
     pieces = load_tokenizer(path, experiment.tokenizer).vocab_size
     assert capsys.readouterr().err == (
-        f"{path} has {pieces:,} pieces, not tokenizer.vocab_size 32,000: the captions support no more\n"
+        f"{path} has {pieces:,} pieces, fewer than tokenizer.vocab_size 32,000: the captions do not support more\n"
     )
     note = tmp_path / "run" / "tokenizer.json"
     said = json.loads(note.read_text())
     assert (said["vocab_size"], said.pop("actual_vocab_size")) == (32_000, pieces)
     note.write_text(json.dumps(said))
-    assert ensure_tokenizer(experiment, []) == path
+    assert ensure(experiment, []) == path
     assert capsys.readouterr().err == ""
 
 
 def test_a_vocabulary_as_large_as_it_should_be_is_not_spoken_of(tmp_path, capsys):
     experiment = experiment_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=275))
-    ensure_tokenizer(experiment, ["a red circle and a blue square"])
+    ensure(experiment, ["a red circle and a blue square"])
     assert json.loads((tmp_path / "run" / "tokenizer.json").read_text())["actual_vocab_size"] == 275
     assert capsys.readouterr().err == ""

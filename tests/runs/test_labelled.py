@@ -1,4 +1,4 @@
-"""Both splits must speak of the same classes; where they do not, that is told."""
+"""Both splits must have the same classes; where they do not, the message says how they differ."""
 
 from types import SimpleNamespace
 
@@ -30,8 +30,8 @@ def opened(monkeypatch, train, val, split="val"):
 def test_classes_are_numbered_through_and_images_without_one_left_out(monkeypatch):
     splits = opened(monkeypatch, cache([9, -1, 4, 4, 7]), cache([7, -1, 9]))
     np.testing.assert_array_equal(splits.classes, [4, 7, 9])
-    np.testing.assert_array_equal(splits.numbered(splits.train), [2, 0, 0, 1])
-    np.testing.assert_array_equal(splits.numbered(splits.val), [1, 2])
+    np.testing.assert_array_equal(splits.class_indices(splits.train), [2, 0, 0, 1])
+    np.testing.assert_array_equal(splits.class_indices(splits.val), [1, 2])
     np.testing.assert_array_equal(splits.train.embeddings()[:, 0], [0, 2, 3, 4])
 
 
@@ -40,7 +40,7 @@ def test_classes_are_numbered_through_and_images_without_one_left_out(monkeypatc
     [
         (cache([0, 1]), cache(None), r"has no labels to evaluate with; set data.val.label_column"),
         (cache([-1, -1]), cache([0, 1]), r"has no labels to evaluate with; set data.train.label_column"),
-        (cache([0, 1]), cache([0, 2, 3]), r"class 2 has images in data.val but none in data.train \(2 such classes\)"),
+        (cache([0, 1]), cache([0, 2, 3]), r"class 2 has images in data.val but none in data.train \(2 in all\)"),
         (cache([1, 1]), cache([1]), "all images of cache/x are of class 1"),
         (cache([0, 1]), cache([0, 1], tower="resnet"), "are of different image towers"),
         (cache([0, 1], classes=["a", "c"]), cache([0, 1], classes=["a", "b"]), "different class folders.*'b'"),
@@ -52,5 +52,5 @@ def test_splits_that_do_not_fit_each_other(monkeypatch, train, val, told):
 
 
 def test_the_tested_split_is_the_held_out_one(monkeypatch):
-    with pytest.raises(UserError, match="set it to val"):
+    with pytest.raises(UserError, match="set eval.split to val"):
         opened(monkeypatch, cache([0, 1]), cache([0, 1]), split="train")

@@ -64,8 +64,8 @@ def test_a_change_of_the_curve_is_listed_and_refused(run, capsys):
         "resuming with optim.lr: 0.003 → 0.0005, which changes the training curve",
         "resuming with train.steps: 3 → 5, which changes the training curve",
         "resuming with train.log_every: 2 → 1",
-        "siglit: runs/small was trained with other values of optim.lr, train.steps: resumed with these, its training "
-        "curve would be another. Change them back, add --train.resume_changed true to go on with them, or choose "
+        "siglit: runs/small was trained with other values of optim.lr, train.steps: resuming with the new ones "
+        "changes the training curve. Change them back, add --train.resume_changed true to accept that, or choose "
         "another --output_dir",
     ]
     assert content(run) == before
@@ -130,9 +130,9 @@ def test_what_an_older_run_does_not_record_is_not_compared(run, capsys, record):
         del earlier["train"]["resume_changed"], earlier["loss"], earlier["optim"]["name"]
         path.write_text(yaml.safe_dump(earlier))
     assert command("--train.steps", "3", "--resume") == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "resuming" in line or "no runs" in line]
-    unknown = "there is no runs/small/experiment.yaml: what has changed since is not known"
-    assert told == [unknown] * (record == "missing")
+    messages = [line for line in capsys.readouterr().err.splitlines() if "resuming" in line or "is missing" in line]
+    unknown = "runs/small/experiment.yaml is missing: cannot tell what has changed since the run was trained"
+    assert messages == ([unknown] if record == "missing" else [])
     assert yaml.safe_load(path.read_text())["optim"]["lr"] == 0.003
 
 
@@ -325,8 +325,8 @@ def test_a_full_disk_is_said_in_one_line_and_the_earlier_checkpoint_stays(run, c
         assert command(*words) == 1
     said = capsys.readouterr().err
     assert said.splitlines()[-1] == (
-        f"siglit: RuntimeError: runs/small/{name}: File too large; make room, then go on with --resume from the last "
-        "checkpoint, which is whole (add --debug for the traceback)"
+        f"siglit: RuntimeError: runs/small/{name}: File too large; free some space, then add --resume to continue "
+        "from the last checkpoint, which is intact (add --debug for the traceback)"
     )
     assert "Traceback" not in said
     assert (run / "checkpoints/last.ckpt").read_bytes() == last
@@ -341,4 +341,4 @@ def test_a_disk_that_is_full_when_the_summary_is_written(run, capsys, monkeypatc
 
     monkeypatch.setattr(folder, "write_json", full)
     assert command("--train.steps", "4", "--resume", "--train.resume_changed", "true") == 1
-    assert "siglit: RuntimeError: runs/small: No space left on device; make room" in capsys.readouterr().err
+    assert "siglit: RuntimeError: runs/small: No space left on device; free some space" in capsys.readouterr().err

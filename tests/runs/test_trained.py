@@ -31,9 +31,7 @@ def test_a_model_that_has_diverged_is_refused(state, part, value):
     """Its texts are NaN, and a ranking by them has figures like any other."""
     name = next(name for name in state["state_dict"] if name.startswith(part))
     state["state_dict"][name].view(-1)[0] = value
-    with pytest.raises(
-        UserError, match=rf"other.ckpt holds weights that are no finite numbers \({name}\).*metrics.csv"
-    ):
+    with pytest.raises(UserError, match=rf"other.ckpt has weights that are not finite \({name}\).*metrics.csv"):
         open_trained(save(state))
 
 

@@ -14,7 +14,7 @@ from siglit.data.tokens import token_ids
 from siglit.runs.checkpoints import prepare
 from siglit.runs.folder import write_json
 from siglit.runtime.files import atomic_write, file_hash, remove_leftovers
-from siglit.training.checkpointing import AtomicFiles
+from siglit.training.checkpointing import AtomicCheckpointIO
 from siglit.training.metrics_csv import MetricsTable
 from tests.data.test_tokens import WordLengths, make_cache
 
@@ -86,7 +86,7 @@ def test_writers_of_one_name_at_the_same_time(tmp_path, same_process_id, monkeyp
             elif what == "json":
                 write_json(tmp_path / "summary.json", {"a": 1})
             elif what == "checkpoint":
-                AtomicFiles().save_checkpoint({"global_step": 1}, tmp_path / "last.ckpt")
+                AtomicCheckpointIO().save_checkpoint({"global_step": 1}, tmp_path / "last.ckpt")
             else:
                 table = MetricsTable(tmp_path / "metrics.csv")
                 table.log_metrics({"loss": 1.0}, 0)

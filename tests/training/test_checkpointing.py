@@ -10,18 +10,18 @@ import torch
 from siglit.errors import UserError
 from siglit.runs import checkpoints
 from siglit.runs.checkpoints import newest, prepare, steps_taken
-from siglit.training.checkpointing import AtomicFiles
+from siglit.training.checkpointing import AtomicCheckpointIO
 
 
 def write(folder, step):
-    AtomicFiles().save_checkpoint(
+    AtomicCheckpointIO().save_checkpoint(
         {"global_step": step, "weights": torch.full((300,), float(step))}, folder / "last.ckpt"
     )
 
 
 def steps(folder):
     """{name: step} of the files that are whole."""
-    return {path.name: steps_taken(path) for path in folder.glob("*.ckpt") if checkpoints._is_whole(path)}
+    return {path.name: steps_taken(path) for path in folder.glob("*.ckpt") if checkpoints.is_undamaged(path)}
 
 
 def test_the_last_two_are_kept(tmp_path):
@@ -72,13 +72,13 @@ def test_any_damage_to_the_content_is_noticed(tmp_path):
     chance = random.Random(0)
     for length in [0, 1, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(50))]:
         path.write_bytes(whole[:length])
-        assert not checkpoints._is_whole(path), length
+        assert not checkpoints.is_undamaged(path), length
     noticed = 0
     for _ in range(400):
         flipped = bytearray(whole)
         flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
         path.write_bytes(flipped)
-        if checkpoints._is_whole(path):
+        if checkpoints.is_undamaged(path):
             read = torch.load(path, weights_only=True)
             assert read["global_step"] == 7
             assert torch.equal(read["weights"], torch.full((300,), 7.0))
@@ -128,7 +128,7 @@ def test_a_full_disk_is_named_and_leaves_the_files_as_they_were(tmp_path, weight
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(OSError, match=r"File too large: .*last\.ckpt"):
-            AtomicFiles().save_checkpoint({"weights": torch.zeros(weights)}, tmp_path / "last.ckpt")
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(weights)}, tmp_path / "last.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

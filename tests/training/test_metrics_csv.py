@@ -40,13 +40,13 @@ def test_rows_after_the_step_to_go_on_from_are_dropped(tmp_path):
     log(MetricsTable(path), *range(13))
     path.write_bytes(path.read_bytes().rstrip() + b"\r\n1")
     table = MetricsTable(path)
-    table.go_on_after(3)
+    table.keep_first(3)
     log(table, 3, 4, val=1)
     assert [row["step"] for row in rows(path)] == ["0", "1", "2", "3", "4"]
     assert rows(path)[4] == {"step": "4", "loss": "2.0", "val": "1"}
 
 
-@pytest.mark.parametrize("write", [lambda t: t.go_on_after(2), lambda t: log(t, 2, val=1)])
+@pytest.mark.parametrize("write", [lambda t: t.keep_first(2), lambda t: log(t, 2, val=1)])
 def test_a_kill_while_the_table_is_written_anew_loses_no_row(tmp_path, monkeypatch, write):
     path = tmp_path / "metrics.csv"
     table = MetricsTable(path)

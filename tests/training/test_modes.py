@@ -153,7 +153,7 @@ def test_a_changed_listing_is_not_gone_on_with(experiment, project):
 def test_images_that_cannot_be_used_are_told_of(experiment, project, capsys):
     (project / "images" / "0003.png").write_bytes(b"no image")
     siglit.train(parse("train", "--mode", "unlocked", "--data.max_skipped", "0.5"))
-    assert "could not be used and others took their places: " in capsys.readouterr().err
+    assert "could not be used and were replaced by others: " in capsys.readouterr().err
 
 
 def test_a_run_is_evaluated_on_another_set_without_losing_the_first(experiment, project):

@@ -1,4 +1,4 @@
-"""Watching: the norms are right, unlogged steps cost nothing, and a run gone bad stops and says where."""
+"""The monitor: norms are correct, unlogged steps cost nothing, and a run that diverges stops and says where."""
 
 import copy
 import csv
@@ -18,8 +18,8 @@ from siglit.cli import main
 from siglit.commands.train import TrainProgress
 from siglit.data.cache_loader import CacheLoader
 from siglit.runs.launch import quiet_lightning
-from siglit.training import monitor as watching
-from siglit.training.monitor import Clock, TrainingMonitor
+from siglit.training import monitor
+from siglit.training.monitor import StepTimer, TrainingMonitor
 from tests.conftest import parse, run_siglit
 
 BATCH, STEPS = 5, 7
@@ -31,7 +31,7 @@ class Tiny(pl.LightningModule):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.clock = Clock()
+        self.step_timer = StepTimer()
         self.text_tower = nn.Linear(4, 3, bias=False)
         self.image_tower = nn.Linear(4, 3, bias=False).requires_grad_(False)
         self.scale = nn.Parameter(torch.tensor(2.0))
@@ -41,7 +41,7 @@ class Tiny(pl.LightningModule):
 
     def training_step(self, batch, _=0):
         zimg, ztxt = self.embed(batch)
-        with self.clock("loss"):
+        with self.step_timer("loss"):
             loss = (self.scale * zimg * ztxt).square().sum()
         self.log("train/loss", loss)
         return loss
@@ -126,7 +126,7 @@ def test_the_norms_are_those_of_a_loop_written_out(batches, tmp_path):
         assert not any(name.startswith("train/image_tower") for name in row)
 
 
-def test_time_is_shared_out_whole(batches, tmp_path):
+def test_shares_of_the_time_add_up_to_one(batches, tmp_path):
     fit(Tiny(), batches, tmp_path, 2)
     for row in rows_of(tmp_path):
         shares = {name: value for name, value in row.items() if name.startswith("time/")}
@@ -139,22 +139,22 @@ def test_time_is_shared_out_whole(batches, tmp_path):
 def test_a_part_within_another_is_counted_once(monkeypatch):
     """Readings 0, 1, 3, 6, 10: the loss takes 3 to 6, 1 to 3 and 6 to 10 are the towers', 0 to 1 is the data's."""
     readings = iter([0, 1, 3, 6, 10])
-    monkeypatch.setattr(watching.time, "perf_counter", lambda: next(readings))
-    clock = Clock()
-    with clock("loss"):
-        assert clock.seconds == {}, "it stands still"
-    clock.to("data")
-    clock.to("towers")
-    with clock("loss"):
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(readings))
+    timer = StepTimer()
+    with timer("loss"):
+        assert timer.seconds == {}, "no part is timed yet"
+    timer.switch_to("data")
+    timer.switch_to("towers")
+    with timer("loss"):
         pass
-    clock.to(None)
-    assert clock.seconds == {"data": 1, "towers": 6, "loss": 3}
-    assert clock.shares() == {"data": 0.1, "towers": 0.6, "loss": 0.3}
-    assert clock.seconds == {}
+    timer.switch_to(None)
+    assert timer.seconds == {"data": 1, "towers": 6, "loss": 3}
+    assert timer.shares() == {"data": 0.1, "towers": 0.6, "loss": 0.3}
+    assert timer.seconds == {}
 
 
 def test_a_step_that_is_not_logged_copies_nothing_times_nothing_and_reads_nothing(batches, tmp_path, monkeypatch):
-    """Of seven steps, the third and the sixth are logged; the last is followed by the look at the end."""
+    """Of seven steps, the third and the sixth are logged; the last is followed by the check at the end."""
     module = Tiny()
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)  # AdamW reads its step counter
     copies, times, reads = [], [], []
@@ -170,7 +170,7 @@ def test_a_step_that_is_not_logged_copies_nothing_times_nothing_and_reads_nothin
         monkeypatch.setattr(owner, name, record)
 
     recorded(torch.Tensor, "clone", copies, lambda tensor: tensor.numel() > 1)
-    recorded(Clock, "to", times)
+    recorded(StepTimer, "switch_to", times)
     for name in ("item", "tolist", "__float__", "__bool__"):
         recorded(torch.Tensor, name, reads)
 
@@ -190,27 +190,29 @@ def test_a_step_that_is_not_logged_copies_nothing_times_nothing_and_reads_nothin
 
 
 def test_losses_do_not_pile_up_where_little_is_logged(batches, tmp_path, monkeypatch):
-    monkeypatch.setattr(watching, "_UNREAD_AT_MOST", 2)
+    monkeypatch.setattr(monitor, "_MAX_UNCHECKED_STEPS", 2)
     held = []
     real = TrainingMonitor.check
     monkeypatch.setattr(
-        TrainingMonitor, "check", lambda self, trainer: (held.append(len(self._unread)), real(self, trainer))
+        TrainingMonitor, "check", lambda self, trainer: (held.append(len(self._unchecked)), real(self, trainer))
     )
     fit(Tiny(), batches, tmp_path, 100)
     assert held == [2, 2, 2, 1]
 
 
-def test_a_bad_loss_is_traced_to_its_step_and_batch(batches, tmp_path):
-    """Found only at the end, four steps later, when all losses since have been bad too."""
+def test_a_loss_that_is_not_finite_is_traced_to_its_step_and_batch(batches, tmp_path):
+    """Found only at the end, four steps later, when all losses since are not finite either."""
     batches[2]["ids"][1, 1] = torch.nan
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
-    told = r"^the loss is nan at step 3, in the batch of picture 10, picture 11, picture 12 and 2 more; .*/last\.ckpt$"
-    with pytest.raises(RuntimeError, match=told):
+    message = (
+        r"^the loss is nan at step 3, in the batch of picture 10, picture 11, picture 12 and 2 more; .*last\.ckpt$"
+    )
+    with pytest.raises(RuntimeError, match=message):
         fit(Tiny(), batches, tmp_path, 100)
 
 
-def test_weights_that_went_bad_in_the_last_step_are_noticed(batches, tmp_path):
+def test_weights_that_are_not_finite_after_the_last_step_are_noticed(batches, tmp_path):
     """Its loss was still finite, and there is no later one."""
     module = Tiny()
     module.text_tower.weight.register_hook(lambda grad: grad * torch.nan if module.global_step == STEPS - 1 else grad)
@@ -220,17 +222,17 @@ def test_weights_that_went_bad_in_the_last_step_are_noticed(batches, tmp_path):
         fit(module, batches, tmp_path, 100)
 
 
-def test_the_share_of_the_peak_is_counted_without_a_trace(batches, tmp_path, monkeypatch):
+def test_mfu_is_counted_without_side_effects(batches, tmp_path, monkeypatch):
     """A 4 × 3 layer: 24 operations forward, 24 for its weights; 24 forward of the frozen one."""
     module = Tiny()
     module.text_tower = nn.Sequential(nn.Dropout(0.5), module.text_tower)
     state = torch.get_rng_state()
-    assert watching.flops_per_pair(module, batches[0]) == 72
+    assert monitor.flops_per_pair(module, batches[0]) == 72
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in module.parameters())
     fit(Tiny(), batches, tmp_path / "unknown", 2)
     assert "train/mfu" not in rows_of(tmp_path / "unknown")[0]
-    monkeypatch.setattr(watching, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(monitor, "peak_flops", lambda device: 1e9)
     fit(module, batches, tmp_path / "known", 2)
     for row in rows_of(tmp_path / "known"):
         assert row["train/mfu"] == pytest.approx(row["train/examples_per_second"] * 72 / 1e9, rel=1e-5)
@@ -254,8 +256,8 @@ def test_the_share_of_the_peak_is_counted_without_a_trace(batches, tmp_path, mon
 )
 def test_only_a_known_device_has_a_peak(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert watching.peak_flops(torch.device("cuda", 0)) == peak
-    assert watching.peak_flops(torch.device("cpu")) is None
+    assert monitor.peak_flops(torch.device("cuda", 0)) == peak
+    assert monitor.peak_flops(torch.device("cpu")) is None
 
 
 @pytest.fixture
@@ -272,7 +274,7 @@ def poisoned(project, monkeypatch):
     return project
 
 
-def told_of(stderr):
+def error_line(stderr):
     lines = [line for line in stderr.splitlines() if line.startswith("siglit:")]
     assert len(lines) == 1, stderr
     return lines[0]
@@ -284,7 +286,7 @@ def test_a_bad_cache_ends_the_command_with_one_line_and_no_bad_checkpoint(poison
     with pytest.raises(SystemExit) as stop:
         main(["train", "-c", "experiment.yaml", "--train.log_every", "50"])
     assert stop.value.code == 1
-    line = told_of(capsys.readouterr().err)
+    line = error_line(capsys.readouterr().err)
     assert "the loss is nan at step 2, in the batch of" in line
     assert "13 more" in line
     assert not list((poisoned / "runs/small").rglob("*.ckpt"))
@@ -296,7 +298,7 @@ def test_two_devices_have_the_figures_of_one_and_stop_together(poisoned):
     with pytest.raises(RuntimeError, match="the loss is nan at step 2, .* and 13 more; "):
         siglit.train(parse("train", *words, "--output_dir", "runs/1"))
     words += ["--tokenizer.path", "runs/1/tokenizer.model", "--train.devices", "2", "--output_dir", "runs/2"]
-    line = told_of(run_siglit("train", "-c", "experiment.yaml", *words, cwd=poisoned, check=1).stderr)
+    line = error_line(run_siglit("train", "-c", "experiment.yaml", *words, cwd=poisoned, check=1).stderr)
     assert "the loss is nan at step 2, in the batch of" in line
     assert "13 more" in line, "of both devices"
     (one,), (two,) = rows_of(poisoned / "runs/1"), rows_of(poisoned / "runs/2")

@@ -1,4 +1,4 @@
-"""Groups and optimisers step as big_vision does; schedules and durations are what their formulas say."""
+"""Groups and optimizers step as big_vision does; schedules and durations are what their formulas say."""
 
 import math
 
@@ -76,7 +76,7 @@ def test_attention_with_widths_of_its_own_has_three_more_kernels():
     assert by_name(attention, multipliers={})["kernels"] == expected
 
 
-def test_pretrained_parameters_have_their_rate_and_decay_only_when_asked_to():
+def test_pretrained_parameters_have_their_multiplier_and_decay_only_if_decay_pretrained():
     assert by_name(Model())["pretrained no decay ×0.1"] == MULTIPLIERS.keys()
     groups = by_name(Model(), OptimConfig(decay_pretrained=True))
     assert groups["pretrained kernels ×0.1"] == PRETRAINED_KERNELS
@@ -87,7 +87,7 @@ def test_pretrained_parameters_have_their_rate_and_decay_only_when_asked_to():
     assert groups["pretrained no decay"] == MULTIPLIERS.keys()
 
 
-def test_decay_is_the_papers_whatever_the_rate_and_the_multiplier():
+def test_weight_decay_is_the_papers_whatever_the_learning_rate_and_the_multiplier():
     groups = parameter_groups(Model(), OptimConfig(lr=2e-3, weight_decay=0.1, decay_pretrained=True), MULTIPLIERS)
     found = {group["name"]: (group["lr"], group["lr"] * group["weight_decay"]) for group in groups}
     assert found == {
@@ -233,7 +233,7 @@ def test_twenty_steps_and_more_equal_big_visions(name, rule, steps, decay_pretra
 
 
 @pytest.mark.parametrize("name", ["lion", "adamw", "adafactor"])
-def test_a_saved_optimiser_goes_on_bit_for_bit(name, tmp_path):
+def test_a_saved_optimizer_resumes_bit_for_bit(name, tmp_path):
     """Its state is read without unpickling."""
 
     def steps(model, optimizer, seeds):
@@ -270,15 +270,15 @@ def test_a_saved_optimiser_goes_on_bit_for_bit(name, tmp_path):
         (OptimConfig(name="adafactor", betas=(0.8, 0.9)), {"momentum": 0.8, "beta2_cap": 0.9}),
     ],
 )
-def test_betas_are_the_papers_or_those_asked_for(config, expected):
+def test_betas_are_the_papers_or_those_of_the_experiment(config, expected):
     for group in build_optimizer(Model(), config, {}).param_groups:
         assert {name: group[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", ["lion", "adamw", "adafactor"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_lightning_clips_for_every_optimiser_in_mixed_precision(name, precision):
-    """It refuses for optimisers that offer to unscale gradients, as fused ones do."""
+def test_lightning_clips_for_every_optimizer_in_mixed_precision(name, precision):
+    """It refuses for optimizers that offer to unscale gradients, as fused ones do."""
     model = nn.Linear(2, 1, bias=False)
     optimizer = build_optimizer(model, OptimConfig(name=name), {})
     model.weight.grad = torch.tensor([[30.0, 40.0]])
@@ -396,7 +396,7 @@ def test_durations_without_a_meaning_are_refused_in_one_line(config, told):
     assert "\n" not in str(error.value)
 
 
-def test_the_table_tells_every_parameter_with_its_rate_and_the_papers_decay():
+def test_the_table_lists_every_tensor_with_its_peak_lr_and_the_papers_decay():
     model, config = tower(), OptimConfig(lr=2e-4, weight_decay=1e-7)
     model.model.head.bias.requires_grad_(False)
     table = group_table(
@@ -420,8 +420,8 @@ def test_the_table_tells_every_parameter_with_its_rate_and_the_papers_decay():
         ["locked", "1", "8", "0", "0"],
     ]
     assert total == [
-        f"{count} parameters of {every:,} numbers: weights {every * 4e-6:.1f} MB, "
-        f"state of lion {(every - 8) * 4e-6:.1f} MB"
+        f"{count} tensors of {every:,} parameters: weights {every * 4e-6:.1f} MB, "
+        f"optimizer state (lion) {(every - 8) * 4e-6:.1f} MB"
     ]
 
 
@@ -430,5 +430,5 @@ def test_the_table_keeps_layers_apart_that_differ():
     model = nn.Sequential(nn.Sequential(*(nn.Linear(2, width) for width in (2, 2, 3, 2))), nn.Linear(2, 2))
     config = OptimConfig()
     table = group_table(parameter_groups(model, config, {"0.3.weight": 0.1}), model.named_parameters(), config)
-    shown = [line.split("  ")[0] for line in table.splitlines() if "weight" in line][:-1]
+    shown = [line.split("  ")[0] for line in table.splitlines() if ".weight" in line]
     assert shown == ["0.*.weight × 2", "0.2.weight", "0.3.weight", "1.weight"]

@@ -190,7 +190,7 @@ def test_stopped_at_every_step_in_turn(mode, place, folder, monkeypatch):
             at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
             with pytest.raises(KeyboardInterrupt) as stopped:
                 siglit.train(experiment("stopped", mode, *(["--train.resume", "true"] if step > 1 else [])))
-        assert str(stopped.value) == f"stopped at step {step} of 7; go on with --resume"
+        assert str(stopped.value) == f"stopped at step {step} of 7; add --resume to continue"
         assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == step
         rows = [int(row["step"]) for row in table(folder)] if step > 1 else []
         assert rows == [n for n in (1, 2, 3, 5, 5) if n < step]
@@ -217,7 +217,7 @@ def test_a_signal_to_the_first_process_saves_and_stops_all(place, folder, whole,
     _, err = process.communicate(timeout=240)
     assert process.returncode == code, err
     told = [line for line in err.splitlines() if "stopped" in line]
-    assert told == ["stopped at step 4 of 7; go on with --resume"], err
+    assert told == ["stopped at step 4 of 7; add --resume to continue"], err
     assert "Traceback" not in err
     assert gone(process.pid, 8)
     assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 4
@@ -231,7 +231,9 @@ def test_a_signal_to_all_processes_finds_the_workers_at_work_until_the_step_is_s
     process = start(place, "stopped", 1, 4, signal.SIGTERM, mode="unlocked", group="all")
     _, err = process.communicate(timeout=240)
     assert process.returncode == 143, err
-    assert [line for line in err.splitlines() if "stopped" in line] == ["stopped at step 4 of 7; go on with --resume"]
+    assert [line for line in err.splitlines() if "stopped" in line] == [
+        "stopped at step 4 of 7; add --resume to continue"
+    ]
     assert gone(process.pid, 8)
     run_siglit("train", "-c", "experiment.yaml", *words("stopped", "unlocked"), "--resume", cwd=place, check=0)
     assert_equal(folder, whole("unlocked"))
@@ -358,7 +360,7 @@ def test_there_need_not_be_a_checkpoint_to_resume_from(folder, whole, capsys):
     cut_off_in_step(3)
     assert [row["step"] for row in table(folder)] == ["1"]
     siglit.train(experiment("stopped", "locked", "--train.resume", "true"))
-    assert "holds no checkpoint: training begins at the first step" in capsys.readouterr().err
+    assert "holds no checkpoint: training starts at the first step" in capsys.readouterr().err
     assert_equal(folder, whole())
 
 
