@@ -28,7 +28,7 @@ from siglit.cache import (
 )
 from siglit.config import CacheConfig
 from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
-from siglit.data.samples import Sample, Source, Unit
+from siglit.data.sources.samples import Sample, Source, Unit
 from siglit.models.image_tower import ImageTower
 from siglit.runtime import machine
 from siglit.runtime.files import file_hash

@@ -18,7 +18,7 @@ from PIL import Image
 
 from siglit.data.images import BadImage, decode_image
 from siglit.data.prefetch import Prefetched
-from siglit.data.samples import Sample, Source, Unit
+from siglit.data.sources.samples import Sample, Source, Unit
 from siglit.data.worker_pool import WorkerPool
 
 MISSING_FILE = f"cannot be read: {os.strerror(errno.ENOENT)}"

@@ -22,7 +22,7 @@ from siglit.data.order import WindowOrder
 from siglit.data.prefetch import Prefetched
 from siglit.data.random_hash import choose_captions
 from siglit.data.sample_rows import SampleRow, SampleRows, SampleWindow
-from siglit.data.samples import Sample, Source
+from siglit.data.sources.samples import Sample, Source
 from siglit.data.worker_pool import WorkerPool
 from siglit.errors import UserError
 from siglit.models.tokenizer import Tokenizer

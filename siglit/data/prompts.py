@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from siglit.data.texts import is_unicode
+from siglit.data.sources.texts import is_unicode
 from siglit.errors import UserError
 from siglit.runtime.files import read_regular
 from siglit.runtime.paths import expand

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from siglit.cache import find_duplicate, hash_keys
-from siglit.data.samples import Sample, Source
+from siglit.data.sources.samples import Sample, Source
 from siglit.errors import UserError
 from siglit.runtime.progress import Meter
 

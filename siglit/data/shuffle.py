@@ -13,7 +13,7 @@ import numpy as np
 
 from siglit.cache import EmbeddingCache
 from siglit.data.order import Share, WindowOrder
-from siglit.data.samples import Source
+from siglit.data.sources.samples import Source
 from siglit.runtime.machine import free_memory
 
 Arrays = dict[str, np.ndarray]

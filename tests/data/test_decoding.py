@@ -10,7 +10,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from siglit.data.decoding import Decoder, PixelBatch, UnitPixels, pixel_batches
-from siglit.data.samples import FilePart, Sample, Unit
+from siglit.data.sources.samples import FilePart, Sample, Unit
 from siglit.errors import UserError
 
 # Three processes on two cores: slower than two, and as right.

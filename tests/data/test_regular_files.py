@@ -11,8 +11,8 @@ from PIL import Image
 from siglit.config import SourceSpec, TokenizerConfig
 from siglit.data import prompts
 from siglit.data.decoding import UnitPixels, pixel_batches
-from siglit.data.samples import FilePart, read_part
 from siglit.data.sources import open_source, source_identity
+from siglit.data.sources.samples import FilePart, read_part
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
 from siglit.models.pretrained_text import load_text_model
@@ -119,7 +119,7 @@ def test_a_listing_above_the_limit(tmp_path):
 
 
 def test_a_text_in_a_tar_above_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("siglit.data.tar_source.MAX_BYTES", 10)
+    monkeypatch.setattr("siglit.data.sources.tar_source.MAX_BYTES", 10)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         info = tarfile.TarInfo("a.txt")
         info.size = 11

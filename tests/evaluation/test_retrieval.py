@@ -12,7 +12,7 @@ from siglit.evaluation import retrieval
 from siglit.evaluation.retrieval import fold_metrics, label_accuracy, metrics_by_language, retrieval_metrics
 from tests.conftest import ROOT
 from tests.evaluation.reference import full_ranking, random_set, unit, whole_numbers
-from tests.loss.reference import TrainingMonitor
+from tests.loss.reference import MemoryWatch
 
 KS = (1, 5, 10, 100)
 
@@ -220,11 +220,11 @@ def test_no_more_than_a_block_of_scores_is_held(monkeypatch):
     monkeypatch.setattr(retrieval, "_IMAGES", 256)
     monkeypatch.setattr(retrieval, "_TEXTS", 512)
     arrays = random_set(2000, 3000, 4)
-    with TrainingMonitor() as warm_up:
+    with MemoryWatch() as warm_up:
         retrieval_metrics(*random_set(5, 5, 4), quiet=True)
     tracemalloc.start()
     try:
-        with TrainingMonitor() as watch:
+        with MemoryWatch() as watch:
             retrieval_metrics(*arrays, quiet=True)
         held = tracemalloc.get_traced_memory()[1]
     finally:

@@ -133,7 +133,7 @@ def open_clip_loss():
     return module
 
 
-class Watch(TorchDispatchMode):
+class MemoryWatch(TorchDispatchMode):
     """Notes what torch does: names of operations, the largest tensor, and the most bytes alive at a time."""
 
     def __init__(self):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from siglit.loss import Negatives, sigmoid_loss, softmax_loss
 from siglit.loss.exchange import BlockExchange, gather_rows, world
-from tests.loss.reference import EXCHANGES, TrainingMonitor, assert_equal, batch, leaves, sigmoid, value_and_gradients
+from tests.loss.reference import EXCHANGES, MemoryWatch, assert_equal, batch, leaves, sigmoid, value_and_gradients
 
 SIZES = (1, 2, 3, 4)
 
@@ -136,7 +136,7 @@ def test_ranks_that_disagree_all_raise_at_once_and_say_what_each_brought(ranks, 
 
 def peak(rank, size, exchange, n, image_encoder):
     zimg, ztxt = (torch.ones(n, 64, requires_grad=on) for on in (image_encoder, True))
-    with TrainingMonitor() as watch:
+    with MemoryWatch() as watch:
         loss = sigmoid_loss(zimg, ztxt, 7.0, -3.0, exchange=exchange, chunk_size=32)
     assert loss.requires_grad
     return watch.peak
@@ -158,13 +158,13 @@ def backward(rank, size, loss, exchange):
     """Operations of torch.distributed in forward and in backward, everything trainable."""
     zimg, ztxt, ids = batch(6, 4)
     inputs = leaves(zimg, ztxt, 7.0, -3.0)
-    with TrainingMonitor() as forward:
+    with MemoryWatch() as forward:
         if loss == "softmax":
             value = softmax_loss(*inputs[:3], exchange=exchange)
         else:
             masks = {"negatives": Negatives("hardest", 1), "image_ids": ids[0]} if loss == "masked" else {}
             value = sigmoid_loss(*inputs, exchange=exchange, **masks)
-    with TrainingMonitor() as after:
+    with MemoryWatch() as after:
         value.backward()
     assert after.names
     return [[name for name in watch.names if "c10d" in name] for watch in (forward, after)]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from siglit.loss import sigmoid_loss, softmax_loss
-from tests.loss.reference import BIAS, EXCHANGES, MASKS, SCALE, TrainingMonitor, batch, leaves, options, sigmoid
+from tests.loss.reference import BIAS, EXCHANGES, MASKS, SCALE, MemoryWatch, batch, leaves, options, sigmoid
 
 
 def saved_bytes(loss, *inputs, **chosen):
@@ -102,10 +102,10 @@ def test_second_derivatives_are_refused_rather_than_wrong():
 def test_forward_makes_nothing_larger_than_a_tile_or_an_embedding(loss, locked):
     zimg, ztxt = (F.normalize(torch.randn(256, 8), dim=1).requires_grad_() for _ in range(2))
     scalars = (SCALE, BIAS) if loss is sigmoid_loss else (SCALE,)
-    with TrainingMonitor() as watch:
+    with MemoryWatch() as watch:
         loss(zimg.requires_grad_(not locked), ztxt, *scalars, chunk_size=40).backward()
     assert watch.largest <= 256 * 8
-    with TrainingMonitor() as watch:
+    with MemoryWatch() as watch:
         loss(zimg, ztxt, *scalars, chunk_size=1000)
     assert watch.largest == 256 * 256
 

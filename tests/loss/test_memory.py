@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from siglit.loss import memory_bytes, sigmoid_loss
-from tests.loss.reference import EXCHANGES, TrainingMonitor
+from tests.loss.reference import EXCHANGES, MemoryWatch
 
 
 def peak(rank, size, exchange, n, dim, chunk, image_gradient, dtype=torch.float32):
     """Most bytes alive during one call."""
     zimg = torch.ones(n, dim, dtype=dtype, requires_grad=image_gradient)
     ztxt = torch.ones(n, dim, dtype=dtype, requires_grad=True)
-    with TrainingMonitor() as monitor:
+    with MemoryWatch() as monitor:
         sigmoid_loss(zimg, ztxt, 7.0, -3.0, exchange=exchange, chunk_size=chunk)
     return monitor.peak
 

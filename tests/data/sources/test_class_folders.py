@@ -5,8 +5,8 @@ import json
 import pytest
 
 from siglit.config import SourceSpec
-from siglit.data.samples import FilePart
 from siglit.data.sources import open_source, source_identity
+from siglit.data.sources.samples import FilePart
 from siglit.errors import UserError
 
 

@@ -6,11 +6,11 @@ Decodes no image; knows nothing of YAML, towers or caches.
 from typing import Any
 
 from siglit.config import SourceSpec
-from siglit.data.listing_source import ListingSource, listing_file, listing_identity
-from siglit.data.samples import Source
-from siglit.data.source_options import check_options, identity_of
-from siglit.data.table_source import TableSource
-from siglit.data.tar_source import TarSource
+from siglit.data.sources.listing_source import ListingSource, listing_file, listing_identity
+from siglit.data.sources.options import check_options, identity_of
+from siglit.data.sources.samples import Source
+from siglit.data.sources.table_source import TableSource
+from siglit.data.sources.tar_source import TarSource
 from siglit.runtime.paths import files_of
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from siglit.config import Format, SourceSpec
-from siglit.data.columns import Columns
+from siglit.data.sources.columns import Columns
 from siglit.errors import UserError
 
 _TEXT_OPTIONS = ("caption_column", "key_column", "label_column", "lang_column")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from siglit.data.images import IMAGE_EXTENSIONS
-from siglit.data.samples import read_part
+from siglit.data.sources.samples import read_part
 from siglit.errors import UserError
 
 

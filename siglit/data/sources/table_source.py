@@ -11,9 +11,9 @@ from typing import Any
 from typing_extensions import override
 
 from siglit.config import SourceSpec
-from siglit.data.samples import SAMPLE_BYTES, FilePart, Sample, Source, TableCell, Unit, check_unique, row_units
-from siglit.data.source_options import Fold, columns_of, identity_of
-from siglit.data.tables import HubTable, ParquetTable, Table
+from siglit.data.sources.options import Fold, columns_of, identity_of
+from siglit.data.sources.samples import SAMPLE_BYTES, FilePart, Sample, Source, TableCell, Unit, check_unique, row_units
+from siglit.data.sources.tables import HubTable, ParquetTable, Table
 from siglit.errors import UserError
 from siglit.runtime.paths import expand, files_of
 

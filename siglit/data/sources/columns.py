@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from siglit.data.texts import is_unicode, replace_surrogates
+from siglit.data.sources.texts import is_unicode, replace_surrogates
 from siglit.errors import UserError
 
 # Image and caption columns where none are named; the first that exists is used. csv is open_clip's choice.

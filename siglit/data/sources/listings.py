@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from siglit.data.columns import Columns, not_blank, string_list
 from siglit.data.images import IMAGE_EXTENSIONS
-from siglit.data.texts import decode_text, json_object
+from siglit.data.sources.columns import Columns, not_blank, string_list
+from siglit.data.sources.texts import decode_text, json_object
 from siglit.errors import UserError
 from siglit.runtime.files import MAX_LISTING_BYTES, read_regular
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from siglit.data.columns import Columns
 from siglit.data.images import IMAGE_EXTENSIONS
-from siglit.data.listings import Row
+from siglit.data.sources.columns import Columns
+from siglit.data.sources.listings import Row
 from siglit.errors import UserError
 
 

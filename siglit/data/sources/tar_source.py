@@ -11,12 +11,12 @@ from typing import Any
 from typing_extensions import override
 
 from siglit.config import SourceSpec
-from siglit.data.columns import parse_label
 from siglit.data.images import IMAGE_EXTENSIONS
-from siglit.data.samples import SAMPLE_BYTES, FilePart, Sample, Source, Unit, check_unique, read_part
-from siglit.data.source_options import Fold, columns_of, identity_of
-from siglit.data.tars import Member, index_tar
-from siglit.data.texts import decode_text, json_object
+from siglit.data.sources.columns import parse_label
+from siglit.data.sources.options import Fold, columns_of, identity_of
+from siglit.data.sources.samples import SAMPLE_BYTES, FilePart, Sample, Source, Unit, check_unique, read_part
+from siglit.data.sources.tars import Member, index_tar
+from siglit.data.sources.texts import decode_text, json_object
 from siglit.errors import UserError
 from siglit.runtime.files import MAX_BYTES, check_size
 from siglit.runtime.paths import files_of

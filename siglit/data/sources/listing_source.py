@@ -11,10 +11,10 @@ from typing import Any
 from typing_extensions import override
 
 from siglit.config import SourceSpec
-from siglit.data import class_folders, listings
-from siglit.data.listings import Row
-from siglit.data.samples import SAMPLE_BYTES, FilePart, Sample, Source, Unit, row_units
-from siglit.data.source_options import Fold, columns_of, identity_of, separator_of
+from siglit.data.sources import class_folders, listings
+from siglit.data.sources.listings import Row
+from siglit.data.sources.options import Fold, columns_of, identity_of, separator_of
+from siglit.data.sources.samples import SAMPLE_BYTES, FilePart, Sample, Source, Unit, row_units
 from siglit.errors import UserError
 from siglit.runtime.files import file_hash
 from siglit.runtime.paths import expand

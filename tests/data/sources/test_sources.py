@@ -15,10 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from siglit.config import SourceSpec
-from siglit.data import samples as samples_module
-from siglit.data import tar_source, tars
-from siglit.data.samples import FilePart
-from siglit.data.sources import open_source
+from siglit.data.sources import open_source, tar_source, tars
+from siglit.data.sources import samples as samples_module
+from siglit.data.sources.samples import FilePart
 from siglit.errors import UserError
 
 
