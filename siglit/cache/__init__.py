@@ -19,7 +19,7 @@ from siglit.cache.lock import exclusive
 from siglit.cache.merging import concat, merge
 from siglit.cache.plain_hdf5 import PlainHdf5
 from siglit.cache.reader import EmbeddingCache
-from siglit.cache.writer import committed_shards, finish, remove_unfinished, write_shard
+from siglit.cache.shard_writer import committed_shards, finish, remove_unfinished, write_shard
 
 __all__ = [
     "FORMAT_VERSION",

@@ -16,7 +16,7 @@ import numpy as np
 from siglit.cache.format import CacheError, shard_files
 from siglit.cache.keys import KnownKeys
 from siglit.cache.lock import exclusive
-from siglit.cache.writer import finish, remove_unfinished, write_shard
+from siglit.cache.shard_writer import finish, remove_unfinished, write_shard
 
 
 @dataclass

@@ -21,7 +21,7 @@ from siglit.cache.format import (
 from siglit.cache.keys import find_duplicate_key
 from siglit.cache.lock import exclusive
 from siglit.cache.reader import EmbeddingCache
-from siglit.cache.writer import commit_arrays, committed_shards, finish, remove_unfinished
+from siglit.cache.shard_writer import commit_arrays, committed_shards, finish, remove_unfinished
 from siglit.runtime.text import plural
 
 

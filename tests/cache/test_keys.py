@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from siglit.cache import CacheError, CacheWriter, KnownKeys, find_duplicate, hash_keys
-from tests.cache.test_writer import write
+from tests.cache.test_shard_writer import write
 
 
 def test_the_second_shard_with_a_key_is_not_committed(tmp_path):

@@ -383,8 +383,8 @@ def test_verify_finds_swapped_missing_and_stray_shards(folder):
 
 def test_verify_finds_contradictions_under_a_right_checksum(tmp_path, monkeypatch):
     """A writer with an error signs wrong data rightly: verify looks at the data too."""
-    monkeypatch.setattr("siglit.cache.writer._label_array", lambda labels, rows: np.full(rows, -5, np.int64))
-    monkeypatch.setattr("siglit.cache.writer._float16", lambda array, keys: np.full((2, 3), np.inf, np.float16))
+    monkeypatch.setattr("siglit.cache.shard_writer._label_array", lambda labels, rows: np.full(rows, -5, np.int64))
+    monkeypatch.setattr("siglit.cache.shard_writer._float16", lambda array, keys: np.full((2, 3), np.inf, np.float16))
     write_shard(tmp_path, 0, embeddings=np.ones((2, 3)), keys=["a", "b"], captions=[[], []], fingerprint={})
     finish(tmp_path, 1, {})
     problems = "\n".join(EmbeddingCache(tmp_path).verify())
