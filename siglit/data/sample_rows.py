@@ -69,6 +69,8 @@ class SampleRows:
             UserError: a unit has another number of captioned samples than when they were counted.
         """
         result: list[Sample] = []
+        if len(rows) == 0:  # a window of units without captions
+            return result
         # The last of equal starts: an empty unit starts where its successor does.
         units = np.unique(np.searchsorted(self._first, rows, side="right") - 1)
         parts = np.split(rows, np.searchsorted(rows, self._first[units[1:]]))

@@ -197,6 +197,24 @@ def test_one_pass_takes_every_captioned_sample_once(sources, fmt, shuffle):
     assert set(numbers) <= CAPTIONED
 
 
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_windows_without_captions_are_passed_over(tmp_path, shuffle):
+    """Ten of 16 units have no caption; with windows of 3 units, some windows have none in most passes."""
+    lines = [
+        "filepath,title",
+        *(f"{number}.png,{number} 0" if number > 49 else f"{number}.png," for number in range(80)),
+    ]
+    for number in range(80):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "x.csv").write_text("\n".join(lines))
+    batches = loader(open_source(SourceSpec("csv", str(tmp_path / "x.csv"))), batch_size=3, shuffle=shuffle)
+    for _ in range(3):
+        numbers = everything(batches)["ids"][:, 0].tolist()
+        assert len(set(numbers)) == len(numbers) == 30
+        assert set(numbers) <= set(range(50, 80))
+    assert batches.keys([]) == []
+
+
 def test_image_ids_are_rows_without_labels(source):
     batch = next(iter(loader(source)))
     assert torch.equal(batch["image_ids"], batch["rows"])

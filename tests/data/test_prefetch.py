@@ -105,6 +105,16 @@ def test_the_thread_ends(end):
     assert eventually(lambda: not threads())
 
 
+def test_close_ends_a_consumer_that_waits_in_another_thread():
+    items = Prefetched(iter(()), ahead=0)
+    consumer = threading.Thread(target=list, args=(items,), daemon=True)
+    consumer.start()
+    assert eventually(threads)
+    items.close()
+    consumer.join(10)
+    assert not consumer.is_alive()
+
+
 def test_a_program_ends_with_a_thread_waiting():
     """At once and quietly, though nothing was closed."""
     code = "from siglit.data.prefetch import Prefetched; import itertools; p = Prefetched(itertools.count()); next(p)"
