@@ -1,7 +1,7 @@
 """The captioned samples of a source as numbered rows, and windows of them in memory.
 
-Knows sources and keys, not orders, pixels or batches. A *row* is a captioned sample, numbered through in the source's
-order; a *unit* is a range of rows that is read at one go.
+Knows sources and keys, not orders, pixels or batches. A *row* is a captioned sample, numbered in the source's order; a
+*unit* is a range of rows that is read at one go.
 """
 
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ class SampleRows:
         return result
 
     def _check_unique(self, hashes: list[np.ndarray]) -> None:
-        """Refuse a key in two units: in two tars, or two parquet files of one name; listings compare when opened."""
+        """Refuse a key in two units: in two tars, or two parquet files of one name; opening checks listings."""
         duplicate = find_duplicate(hashes, lambda number: [sample.key for sample in self._load(number)])
         if duplicate is not None:
             units = [self._units[part].name for part, _ in (duplicate.first, duplicate.second)]

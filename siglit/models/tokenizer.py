@@ -146,7 +146,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
 
 
 def lowercases(config: TokenizerConfig) -> bool:
-    """Whether SentencePiece reads the text in lower case, as SigLIP does; only tokenizer.lowercase false says no."""
+    """Whether SentencePiece reads the text in lower case: as in SigLIP, unless tokenizer.lowercase is false."""
     return config.lowercase is not False
 
 
@@ -190,7 +190,7 @@ def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> byt
         )
     except RuntimeError as error:
         minimum = re.search(r"required_chars\. (\d+) vs (\d+)", str(error))
-        if minimum:
+        if minimum is not None:
             raise UserError(
                 f"tokenizer.vocab_size is {config.vocab_size}, but the characters of the captions alone need "
                 f"{minimum[2]} pieces; raise it, or lower tokenizer.character_coverage"

@@ -1,4 +1,4 @@
-"""Parts of messages: counts with their nouns, and the first line of somebody else's."""
+"""Parts of messages: counts with their nouns, and first lines of errors. Knows nothing of what the messages say."""
 
 
 def first_line(error: BaseException) -> str:
