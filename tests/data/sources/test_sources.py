@@ -314,7 +314,7 @@ class TestUnits:
 
 
 class TestMemory:
-    """What samples take in memory is told from headers alone: bytes of images where the source holds them."""
+    """The memory of samples is estimated from headers alone: bytes of images where the source holds them."""
 
     def test_files_and_tars_leave_their_images_where_they_are(self, tmp_path):
         text = "filepath,title\n" + "".join(f"{i}.jpg,c\n" for i in range(10))
