@@ -1,4 +1,4 @@
-"""Names on the Hub: where it cannot be reached, its local cache is used, and a model that is not there fails at once."""
+"""Names on the Hub: where it cannot be reached, its cache here is used, and a model that is not there fails at once."""
 
 import socket
 import time
