@@ -283,7 +283,9 @@ def _label_array(labels: Sequence[int | None] | None, rows: int) -> np.ndarray:
     if labels is None:
         return np.full(rows, -1, DATASETS["label"])
     if len(labels) != rows:
-        raise CacheError(f"there are {len(labels)} labels for {rows} rows; give one per row, None where a row has none")
+        raise CacheError(
+            f"got {plural(len(labels), 'label')} for {plural(rows, 'row')}; give one per row, None where a row has none"
+        )
     negative = [label for label in labels if label is not None and label < 0]
     if len(negative) > 0:
         raise CacheError(f"a label is {negative[0]}; expected class numbers ≥ 0, or None where a row has none")

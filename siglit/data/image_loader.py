@@ -32,7 +32,7 @@ WINDOW_UNITS = 16
 MAX_REPLACEMENTS = 1024
 """Samples of a window, at most, that replace its unusable images."""
 CHUNK = 32
-"""Images that a worker decodes at one go."""
+"""Images that a worker decodes in one job."""
 
 _TRIES = 100
 _MIN_SKIPPED = 10

@@ -1,7 +1,7 @@
 """The captioned samples of a source as numbered rows, and windows of them in memory.
 
 Knows sources and keys, not orders, pixels or batches. A *row* is a captioned sample, numbered in the source's order; a
-*unit* is a range of rows that is read at one go.
+*unit* is a range of rows that is read together.
 """
 
 from collections.abc import Iterator

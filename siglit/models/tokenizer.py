@@ -51,7 +51,7 @@ class SentencePieceTokenizer:
             # SentencePiece takes an empty model for a missing argument.
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
         except RuntimeError as error:
-            raise UserError("this is not a SentencePiece model; give one, or train one") from error
+            raise UserError("this is not a SentencePiece model; name another file, or train a tokenizer") from error
         self.length, self._lowercase = length, lowercase
         self.vocab_size = self._pieces.vocab_size()
         self.eos_id = self.pad_id = self._pieces.eos_id()
