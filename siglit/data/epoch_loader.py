@@ -163,7 +163,8 @@ class EpochLoader(ABC):
     def _caption_sources(self, epoch: int, first: int) -> Iterator[np.ndarray | None]:
         """For each batch the (B,) rows whose texts this rank's pairs get; None where each pair keeps its own.
 
-        The order is drawn a second time, so every rank knows the whole batch without communication.
+        The order is drawn a second time, and takes its memory twice, so that every rank knows the whole batch without
+        communication.
         """
         if self._corruption is None or "alignment" not in self._corruption.kinds:
             yield from itertools.repeat(None)
