@@ -59,7 +59,7 @@ def find_problems(
         path = folder / shard.file
         checksum = None if metadata_checksums is None else metadata_checksums[number]
         of_shard = _problems_of_shard(path, number, shard, fingerprint, checksum)
-        readable += [] if of_shard else [path]
+        readable += [path] if len(of_shard) == 0 else []
         problems += of_shard
     if sum(shard.skipped for shard in shards) != num_skipped:
         problems.append(
@@ -85,7 +85,7 @@ def find_problems_without_index(folder: Path) -> list[Problem]:
             problems.append(Problem(str(error), path))
             continue
         of_shard = _problems_of_shard(path, number, record, fingerprint, None)
-        readable += [] if of_shard else [path]
+        readable += [path] if len(of_shard) == 0 else []
         problems += of_shard
     return problems + _problems_of_keys(folder, readable)
 

@@ -44,13 +44,13 @@ def find_duplicate(hashes: Sequence[np.ndarray], keys_of: Callable[[int], Sequen
         hashes: `hash_keys` of every part.
         keys_of: returns the keys of part i; called only for parts with a repeated hash.
     """
-    joined = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
+    joined = np.concatenate(hashes) if len(hashes) > 0 else np.empty(0, np.uint64)
     joined.sort()
     repeated = np.unique(joined[1:][joined[1:] == joined[:-1]])
     seen: dict[str, tuple[int, int]] = {}
     for part, own in enumerate(hashes if repeated.size else ()):
         rows = np.flatnonzero(np.isin(own, repeated)).tolist()
-        keys = keys_of(part) if rows else ()
+        keys = keys_of(part) if len(rows) > 0 else ()
         for row in rows:
             if keys[row] in seen:
                 return Duplicate(keys[row], seen[keys[row]], (part, row))
@@ -83,7 +83,7 @@ def shard_keys(path: Path) -> list[str]:
 class KnownKeys:
     """The keys of all shards of an unfinished cache; the keys of the next shard are compared with them.
 
-    Holds 8 bytes per key, 16 for moments. Reads the keys of shards that other processes commit, each once. Two
+    Holds 8 bytes per key, and briefly 16. Reads the keys of shards that other processes commit, each once. Two
     processes that commit at the same time do not see each other's shard; `finish` compares all.
     """
 
@@ -116,7 +116,7 @@ class KnownKeys:
             return
         # Sorted runs, each longer than the next: a key is sorted again when the total doubles, not for every shard.
         run = np.sort(hashes)
-        while self._runs and len(self._runs[-1]) <= len(run):
+        while len(self._runs) > 0 and len(self._runs[-1]) <= len(run):
             run = np.concatenate([self._runs.pop(), run])
             run.sort()
         self._runs.append(run)

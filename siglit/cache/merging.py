@@ -86,7 +86,7 @@ class ConcatenatedCache(EmbeddingCache):
         self.path, self._folder = parts[0].path, parts[0].path.absolute()
         self._set_shards(
             [shard for part in parts for shard in part.located_shards()],
-            max(part.dim for part in parts if len(part) or not any(map(len, parts))),
+            max(part.dim for part in parts if len(part) > 0 or not any(map(len, parts))),
             fingerprint,
         )
 
@@ -94,7 +94,7 @@ class ConcatenatedCache(EmbeddingCache):
     def find_problems(self) -> list[Problem]:
         """The problems of each part; if there are none, a key that two parts share."""
         problems = [problem for part in self.parts for problem in part.find_problems()]
-        duplicate = None if problems else find_duplicate_key(self.shard_paths)
+        duplicate = None if len(problems) > 0 else find_duplicate_key(self.shard_paths)
         return problems if duplicate is None else [Problem(f"{duplicate}, but keys must be unique")]
 
 
@@ -102,11 +102,11 @@ def _joint_fingerprint(parts: Sequence[EmbeddingCache]) -> dict[str, Any]:
     """The fingerprint of the parts together; refuses parts of different settings or widths."""
     if len(parts) < 2:
         raise CacheError(f"got {plural(len(parts), 'cache')}; expected at least two")
-    filled = [part for part in parts if len(part)]
+    filled = [part for part in parts if len(part) > 0]
     for part in parts[1:]:
         actual, expected = ({k: v for k, v in cache.fingerprint.items() if k != "source"} for cache in (part, parts[0]))
         differences = differing_fields(actual, expected)
-        if differences:
+        if len(differences) > 0:
             raise CacheError(
                 f"{part.path} was made with other settings than {parts[0].path}: {'; '.join(differences)}; "
                 "combine only caches of one tower"

@@ -29,7 +29,7 @@ class PlainHdf5:
         self.path, self._names = path, names
         with self._file() as file:
             missing = [name for name in names if not isinstance(file.get(name), h5py.Dataset)]
-            if missing:
+            if len(missing) > 0:
                 raise CacheError(f"{path} has no dataset {missing[0]!r}; it has {', '.join(file)}")
             shapes = {name: file[name].shape for name in names}
         if len({shape[:1] for shape in shapes.values()}) != 1:

@@ -224,7 +224,7 @@ class EmbeddingCache:
         if fields is not None:
             actual, expected = _select(actual, fields), _select(expected, fields)
         differences = differing_fields(actual, expected)
-        if differences:
+        if len(differences) > 0:
             raise CacheError(
                 f"{self.path} was made with other settings: {'; '.join(differences)}. "
                 f"Change the configuration back, or run `siglit precompute` into another folder"

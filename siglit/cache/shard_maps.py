@@ -107,7 +107,7 @@ class ShardMaps:
         """
         row_type = np.dtype((np.void, self._dim * DATASETS["embedding"].itemsize))
         views = [self.array(shard, "embedding") for shard in range(len(self._shards))]
-        filled = {shard: view.view(row_type)[:, 0] for shard, view in enumerate(views) if len(view)}
+        filled = {shard: view.view(row_type)[:, 0] for shard, view in enumerate(views) if len(view) > 0}
         address = {shard: view.ctypes.data for shard, view in filled.items()}
         lowest = min(address, key=lambda shard: address[shard])
         step = math.gcd(row_type.itemsize, *(place - address[lowest] for place in address.values()))
@@ -123,7 +123,7 @@ class ShardMaps:
     def _map(self, shard: int) -> mmap.mmap:
         if shard in self._maps:
             return self._maps[shard]
-        if not self._maps:
+        if len(self._maps) == 0:
             _allow_open_files(len(self._shards))
         record = self._shards[shard]
         try:

@@ -128,7 +128,7 @@ def committed_shards(folder: Path, fingerprint: Mapping[str, Any]) -> set[int]:
     for path in shards.values():
         with open_shard(path) as file:
             differences = differing_fields(shard_fingerprint(file), fingerprint)
-        if differences:
+        if len(differences) > 0:
             raise CacheError(
                 f"{path} was made with other settings: {'; '.join(differences)}. "
                 f"Change the configuration back, or write into another folder, or delete {folder}"
@@ -167,12 +167,12 @@ def finish(folder: Path, units: int, fingerprint: Mapping[str, Any]) -> None:
     folder = Path(folder)
     committed = committed_shards(folder, fingerprint)
     missing, extra = sorted(set(range(units)) - committed), sorted(committed - set(range(units)))
-    if missing or units < 1:
+    if len(missing) > 0 or units < 1:
         raise CacheError(
             f"{folder} is not complete: {len(missing)} of {plural(units, 'shard')} missing, the first is "
-            f"{shard_name(missing[0] if missing else 0)}; run `siglit precompute` again"
+            f"{shard_name(missing[0] if len(missing) > 0 else 0)}; run `siglit precompute` again"
         )
-    if extra:
+    if len(extra) > 0:
         raise CacheError(
             f"{folder} has {plural(units + len(extra), 'shard')}, but its source needs {units} (the first extra one is "
             f"{shard_name(extra[0])}); write into another folder, or delete this one"
@@ -220,7 +220,7 @@ def _float16(embeddings: np.ndarray, keys: Sequence[str]) -> np.ndarray:
         raise CacheError(
             f"embeddings are {embeddings.dtype} {embeddings.shape}; expected floats ({len(keys)}, D), one row per key"
         )
-    if embeddings.size == 0 and len(keys):
+    if embeddings.size == 0 and len(keys) > 0:
         raise CacheError(f"embeddings are {embeddings.shape}: rows have no values; check the tower's output")
     with np.errstate(over="ignore", invalid="ignore"):
         stored = np.ascontiguousarray(embeddings, DATASETS["embedding"])
@@ -283,9 +283,11 @@ def _label_array(labels: Sequence[int | None] | None, rows: int) -> np.ndarray:
     if labels is None:
         return np.full(rows, -1, DATASETS["label"])
     if len(labels) != rows:
-        raise CacheError(f"there are {len(labels)} labels for {rows} rows; give one per row, None where a row has none")
+        raise CacheError(
+            f"got {plural(len(labels), 'label')} for {plural(rows, 'row')}; give one per row, None where a row has none"
+        )
     negative = [label for label in labels if label is not None and label < 0]
-    if negative:
+    if len(negative) > 0:
         raise CacheError(f"a label is {negative[0]}; expected class numbers ≥ 0, or None where a row has none")
     return np.array([-1 if label is None else label for label in labels], DATASETS["label"])
 
@@ -306,7 +308,7 @@ def _hdf5_image(arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any])
 def _common_dim(folder: Path, records: Sequence[ShardRecord]) -> int:
     """D of the cache. Shards without rows are ignored: a writer that skipped every image may not have known D."""
     filled = [record for record in records if record.rows]
-    if not filled:
+    if len(filled) == 0:
         return max(record.dim for record in records)
     for record in filled:
         if record.dim != filled[0].dim:

@@ -25,7 +25,7 @@ from siglit.models.tokenizer import Tokenizer
 from siglit.runtime.files import write_bytes
 
 _KINDS = ("image", "text", "alignment")
-# Each use has numbers of its own; the hits have the first ones.
+# Words of the hash, one for each use; the hits of the kinds have the first ones.
 _NUMBER, _LENGTH, _PIECE, _PLACE, _PIXEL = range(len(_KINDS), len(_KINDS) + 5)
 _EMBED_AT_ONCE = 32
 
@@ -63,8 +63,9 @@ class Corruption:
     def corrupt_texts(self, epoch: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Put random tokens in place of the texts that are hit.
 
-        1 … L − 1 pieces, each length as likely, and each piece of the vocabulary but end-of-sentence and padding; then
-        end-of-sentence, then padding. (A tokenizer's token for the beginning, such as [CLS], is not put back.)
+        A random text has 1 … L − 1 tokens, all lengths equally likely, each drawn from the vocabulary without
+        end-of-sentence and padding; then end-of-sentence, then padding. A token that a tokenizer puts at the beginning,
+        such as [CLS], is not kept.
 
         Args:
             epoch: number of the pass.

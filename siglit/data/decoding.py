@@ -166,7 +166,7 @@ class Decoder:
 
 
 class SampleJob(NamedTuple):
-    """Samples that a worker decodes at one go, and a seed for each; images are detached, as workers have no source."""
+    """Samples that a worker decodes together, and a seed for each; images are detached, as workers have no source."""
 
     samples: list[Sample]
     seeds: list[tuple[int, ...]]

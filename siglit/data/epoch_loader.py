@@ -29,10 +29,10 @@ class Batch(TypedDict):
     rows: torch.Tensor
     """(B,) int64 rows of the cache, or numbers of the source's captioned samples, each of which is one image."""
     text_ids: torch.Tensor
-    """(B,) int64, equal where captions are (as the text tower sees them)."""
+    """(B,) int64, equal for captions of equal token ids."""
     image_ids: torch.Tensor
-    """(B,) int64, equal where labels are if the loader has labels, else where images are; a noise image has no
-    label."""
+    """(B,) int64, equal for images of one label if the loader has labels, else for the same image; noise images have
+    ids of their own."""
 
 
 class Order(Protocol):
@@ -119,7 +119,7 @@ class EpochLoader(ABC):
     def __iter__(self) -> Iterator[Batch]:
         """Hand out the rest of the current pass, then make the next one current."""
         first = self.examples // self._share.global_size
-        # The thread alone holds the iterator that makes the batches, which so ends with it.
+        # Only the thread holds the iterator that makes the batches, so that the iterator ends with the thread.
         with closing(Prefetched(self._batches(self.epoch, first), self._ahead)) as batches:
             self._running = batches
             for batch in batches:
@@ -163,7 +163,8 @@ class EpochLoader(ABC):
     def _caption_sources(self, epoch: int, first: int) -> Iterator[np.ndarray | None]:
         """For each batch the (B,) rows whose texts this rank's pairs get; None where each pair keeps its own.
 
-        The order is drawn a second time, so every rank knows the whole batch without communication.
+        The order is drawn a second time, and takes its memory twice, so that every rank knows the whole batch without
+        communication.
         """
         if self._corruption is None or "alignment" not in self._corruption.kinds:
             yield from itertools.repeat(None)
@@ -173,12 +174,12 @@ class EpochLoader(ABC):
 
 
 def image_ids(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(k,) int64, equal where labels are; a row without one (−1) is a class of its own."""
+    """(k,) int64: the label of each row, or −1 − row, equal to no other id, where it has none (−1)."""
     return np.where(labels < 0, -1 - rows, labels)
 
 
 def row_hash(ids: np.ndarray) -> np.ndarray:
     """(k,) int64 of (k, L) token ids: a random linear form modulo 2^64, equal for equal rows."""
     weights = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, ids.shape[1], endpoint=True) | 1
-    # Not a sum of products: those would be as many numbers again as a batch has ids.
+    # A matrix product, as the elementwise one would take as much memory again as the ids of the batch.
     return ids.astype(np.int64, copy=False) @ weights

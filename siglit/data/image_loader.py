@@ -32,20 +32,20 @@ WINDOW_UNITS = 16
 MAX_REPLACEMENTS = 1024
 """Samples of a window, at most, that replace its unusable images."""
 CHUNK = 32
-"""Images that a worker decodes at one go."""
+"""Images that a worker decodes in one job."""
 
 _TRIES = 100
-_FEW = 10
-"""As many unusable images do not end a pass yet, whatever their share."""
+_MIN_SKIPPED = 10
+"""Fewer unusable images than this do not end a pass, whatever their share."""
 
 
 class ImageLoader(EpochLoader):
     """Passes over the captioned samples of a source, their images decoded and augmented in worker processes.
 
-    `shuffle: rows` keeps all samples in memory (where their image is a file, or lies in a tar, its place; else its
-    bytes) and permutes them exactly. `blocks` takes the units in random order and mixes their samples within windows
-    of 16 units; a window is read while the one before it is decoded, and two are in memory, each with this rank's
-    samples alone. Pixels, pairs and their order depend on seed, pass and row, not on ranks, workers or a resumption.
+    `shuffle: rows` keeps all samples in memory and permutes them exactly; an image in a file or a tar is kept as its
+    place, any other as its bytes. `blocks` takes the units in random order and mixes their samples within windows of
+    16 units; a window is read while the one before it is decoded, and two are in memory, each with this rank's samples
+    alone. Pixels, pairs and their order depend on seed, pass and row, not on ranks, workers or a resumed run.
 
     Another pair of its window, drawn from (seed, pass, row), replaces an unusable image, so that a batch is always
     whole. One batch is made ahead, and two chunks per worker.
@@ -210,7 +210,7 @@ class ImageLoader(EpochLoader):
                 complete = number == len(self) - 1
                 yield batch
         finally:
-            # It may be suspended behind its last job, its window still in memory.
+            # It may be suspended after its last job, with its window still in memory.
             jobs.close()
             if complete and self._idle is None:
                 self._idle = pool
@@ -273,7 +273,7 @@ class ImageLoader(EpochLoader):
         self._first_skipped = self._first_skipped or f"{key!r}: {reason}"
         self.skipped[reason] += 1
         bad = self.skipped.total()
-        if bad >= _FEW and bad > self._max_skipped * self.seen:
+        if bad >= _MIN_SKIPPED and bad > self._max_skipped * self.seen:
             raise UserError(
                 f"{bad} of {self.seen} images ({bad / self.seen:.1%}) could not be used, more than data.max_skipped "
                 f"({self._max_skipped:.1%}); the first is {self._first_skipped}. Fix the images, or raise "

@@ -41,8 +41,8 @@ class OrderWindow(NamedTuple):
 class WindowOrder:
     """Units of rows in random order, their rows mixed within windows of several units.
 
-    Rows further apart in the drawn order of units than a window never meet in a batch, but for a batch that spans two
-    windows. One window of rows is in memory, and a count per unit.
+    A batch has rows of one window, or of successive ones where it spans their border. In memory are the rows of one
+    window and a count per unit.
     """
 
     def __init__(self, counts: np.ndarray, rows_of: Callable[[int], np.ndarray], seed: int, window_units: int):
@@ -59,15 +59,15 @@ class WindowOrder:
         """C."""
 
     def windows(self, epoch: int, first: int, share: Share) -> Iterator[OrderWindow]:
-        """Yield the windows of a pass from the one of global batch `first` on.
+        """Yield the windows of a pass, beginning with the one in which global batch `first` begins.
 
-        Rows of batches before `first` and of an incomplete last batch are no rank's.
+        Rows of earlier batches and of an incomplete last batch belong to no rank.
         """
         start, stop = first * share.global_size, self.count // share.global_size * share.global_size
         for begin, rows in self._windows(epoch, start):
-            place = np.arange(begin, begin + len(rows))
-            own = place % share.global_size // share.size == share.rank
-            own &= (place >= start) & (place < stop)
+            position = np.arange(begin, begin + len(rows))
+            own = position % share.global_size // share.size == share.rank
+            own &= (position >= start) & (position < stop)
             yield OrderWindow(rows, rows[own])
 
     def global_batches(self, epoch: int, first: int, size: int) -> Iterator[np.ndarray]:
@@ -80,7 +80,7 @@ class WindowOrder:
                 yield batch
 
     def _windows(self, epoch: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The place in the pass at which each window begins, and its rows; from the window of place `start` on."""
+        """Yield the first position in the pass, and the rows, of each window that ends behind position `start`."""
         units = np.random.default_rng((self._seed, epoch, 0)).permutation(len(self._counts))
         end = 0
         for number, first in enumerate(range(0, len(units), self._window_units)):

@@ -55,6 +55,8 @@ def _make(items: Iterator, ready: queue.SimpleQueue, slots: threading.Semaphore,
     while True:
         slots.acquire()
         if stop.is_set():
+            # For a consumer that `close`, called in another thread, finds waiting.
+            ready.put((None, StopIteration()))
             return
         try:
             item = next(items)

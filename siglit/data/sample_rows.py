@@ -1,7 +1,7 @@
 """The captioned samples of a source as numbered rows, and windows of them in memory.
 
-Knows sources and keys, not orders, pixels or batches. A *row* is a captioned sample, numbered through in the source's
-order; a *unit* is a range of rows that is read at one go.
+Knows sources and keys, not orders, pixels or batches. A *row* is a captioned sample, numbered in the source's order; a
+*unit* is a range of rows that is read together.
 """
 
 from collections.abc import Iterator
@@ -69,6 +69,8 @@ class SampleRows:
             UserError: a unit has another number of captioned samples than when they were counted.
         """
         result: list[Sample] = []
+        if len(rows) == 0:  # a window of units without captions
+            return result
         # The last of equal starts: an empty unit starts where its successor does.
         units = np.unique(np.searchsorted(self._first, rows, side="right") - 1)
         parts = np.split(rows, np.searchsorted(rows, self._first[units[1:]]))
@@ -83,7 +85,7 @@ class SampleRows:
         return result
 
     def _check_unique(self, hashes: list[np.ndarray]) -> None:
-        """Refuse a key in two units: in two tars, or two parquet files of one name; listings compare when opened."""
+        """Refuse a key in two units: in two tars, or two parquet files of one name; opening checks listings."""
         duplicate = find_duplicate(hashes, lambda number: [sample.key for sample in self._load(number)])
         if duplicate is not None:
             units = [self._units[part].name for part, _ in (duplicate.first, duplicate.second)]

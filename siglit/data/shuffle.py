@@ -27,7 +27,7 @@ _SCAN = 1 << 20
 
 
 def choose_shuffle(cache: EmbeddingCache) -> tuple[Literal["rows", "blocks"], str]:
-    """Return how to shuffle a cache on this machine, and why, in words.
+    """Return how to shuffle a cache on this machine, and the reason for a message.
 
     Random rows of a cache that does not stay in memory cost one page fault each; half of the free memory is left to
     the training itself.
@@ -36,7 +36,7 @@ def choose_shuffle(cache: EmbeddingCache) -> tuple[Literal["rows", "blocks"], st
 
 
 def choose_image_shuffle(source: Source, processes: int) -> tuple[Literal["rows", "blocks"], str]:
-    """Return how to shuffle a source whose samples each of a machine's `processes` would hold, and why, in words."""
+    """Return how to shuffle a source whose samples each of a machine's `processes` would hold, and the reason."""
     return _choose(source.memory() * processes, "images and captions")
 
 

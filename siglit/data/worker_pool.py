@@ -38,7 +38,7 @@ class WorkerPool(Generic[J, R]):
         """Prepare the pool.
 
         Args:
-            function: a job to its result.
+            function: computes the result of a job.
             workers: processes, which start with the first run; 0: run in this one.
             pin_memory: put the tensors of results into page-locked memory; a result's class does it in `pin_memory`.
             generator: what the loader draws a seed for its workers from; None: torch's own, which is the training's.
@@ -57,10 +57,10 @@ class WorkerPool(Generic[J, R]):
         )
 
     def run(self, jobs: Iterator[J]) -> Iterator[R]:
-        """Start on jobs, of which two per worker are taken ahead, and return their results in order.
+        """Start a run and return the results in the order of the jobs; two jobs per worker are taken ahead.
 
-        A UserError, of a job's function or of `jobs` itself, is raised where its result would be: after all results
-        before it, and as it is, without the worker's traceback around it.
+        A UserError that the function or `jobs` raises is raised here in its place, after all results before it, and
+        unchanged, without the worker's traceback.
         """
         self._jobs.jobs = _errors_as_items(jobs)
         results = iter(self._loader)

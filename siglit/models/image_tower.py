@@ -187,8 +187,10 @@ class ImageEncoder(nn.Module):
         self.tower = tower
         self.head = nn.Linear(width, head, bias=False) if head else None
         self.dim = head or width
-        self.pretrained = frozenset(f"tower.{name}" for name in tower.pretrained) if tower else frozenset[str]()
-        self.unused = [f"tower.{name}" for name in tower.unused] if tower else []
+        self.pretrained = (
+            frozenset(f"tower.{name}" for name in tower.pretrained) if tower is not None else frozenset[str]()
+        )
+        self.unused = [f"tower.{name}" for name in tower.unused] if tower is not None else []
 
     @override
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -204,7 +206,7 @@ def _build(config: ImageTowerConfig) -> nn.Module:
     known = config.model.startswith((_LOCAL, *_HUB)) or timm.is_model(config.model.split(".")[0])
     if not known:
         near = difflib.get_close_matches(config.model.split(".")[0], timm.list_models(), n=5)
-        hint = f"names like it: {', '.join(near)}" if near else "see timm.list_models()"
+        hint = f"names like it: {', '.join(near)}" if len(near) > 0 else "see timm.list_models()"
         raise UserError(f"timm {timm.__version__} has no image_tower.model {config.model!r}; {hint}")
     # timm accepts a folder that lacks tensors, because num_classes is 0; `_load_weights` refuses it.
     pretrained = config.pretrained and config.weights is None and folder is None
@@ -256,7 +258,7 @@ def _load_weights(backbone: Any, path: str) -> None:
         state = read(path, weights_only=True)
         # Released checkpoints come in several layouts; each timm architecture has a function that converts its own.
         adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-        state = adapt(state, backbone) if adapt else state
+        state = adapt(state, backbone) if adapt is not None else state
     except UserError:
         raise
     except Exception as error:
@@ -288,7 +290,7 @@ def _check_depth(backbone: Any, path: str) -> None:
     with np.load(path) as arrays:
         numbered = {m[1] for name in arrays.files if (m := re.search(r"Transformer/encoderblock_(\d+)/", name))}
         stacked = [n for n in arrays.files if n.endswith("Transformer/encoderblock/LayerNorm_0/scale")]
-        depth = arrays[stacked[0]].shape[0] if stacked else len(numbered)
+        depth = arrays[stacked[0]].shape[0] if len(stacked) > 0 else len(numbered)
     if depth and depth != len(backbone.blocks):
         raise UserError(
             f"the weights {path} do not fit the image tower; they have {depth} blocks, expected "

@@ -54,7 +54,8 @@ def load_text_model(name: str) -> nn.Module:
             f"cannot load text_tower.pretrained {name!r} ({first_line(error)}). Without access to the Hub give a "
             "folder with config.json and model.safetensors"
         ) from error
-    if missing := sorted(loading["missing_keys"]):
+    missing = sorted(loading["missing_keys"])
+    if len(missing) > 0:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(
             f"the weights of text_tower.pretrained {name!r} lack {', '.join(missing[:3])}{more} of "

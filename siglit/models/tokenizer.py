@@ -51,7 +51,7 @@ class SentencePieceTokenizer:
             # SentencePiece takes an empty model for a missing argument.
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
         except RuntimeError as error:
-            raise UserError("this is not a SentencePiece model; give one, or train one") from error
+            raise UserError("this is not a SentencePiece model; name another file, or train a tokenizer") from error
         self.length, self._lowercase = length, lowercase
         self.vocab_size = self._pieces.vocab_size()
         self.eos_id = self.pad_id = self._pieces.eos_id()
@@ -146,7 +146,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
 
 
 def lowercases(config: TokenizerConfig) -> bool:
-    """Whether SentencePiece reads the text in lower case, as SigLIP does; only tokenizer.lowercase false says no."""
+    """Whether SentencePiece reads the text in lower case: as in SigLIP, unless tokenizer.lowercase is false."""
     return config.lowercase is not False
 
 
@@ -190,7 +190,7 @@ def train_sentencepiece(captions: Iterable[str], config: TokenizerConfig) -> byt
         )
     except RuntimeError as error:
         minimum = re.search(r"required_chars\. (\d+) vs (\d+)", str(error))
-        if minimum:
+        if minimum is not None:
             raise UserError(
                 f"tokenizer.vocab_size is {config.vocab_size}, but the characters of the captions alone need "
                 f"{minimum[2]} pieces; raise it, or lower tokenizer.character_coverage"

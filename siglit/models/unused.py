@@ -34,7 +34,7 @@ def freeze_unused(module: nn.Module, output: torch.Tensor) -> list[str]:
     reached: set[torch.Tensor] = set()
     pending = [output.grad_fn]
     seen = set(pending)
-    while pending:
+    while len(pending) > 0:
         node = pending.pop()
         if node is None:
             continue

@@ -55,7 +55,7 @@ def files_of(pattern: str, suffix: str) -> list[Path]:
             query = os.path.join(glob.escape(name), f"*{suffix}") if os.path.isdir(name) else name
             candidates = [query] if os.path.exists(query) else glob.glob(query, recursive=True)
             matches = [match for match in candidates if os.path.isfile(match)]
-            if not matches:
+            if len(matches) == 0:
                 for candidate in candidates:
                     _check_regular(candidate, pattern)
                 raise UserError(f"no file matches {query} (path {pattern}). Check the path.")

@@ -31,7 +31,7 @@ def processor() -> str:
     except OSError:  # not Linux
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return names[0] if len(names) > 0 else platform.processor() or platform.machine()
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -65,7 +65,7 @@ class Signals:
         Args:
             message: what to print when the process ends; "": a general line.
         """
-        number = self.received[0] if self.received else signal.SIGTERM
+        number = self.received[0] if len(self.received) > 0 else signal.SIGTERM
         kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         return kind(message) if message else kind()
 
@@ -102,7 +102,7 @@ def stopping_at_signals() -> Iterator[Signals]:
     before_sink = signal.set_wakeup_fd(sink)
     try:
         yield signals
-        if signals.received:
+        if len(signals.received) > 0:
             raise signals.exception()
     except Exception as error:
         if signals.raised:

@@ -1,4 +1,4 @@
-"""Parts of messages: counts with their nouns, and the first line of somebody else's."""
+"""Parts of messages: counts with their nouns, and first lines of errors. Knows nothing of what the messages say."""
 
 
 def first_line(error: BaseException) -> str:
@@ -7,9 +7,9 @@ def first_line(error: BaseException) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 shard`, `8,192 shards`, `2 classes`, `3 entries`."""
+    """`1 shard`, `8,192 shards`, `2 classes`, `3 entries`, `4 keys`."""
     if count == 1:
         return f"1 {noun}"
-    if noun.endswith("y"):
+    if noun.endswith("y") and noun[-2] not in "aeiou":
         return f"{count:,} {noun[:-1]}ies"
     return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"

@@ -49,7 +49,7 @@ def test_a_killed_holder_releases_the_lock(tmp_path):
 
 
 def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
-    """A worker that outlives its killed parent must not keep the next run out."""
+    """A worker that outlives its killed parent must not block the next run."""
     with hold(tmp_path, "fork") as holder:
         pids = {int(holder.stdout.readline()) for _ in range(2)}
         os.kill(holder.pid, signal.SIGKILL)

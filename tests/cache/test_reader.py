@@ -128,7 +128,7 @@ def test_gather_equals_indexing_one_array(tmp_path, dim):
 
 @pytest.mark.parametrize("sizes", [(64,) * 5, (60, 64, 58, 64, 3), (1, 0, 500, 0), (1,) * 40 + (1000,), (0, 7)])
 def test_every_row_is_found_whatever_the_sizes_of_the_shards(tmp_path, sizes):
-    """Equal shards, some with skipped images, and sizes so different that buckets do not pay."""
+    """Equal shards, some with skipped images, and sizes so different that buckets are not used."""
     data = np.arange(sum(sizes), dtype=np.float16)[:, None]
     starts = np.cumsum((0, *sizes))
     for number, (start, stop) in enumerate(itertools.pairwise(starts)):
@@ -144,14 +144,14 @@ def test_every_row_is_found_whatever_the_sizes_of_the_shards(tmp_path, sizes):
 
 
 @pytest.mark.parametrize("rows", [[-1], [0, 9], [2**40], [0.5], [[1]], [True]])
-def test_a_row_that_is_not_there_is_an_index_error(folder, rows):
+def test_a_row_out_of_range_is_an_index_error(folder, rows):
     with pytest.raises(IndexError):
         EmbeddingCache(folder).gather(np.array(rows))
 
 
 @pytest.mark.parametrize("method", ["key", "captions", "caption"])
 @pytest.mark.parametrize("number", [-1, 11])
-def test_a_number_that_is_not_there_is_an_index_error(folder, method, number):
+def test_a_number_out_of_range_is_an_index_error(folder, method, number):
     with pytest.raises(IndexError, match=str(number)):
         getattr(EmbeddingCache(folder), method)(number)
 
@@ -191,7 +191,7 @@ def test_pickling_carries_no_maps_and_survives_another_folder(folder, monkeypatc
 
 
 def test_use_after_fork(folder):
-    """A child reads on with the maps of its parent, and maps what the parent had not."""
+    """A child uses the maps of its parent, and maps the other shards itself."""
     cache = EmbeddingCache(folder)
     cache.gather(np.array([0]))
     with warnings.catch_warnings():
@@ -299,7 +299,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_a_cache_that_is_not_there_or_not_complete_says_so(tmp_path, folder):
+def test_a_missing_or_incomplete_cache_is_refused(tmp_path, folder):
     with pytest.raises(CacheError, match=r"there is no cache at .*absent"):
         EmbeddingCache(tmp_path / "absent")
     (folder / "index.json").unlink()
@@ -381,8 +381,8 @@ def test_verify_finds_swapped_missing_and_stray_shards(folder):
     assert "shard-000009.h5 is not in index.json" in problems
 
 
-def test_verify_finds_contradictions_under_a_right_checksum(tmp_path, monkeypatch):
-    """A writer with an error signs wrong data rightly: verify looks at the data too."""
+def test_verify_finds_contradictions_under_a_correct_checksum(tmp_path, monkeypatch):
+    """A writer with an error stores wrong data with its checksum: verify checks the data too."""
     monkeypatch.setattr("siglit.cache.shard_writer._label_array", lambda labels, rows: np.full(rows, -5, np.int64))
     monkeypatch.setattr("siglit.cache.shard_writer._float16", lambda array, keys: np.full((2, 3), np.inf, np.float16))
     write_shard(tmp_path, 0, embeddings=np.ones((2, 3)), keys=["a", "b"], captions=[[], []], fingerprint={})

@@ -37,7 +37,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ids(cache):
-    """Token ids that tell row and caption."""
+    """Token ids from which row and caption can be read."""
     return np.array([[*map(int, text.split()), 0, 1] for text in cache.iter_captions()], dtype=np.uint16)
 
 
@@ -64,7 +64,7 @@ def test_one_pass_takes_every_captioned_row_once(cache, ids, batch_size):
 
 @pytest.mark.parametrize("length", [1, 4])
 def test_text_ids_are_equal_where_captions_are(cache, ids, length):
-    """Also when equal captions belong to different rows; rows tell images apart."""
+    """Also when equal captions belong to different rows; the ids of images are their rows."""
     ids = (ids % 3)[:, :length]
     (batch,) = loader(cache, ids, len(CAPTIONED))
     same_ids = batch["text_ids"][:, None] == batch["text_ids"]
@@ -189,16 +189,16 @@ def test_len_pass_state(cache, ids):
         ({"shuffle": "blocks"}, "train.shuffle rows, but it is blocks"),
     ],
 )
-def test_a_position_among_other_batches_is_refused(cache, ids, change, name):
-    """Counted in batches of another size it would be another place, or beyond the end of every pass."""
+def test_a_position_counted_in_other_batches_is_refused(cache, ids, change, name):
+    """The same number of other batches would be another position, or one beyond the end of the pass."""
     first = loader(cache, ids)
     next(iter(first))
     with pytest.raises(UserError, match=name):
         loader(cache, ids, **change).load_state_dict(first.state_dict())
 
 
-def test_a_chosen_shuffle_gives_way_to_the_checkpoints(cache, ids):
-    """Memory may be shorter when a run goes on; its batches must not become others for that."""
+def test_the_checkpoint_overrides_an_automatic_shuffle(cache, ids):
+    """There may be less free memory when a run is resumed; its batches must stay the same."""
     first = loader(cache, ids)
     stream = endless(first)
     next(stream)
@@ -209,8 +209,8 @@ def test_a_chosen_shuffle_gives_way_to_the_checkpoints(cache, ids):
     assert taken(itertools.islice(endless(second), 5)) == expected
 
 
-def test_what_was_made_ahead_does_not_count(cache, ids):
-    """After one batch the position says 8 examples, though the thread has made three batches."""
+def test_batches_made_ahead_do_not_count(cache, ids):
+    """After one batch the position is 8 examples, though the thread has made three batches."""
     batches, gathered = loader(cache, ids), []
     gather = cache.gather
     with pytest.MonkeyPatch.context() as patch:
@@ -238,7 +238,7 @@ def test_an_error_of_the_cache_reaches_the_training(cache, ids, monkeypatch):
 
 
 def test_at_most_three_batches_are_added(tmp_path):
-    """One in the taker's hand and three more, temporaries included, at any moment of a pass of slow steps."""
+    """The consumer's and three more, temporaries included, at any moment of a pass of slow steps."""
     rows, dim, size = 16_384, 128, 2048
     write_shard(
         tmp_path,

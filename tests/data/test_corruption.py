@@ -1,4 +1,4 @@
-"""The noise study: its shares, its independence, and that it is a matter of seed, pass and row alone."""
+"""The noise study: its shares, its independence, and that it depends on seed, pass and row alone."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ids(cache):
-    """Token ids that tell the row (from 1000 on, where no random token is) and the caption."""
+    """Token ids of the row (from 1000 on, above all random tokens) and of the caption."""
     starts = cache.caption_offsets[cache.caption_rows]
     caption = np.arange(cache.num_captions) - starts
     blank = np.full(cache.num_captions, PAD)
@@ -58,7 +58,7 @@ def loader(cache, ids, corruption, **arguments):
 
 
 def one_pass(batches):
-    """All that is handed out in a pass, name → array."""
+    """All arrays of a pass, by name."""
     result = list(batches)
     return {name: torch.cat([batch[name] for batch in result]).numpy() for name in result[0]}
 
@@ -136,7 +136,7 @@ def test_ranks_together_hand_out_what_one_does(cache, ids, order, ranks):
                 assert torch.equal(torch.cat([share[name] for share in shares]), value), name
 
 
-def test_what_a_row_becomes_does_not_depend_on_the_shuffle(cache, ids):
+def test_the_corruption_of_a_row_does_not_depend_on_the_shuffle(cache, ids):
     """Noise and random texts are of (pass, row); only the partners of an exchange follow from the batch."""
     corruption = make_corruption("image", "text")
     by_row = []
@@ -165,7 +165,7 @@ def test_a_resumed_pass_is_corrupted_as_it_would_have_been(cache, ids, kinds):
 
 
 @pytest.mark.parametrize("other", [None, make_corruption("text", share=0.3), make_corruption("text", "image")])
-def test_another_corruption_does_not_go_on(cache, ids, other):
+def test_a_run_with_another_corruption_is_not_resumed(cache, ids, other):
     state = loader(cache, ids, make_corruption("text")).state_dict()
     with pytest.raises(UserError, match=r"data.corrupt text \(data.corrupt_share 0.4\), but it is"):
         loader(cache, ids, other).load_state_dict(state)
@@ -194,7 +194,7 @@ def test_no_corruption_and_a_share_of_nothing_change_no_byte(cache, ids, order):
 
 
 def test_corrupted_images_come_from_the_pool_and_have_ids_of_their_own(cache, ids):
-    """Equal where the noise is the same, and never a row, a label or the stand-in of a missing label."""
+    """Equal where the noise is the same, and never a row, a label or the id of a missing label."""
     for labels in (None, np.arange(ROWS) % 5 - 1):
         plain = one_pass(loader(cache, ids, None, labels=labels))
         result = one_pass(loader(cache, ids, make_corruption("image", share=0.7), labels=labels))
@@ -222,7 +222,7 @@ def test_corrupted_texts_are_random_and_the_others_are_captions(cache, ids):
 
 @pytest.mark.parametrize("order", ["rows", "blocks"])
 def test_pairs_exchange_the_very_texts_of_their_batch(cache, ids, order):
-    """The captions chosen in this pass, each once; rows stand in for the images."""
+    """The captions chosen in this pass, each once; rows represent the images."""
     corruption = make_corruption("alignment")
     pairs = zip(loader(cache, ids, None, shuffle=order), loader(cache, ids, corruption, shuffle=order), strict=True)
     for plain, result in pairs:
@@ -237,7 +237,7 @@ def test_pairs_exchange_the_very_texts_of_their_batch(cache, ids, order):
 
 
 @pytest.mark.parametrize("kinds", [("text",), ("alignment",), ("text", "alignment")])
-def test_text_ids_are_of_the_texts_that_are_handed_out(cache, ids, kinds):
+def test_text_ids_are_those_of_the_corrupted_texts(cache, ids, kinds):
     result = one_pass(loader(cache, ids % 1500 % 20, make_corruption(*kinds)))
     same = (result["ids"][:, None] == result["ids"]).all(2)
     assert same.sum() > len(same)
@@ -268,7 +268,7 @@ def test_noise_pixels_are_uniform_and_of_seed_pass_and_row():
 
 
 class Tower:
-    """Embeds a picture as its first pixels, and counts."""
+    """Embeds an image as its first pixels, and counts its calls."""
 
     def __init__(self):
         self.calls, self.seen = 0, 0

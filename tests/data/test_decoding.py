@@ -1,4 +1,4 @@
-"""Batches of pixels keep the source's order, whatever the number of processes, and say what was left out."""
+"""Batches of pixels keep the source's order, whatever the number of processes, and list what was skipped."""
 
 import io
 
@@ -19,7 +19,7 @@ SIZES = (7, 0, 3, 4)
 
 
 def png(number):
-    """A image whose every pixel says its number."""
+    """An image whose every pixel is its number."""
     file = io.BytesIO()
     Image.new("RGB", (6, 5), (number, 255 - number, 7)).save(file, "PNG")
     return file.getvalue()
@@ -30,7 +30,7 @@ def to_pixels(image):
 
 
 class Numbered:
-    """Units of images numbered through; `other` replaces samples by number, `fails` is the unit that raises."""
+    """Units of images numbered from 0; `other` replaces samples by number, `fails` is the unit that raises."""
 
     name = "numbered"
 
@@ -119,8 +119,8 @@ def _large():
     return file.getvalue()
 
 
-def test_a_sample_with_nothing_to_say_is_skipped():
-    """Neither caption nor label; one of them is enough."""
+def test_a_sample_without_caption_and_label_is_skipped():
+    """One of the two is enough."""
     other = {
         0: Sample("nothing", png(0), ()),
         1: Sample("k1", png(1), ("caption 1",)),
@@ -132,8 +132,8 @@ def test_a_sample_with_nothing_to_say_is_skipped():
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_user_error_stays_one_across_processes(workers):
-    """With its text, not wrapped in a worker's traceback; what came before it is still handed out."""
+def test_a_user_error_crosses_processes_unchanged(workers):
+    """With its message, not wrapped in a worker's traceback, and after all batches before it."""
     dataset = UnitPixels(Numbered(fails=12), Numbered().units(), to_pixels, 3, 1000)
     stream = pixel_batches(dataset, workers, pin_memory=False)
     assert [next(stream).unit for _ in range(4)] == [10, 10, 10, 11]
@@ -141,12 +141,12 @@ def test_a_user_error_stays_one_across_processes(workers):
         next(stream)
 
 
-def test_our_own_mistakes_are_not_hidden():
+def test_other_errors_are_not_hidden():
     with pytest.raises(KeyError):
         batches(Numbered(fails=12, error=KeyError))
 
 
-def test_pixels_are_pinned_by_the_loaders_hook(monkeypatch):
+def test_pixels_are_pinned_by_the_loader(monkeypatch):
     """A loader pins by the method of that name, and leaves a class without it as it is."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self + 1)
     batch = PixelBatch(3, True, torch.zeros(2), [], [("k", "r")])
@@ -159,7 +159,7 @@ SIDE = 64
 
 
 def gradient(fmt="PNG", width=80, height=60):
-    """Red grows to the right, green downwards, so that a crop can be told from its pixels."""
+    """Red grows to the right, green downwards, so that the pixels show where a crop was."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(width) * 3, np.arange(height)[:, None] * 3
     file = io.BytesIO()
@@ -199,8 +199,8 @@ def test_a_random_crop_keeps_the_share_and_the_proportions_it_should():
     assert abs((upper - (60 - lower)).mean()) < 3
 
 
-def test_a_picture_that_no_crop_fits_in_is_kept_whole():
-    """A crop of nine tenths with sides of at most 4:3 cannot lie in a image of 8:3."""
+def test_an_image_that_no_crop_fits_in_is_kept_whole():
+    """A crop of nine tenths with sides of at most 4:3 cannot lie in an image of 8:3."""
     assert (boxes(0.9, 20, 80, 30) == (0, 0, 80, 30)).all()
 
 
@@ -211,7 +211,7 @@ def test_the_seed_decides_on_crop_and_mirroring():
     assert len({pixels.numpy().tobytes() for pixels in decoded[0]}) == 20
 
 
-def test_every_other_picture_is_mirrored():
+def test_every_other_image_is_mirrored():
     plain = Decoder(squash, SIDE, 10_000)(gradient(), (0,))
     decoded = [Decoder(squash, SIDE, 10_000, flip=True)(gradient(), (seed,)) for seed in range(200)]
     mirrored = sum(torch.equal(pixels, plain.flip(2)) for pixels in decoded)

@@ -60,7 +60,7 @@ def eventually(condition):
 
 
 def png(number):
-    """Red says the number; green grows to the right, blue downwards."""
+    """Red is the number; green grows to the right, blue downwards."""
     pixels = np.empty((10, 12, 3), np.uint8)
     pixels[..., 0], pixels[..., 1], pixels[..., 2] = number, np.arange(12) * 20, np.arange(10)[:, None] * 25
     file = io.BytesIO()
@@ -197,6 +197,24 @@ def test_one_pass_takes_every_captioned_sample_once(sources, fmt, shuffle):
     assert set(numbers) <= CAPTIONED
 
 
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_windows_without_captions_are_skipped(tmp_path, shuffle):
+    """Ten of 16 units have no caption; with windows of 3 units, some windows have none in most passes."""
+    lines = [
+        "filepath,title",
+        *(f"{number}.png,{number} 0" if number > 49 else f"{number}.png," for number in range(80)),
+    ]
+    for number in range(80):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "x.csv").write_text("\n".join(lines))
+    batches = loader(open_source(SourceSpec("csv", str(tmp_path / "x.csv"))), batch_size=3, shuffle=shuffle)
+    for _ in range(3):
+        numbers = everything(batches)["ids"][:, 0].tolist()
+        assert len(set(numbers)) == len(numbers) == 30
+        assert set(numbers) <= set(range(50, 80))
+    assert batches.keys([]) == []
+
+
 def test_image_ids_are_rows_without_labels(source):
     batch = next(iter(loader(source)))
     assert torch.equal(batch["image_ids"], batch["rows"])
@@ -204,7 +222,7 @@ def test_image_ids_are_rows_without_labels(source):
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_row_is_the_same_sample_in_every_source_and_shuffle(sources, fmt):
-    """Captioned samples numbered through, whatever the units."""
+    """Captioned samples are numbered in the source's order, whatever the units."""
     expected = [f"{number}.png" for number in sorted(CAPTIONED)]
     for shuffle in ("rows", "blocks"):
         assert loader(sources[fmt], shuffle=shuffle).keys([38, 0, 38, 17]) == [expected[i] for i in (38, 0, 38, 17)]
@@ -287,7 +305,7 @@ def test_what_was_consumed_is_not_decoded_again(sources, fmt):
     assert len(seen) == 12
 
 
-def test_the_position_counts_what_was_handed_out(source):
+def test_the_position_counts_consumed_batches(source):
     batches = loader(source)
     stream = iter(batches)
     next(stream)
@@ -306,14 +324,14 @@ def test_the_position_counts_what_was_handed_out(source):
         ({"shuffle": "blocks"}, "train.shuffle rows, but it is blocks"),
     ],
 )
-def test_a_position_among_other_batches_is_refused(source, change, name):
+def test_a_position_counted_in_other_batches_is_refused(source, change, name):
     state = loader(source).state_dict()
     with pytest.raises(UserError, match=name):
         loader(source, **change).load_state_dict(state)
 
 
 @pytest.mark.parametrize(("before", "now"), [("rows", "blocks"), ("blocks", "rows")])
-def test_a_chosen_shuffle_gives_way_to_the_checkpoints(source, before, now):
+def test_the_checkpoint_overrides_an_automatic_shuffle(source, before, now):
     first = loader(source, shuffle=before)
     stream = endless(first)
     next(stream)
@@ -364,7 +382,7 @@ def test_replacements_come_from_the_window(broken, monkeypatch):
 
 
 def test_too_many_unusable_images_end_the_pass(tmp_path):
-    """Not before ten of them; the message tells the share, the first key and the reason."""
+    """Not before ten of them; the message names the share, the first key and the reason."""
     spec = write_csv(tmp_path, [b"x" if number % 3 else png(number) for number in range(COUNT)])
     stream = iter(loader(open_source(spec), max_skipped=0.5))
     next(stream)
@@ -376,11 +394,11 @@ def test_too_many_unusable_images_end_the_pass(tmp_path):
         list(stream)
 
 
-def test_as_many_unusable_images_as_allowed_do_not(broken):
+def test_as_many_unusable_images_as_allowed_do_not_end_the_pass(broken):
     assert len(list(itertools.islice(endless(loader(broken, max_skipped=0.4)), 9))) == 9
 
 
-def test_few_unusable_images_end_nothing(broken):
+def test_fewer_than_ten_unusable_images_do_not_end_the_pass(broken):
     """Nine, a share of 23 %."""
     assert len(list(loader(broken, batch_size=len(CAPTIONED), max_skipped=0.0))) == 1
 
@@ -429,7 +447,7 @@ def test_two_windows_at_most_are_in_memory(sources, fmt, monkeypatch):
             sizes.append(len(self._samples))
 
     class Slow(image_loader.Prefetched):
-        """The thread begins the next window before the one it made is in the taker's hand."""
+        """The thread begins the next window before the consumer has the last one."""
 
         def __next__(self):
             window = super().__next__()
@@ -471,7 +489,7 @@ def test_images_of_a_table_are_read_unit_by_unit(source, monkeypatch):
 
 
 def test_at_most_three_batches_are_in_memory(source, monkeypatch):
-    """One in the taker's hand, one ready, and one that is made as soon as that is taken."""
+    """The consumer's, one ready, and one that is made as soon as that is taken."""
     alive, counts = weakref.WeakSet(), []
     original = image_loader.ImageLoader._batch
 
@@ -511,7 +529,7 @@ def test_pixels_are_those_of_precompute(tmp_path, tower_weights):
 
 
 def test_workers_stay_from_pass_to_pass(source):
-    """Also where the last batch is taken and no more is asked for; they end with `close`, and with the loader."""
+    """Also where the consumer stops after the last batch; they end with `close`, and with the loader."""
     batches = loader(source, workers=2)
     list(batches)
     workers = {child.pid for child in multiprocessing.active_children()}
@@ -529,8 +547,8 @@ def test_workers_stay_from_pass_to_pass(source):
     assert eventually(lambda: not multiprocessing.active_children())
 
 
-def test_no_worker_outlives_a_pass_that_is_broken_off(source):
-    """Be all of it decoded already, or be it restarted before it was released."""
+def test_no_worker_outlives_a_pass_that_is_stopped_early(source):
+    """Whether all of it is decoded already or another pass has begun meanwhile."""
     batches = loader(source, workers=2)
     stream, other = iter(batches), iter(batches)
     next(stream)
@@ -549,7 +567,7 @@ class Refusing:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_user_error_of_a_worker_stays_one(source, workers):
+def test_a_user_error_of_a_worker_arrives_unchanged(source, workers):
     with pytest.raises(UserError, match=r"^this image is refused$"):
         next(iter(loader(source, workers=workers, transform=Refusing())))
     assert not multiprocessing.active_children()
@@ -557,8 +575,8 @@ def test_a_user_error_of_a_worker_stays_one(source, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("good", [0, 2])
-def test_an_error_of_the_source_comes_out_as_it_is(tmp_path, monkeypatch, workers, good):
-    """In its place: the batches before it are handed out. No worker waits for the traceback to be forgotten."""
+def test_an_error_of_the_source_arrives_unchanged(tmp_path, monkeypatch, workers, good):
+    """After all batches before it. No worker lives on while the traceback is kept."""
     monkeypatch.setattr(image_loader, "WINDOW_UNITS", 1)
     source = open_source(write_webdataset(tmp_path, [png(number) for number in range(COUNT)]))
     batches = loader(source, batch_size=4, shuffle="blocks", workers=workers)
@@ -583,7 +601,7 @@ def test_a_source_that_changes_is_noticed(tmp_path):
         batches.keys([0])
 
 
-def test_our_own_mistakes_are_not_hidden(source):
+def test_other_errors_are_not_hidden(source):
     with pytest.raises(TypeError):
         next(iter(loader(source, transform=None)))
 
@@ -600,7 +618,7 @@ def test_our_own_mistakes_are_not_hidden(source):
     ids=["iterator", "between passes", "exit", "pixels"],
 )
 def test_a_program_that_ends_while_workers_run_ends(tmp_path, last_words):
-    """At once, without a word, and its workers with it."""
+    """At once, printing nothing, and its workers with it."""
     spec = write_csv(tmp_path, [png(number) for number in range(COUNT)])
     program = f"""
 import multiprocessing
@@ -696,7 +714,7 @@ def test_corruption_hits_about_its_share_and_nothing_else(source):
 
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
 def test_a_key_in_two_tars_is_refused_at_the_start(tmp_path, shuffle):
-    """Named are the key and both tars; a sample without a caption is not trained on, and may share its key."""
+    """The message names the key and both tars; a sample without a caption is not trained on, and may share its key."""
     spec = write_webdataset(tmp_path, [png(number) for number in range(COUNT)])
     last = tmp_path / "44.tar"
     last.write_bytes(last.read_bytes().replace(b'"key": "44.png"', b'"key": "00.png"'))

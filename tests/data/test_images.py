@@ -66,13 +66,13 @@ def test_modes_convert_as_pil_does(mode, fmt):
 
 
 @pytest.mark.parametrize("transparency", [0, bytes([0, 128, 255])])
-def test_palette_with_transparency_gives_the_palette_colours_without_a_warning(transparency):
+def test_palette_with_transparency_gives_the_palette_colors_without_a_warning(transparency):
     image = noise().quantize(16)
     decoded = decode_image(encode(image, transparency=transparency), LIMIT)
     assert np.array_equal(np.asarray(decoded), np.asarray(image.convert("RGB")))
 
 
-def test_transparent_colour_of_a_grey_png_is_harmless():
+def test_transparent_color_of_a_gray_png_is_harmless():
     image = noise("L")
     decoded = decode_image(encode(image, transparency=7), LIMIT)
     assert np.array_equal(np.asarray(decoded)[..., 0], np.asarray(image))
@@ -80,7 +80,7 @@ def test_transparent_colour_of_a_grey_png_is_harmless():
 
 @pytest.mark.parametrize("fmt", ["GIF", "PNG", "WEBP"])
 def test_first_frame_of_an_animation(fmt):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     options = {"lossless": True} if fmt == "WEBP" else {}
     data = encode(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
     decoded = decode_image(data, LIMIT)
@@ -89,7 +89,7 @@ def test_first_frame_of_an_animation(fmt):
 
 
 @pytest.mark.parametrize(("mode", "fmt"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF"), ("I", "TIFF")])
-def test_16_bit_greyscale_is_scaled_not_saturated(mode, fmt):
+def test_16_bit_grayscale_is_scaled_not_saturated(mode, fmt):
     values = np.array([[0, 257, 25700, 65535]], dtype=np.int64)
     dtype = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
     image = Image.frombytes(mode, (4, 1), values.astype(dtype).tobytes())
@@ -97,7 +97,7 @@ def test_16_bit_greyscale_is_scaled_not_saturated(mode, fmt):
     assert grey.tolist() == [[[0] * 3, [1] * 3, [100] * 3, [255] * 3]]
 
 
-def test_32_bit_greyscale_is_scaled_by_its_own_range():
+def test_32_bit_grayscale_is_scaled_by_its_own_range():
     image = Image.frombytes("I", (2, 1), np.array([[0, 2**31 - 1]], dtype="<i4").tobytes())
     assert np.asarray(decode_image(encode(image, "TIFF"), LIMIT))[0, :, 0].tolist() == [0, 255]
 
@@ -117,7 +117,7 @@ def test_exif_orientation_is_left_as_stored():
         (b"\x89PNG\r\n\x1a\n", "header|not an image"),
     ],
 )
-def test_what_is_no_image_says_so(data, reason):
+def test_bytes_that_are_no_image_are_refused(data, reason):
     with pytest.raises(BadImage, match=reason):
         decode_image(data, LIMIT)
 

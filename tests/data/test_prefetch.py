@@ -1,4 +1,4 @@
-"""Prefetching: two ahead and no more, errors come out, and the thread never outlives its owner."""
+"""Prefetching: two ahead and no more, errors reach the consumer, and the thread never outlives its owner."""
 
 import gc
 import multiprocessing
@@ -47,7 +47,7 @@ def test_exactly_two_are_made_ahead():
     produced = []
     items = Prefetched(counted(produced))
     time.sleep(0.05)
-    assert produced == [], "nothing starts before the first item is asked for"
+    assert produced == [], "nothing starts before the first item is requested"
     for taken in range(1, 5):
         next(items)
         assert eventually(lambda taken=taken: len(produced) == taken + 2)
@@ -58,7 +58,7 @@ def test_exactly_two_are_made_ahead():
         next(items)
 
 
-def test_the_taker_does_not_wait_for_what_is_ready():
+def test_the_consumer_does_not_wait_for_items_that_are_ready():
     """Ten items of 20 ms each, taken every 30 ms: only the first is waited for."""
 
     def slow():
@@ -77,7 +77,7 @@ def test_the_taker_does_not_wait_for_what_is_ready():
     items.close()
 
 
-def test_an_error_comes_out_after_the_items_before_it():
+def test_an_error_is_raised_after_the_items_before_it():
     def failing():
         yield 1
         raise OSError("the disk went")
@@ -103,6 +103,16 @@ def test_the_thread_ends(end):
     del items
     gc.collect()
     assert eventually(lambda: not threads())
+
+
+def test_close_ends_a_consumer_that_waits_in_another_thread():
+    items = Prefetched(iter(()), ahead=0)
+    consumer = threading.Thread(target=list, args=(items,), daemon=True)
+    consumer.start()
+    assert eventually(threads)
+    items.close()
+    consumer.join(10)
+    assert not consumer.is_alive()
 
 
 def test_a_program_ends_with_a_thread_waiting():

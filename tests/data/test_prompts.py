@@ -64,7 +64,7 @@ def test_a_template_without_a_place_for_the_name_is_refused(tmp_path):
         templates(write(tmp_path / "t.json", ["a {}", "a photo of a {c}"]))
 
 
-def test_lists_of_ours():
+def test_builtin_lists():
     assert class_names("siglit:cifar10")[:2] == [("airplane",), ("automobile",)]
     assert templates("siglit:photo") == ["a photo of a {}."]
     for name in ("imagenet", "../classes/cifar10"):
@@ -161,7 +161,7 @@ def test_names_are_those_that_packages_carry(name):
     assert hashlib.sha256(names.encode()).hexdigest()[:16] == LABELLED[name]
 
 
-def test_half_a_letter_is_refused(tmp_path):
+def test_half_a_surrogate_pair_is_refused(tmp_path):
     """It could be neither encoded nor written into the result."""
     with pytest.raises(UserError, match=r"class 1 is '\\ud83d', expected a name"):
         class_names(write(tmp_path / "n.json", ["cat", "\ud83d"]))

@@ -23,7 +23,7 @@ TARS = [f"{start:02d}.tar" for start in range(0, COUNT, 11)]
 
 
 class Log:
-    """Lines of any process that was forked from this one; each opens with the id of its process."""
+    """Lines of any process that was forked from this one; each begins with the id of its process."""
 
     def __init__(self, path):
         self._file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR)
@@ -32,7 +32,7 @@ class Log:
         os.write(self._file, f"{os.getpid()} {what}\n".encode())
 
     def take(self):
-        """What was done since the last time, in order; all of it in this process."""
+        """The new lines, in order; all of them are of this process."""
         lines = [line.split() for line in os.pread(self._file, 1 << 20, 0).decode().splitlines()]
         os.ftruncate(self._file, 0)
         assert {line[0] for line in lines} <= {str(os.getpid())}
@@ -143,7 +143,7 @@ def test_training_indexes_a_tar_once_when_it_starts_and_once_a_pass(tmp_path, in
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_ranks_take_neighbouring_units_and_every_unit_once(ranks):
+def test_ranks_take_neighboring_units_and_every_unit_once(ranks):
     units = list(range(5))
     parts = [_units_of_rank(units, rank, ranks) for rank in range(ranks)]
     assert [unit for mine in parts for unit in mine] == units

@@ -28,7 +28,7 @@ LINE = r"(a device|a named pipe|a folder), not a regular file"
 
 @pytest.fixture(autouse=True)
 def at_once():
-    """Who waits at a pipe or reads zeros gets an error of their own after five seconds."""
+    """A test that waits at a pipe or reads zeros forever fails after five seconds."""
 
     def too_long(*_):
         raise AssertionError("it was waited for, or read on and on")
@@ -42,7 +42,7 @@ def at_once():
 
 @pytest.fixture(params=["pipe", "zero", "folder"])
 def odd(request, tmp_path):
-    """Make something at a path, or under a name that leads there."""
+    """Create a file of some kind at a path, or a link to it."""
 
     def make(name):
         path = tmp_path / name
@@ -95,7 +95,7 @@ def test_an_image_is_skipped_with_its_reason(odd, tmp_path, workers):
 
 
 def test_an_image_above_the_limit_is_not_read(tmp_path):
-    """Also a member of a tar, whose size its header tells."""
+    """Also a member of a tar, whose size is in its header."""
     path = tmp_path / "large"
     path.write_bytes(b"x" * 100)
     with pytest.raises(OSError, match="100 bytes, more than 99"):

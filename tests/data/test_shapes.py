@@ -47,7 +47,7 @@ def test_every_word_and_layout_is_used(scenes):
 
 
 def test_five_captions_different_and_shared_by_no_two_scenes(scenes):
-    """A caption of two scenes would make a right answer count as wrong."""
+    """A caption of two scenes would make a correct answer count as wrong."""
     sets = [captions(scene) for scene in scenes]
     assert {len(texts) for texts in sets} == {5}
     everything = list(itertools.chain(*sets))
@@ -102,5 +102,5 @@ def test_the_same_seed_gives_the_same_bytes():
     assert all(i.size == (IMAGE_SIZE, IMAGE_SIZE) and i.mode == "RGB" for _, i in first)
 
 
-def test_two_pictures_of_one_scene_differ(scenes):
+def test_two_images_of_one_scene_differ(scenes):
     assert draw_image(scenes[0], 1).tobytes() != draw_image(scenes[0], 2).tobytes()

@@ -64,13 +64,13 @@ def test_seed_and_pass_decide(small_blocks, kind):
 
 
 def test_rows_are_numpys_permutation():
-    """The order that it always was, in half the memory."""
+    """The order is frozen, as checkpoints count positions in it."""
     expected = np.random.default_rng((3, 1, 0)).permutation(np.flatnonzero(np.arange(300) % 3))
     assert batches_of(RowShuffle(offsets(300), 3), 1, epoch=1)[:, 0].tolist() == expected.tolist()
 
 
 def test_blocks_read_forwards_within_a_window(small_blocks):
-    """Every window's rows are asked for in ascending order, though batches have another; two windows at a time."""
+    """The rows of a window are read in ascending order, though batches have another; two windows at a time."""
     requested = []
 
     def watch(rows):
@@ -85,7 +85,7 @@ def test_blocks_read_forwards_within_a_window(small_blocks):
 
 
 def test_blocks_mix_a_window(small_blocks):
-    """A batch of 16 of a window of 5 blocks meets at least 3 of them: one block alone never fills it."""
+    """A batch of 16 of a window of 5 blocks has rows of at least 3 of them: one block alone never fills it."""
     batches = batches_of(BlockShuffle(offsets(800, every=10**9), 0), 16)
     assert min(len(set(batch // 16)) for batch in batches) >= 3
 
@@ -152,7 +152,7 @@ def test_splitmix64_is_splitmix64():
 
 
 @pytest.mark.parametrize(("free", "chosen"), [(2_000_000, "rows"), (1_999_999, "blocks")])
-def test_blocks_are_chosen_above_half_of_thefree_memory(monkeypatch, free, chosen):
+def test_blocks_are_chosen_above_half_of_the_free_memory(monkeypatch, free, chosen):
     class Cache(SimpleNamespace):
         def __len__(self):
             return 5000
@@ -171,7 +171,7 @@ def test_every_process_of_a_machine_holds_the_images(monkeypatch, processes, cho
     assert choose_image_shuffle(Source(), processes)[0] == chosen
 
 
-def test_thefree_memory_is_the_machines():
+def test_the_free_memory_is_the_machines():
     with open("/proc/meminfo") as file:
         total = int(file.readline().split()[1]) * 1024
     assert 1 << 20 < shuffle.free_memory() < total

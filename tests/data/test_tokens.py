@@ -70,7 +70,7 @@ def test_the_largest_id_fits(tmp_path):
         assert ids[0, 0] == min(70_000, vocab_size - 1)
 
 
-def test_blocks_do_not_show(cache, monkeypatch):
+def test_the_size_of_blocks_changes_nothing(cache, monkeypatch):
     monkeypatch.setattr(tokens, "_BLOCK", 2)
     tokenizer = WordLengths()
     ids = token_ids(cache, tokenizer)
@@ -97,7 +97,7 @@ def test_another_tokenizer_is_another_file(cache):
 
 
 def test_another_cache_in_the_same_folder_is_another_file(tmp_path):
-    """What lies there of a cache that was since made anew is not taken for its ids."""
+    """The file of the cache that was there before is not used."""
     folder = tmp_path / "cache"
     old = make_cache(folder, CAPTIONS)
     token_ids(old, WordLengths())
@@ -116,7 +116,7 @@ def refuse(*_, **__):
 
 
 @pytest.mark.parametrize("step", ["open_memmap", "posix_fallocate"])
-def test_a_folder_that_takes_no_file_is_warned_about_and_done_without(cache, monkeypatch, step):
+def test_a_folder_that_cannot_be_written_is_a_warning(cache, monkeypatch, step):
     """Read-only, or full: space is claimed before the map is written, where a full disk would kill the process."""
     monkeypatch.setattr(np.lib.format if step == "open_memmap" else os, step, refuse)
     with pytest.warns(UserWarning, match=r"cannot write token ids into .* \(Permission denied\)"):

@@ -1,4 +1,4 @@
-"""A name on the Hub: where the Hub cannot be reached, its cache is looked into, and what is not there fails at once."""
+"""Names on the Hub: where it cannot be reached, its cache here is used, and a model that is not there fails at once."""
 
 import socket
 import time
@@ -19,7 +19,7 @@ from tests.models.text_models import save_model
 
 @pytest.fixture(autouse=True)
 def online(monkeypatch, tmp_path):
-    """As without HF_HUB_OFFLINE, with a cache of its own; the Hub is at a port where nobody listens."""
+    """As without HF_HUB_OFFLINE, with a cache of its own; the Hub is at a port where no server listens."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with socket.socket() as free:
@@ -54,7 +54,7 @@ def test_an_unreachable_hub_is_reported_at_once(kind):
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_what_is_cached_is_taken_where_the_hub_cannot_be_reached(tmp_path):
+def test_a_cached_model_is_loaded_where_the_hub_cannot_be_reached(tmp_path):
     kept = tmp_path / "hub/models--siglit-tests--bert"
     (kept / "refs").mkdir(parents=True)
     (kept / "refs/main").write_text("0" * 40)
@@ -76,7 +76,7 @@ def test_a_hub_that_is_silent_is_waited_for_once(monkeypatch):
         assert time.monotonic() - begun < 8
 
 
-class Answer(BaseHTTPRequestHandler):
+class LateServer(BaseHTTPRequestHandler):
     """A Hub that answers late, and that there is nothing."""
 
     def do_HEAD(self):
@@ -89,7 +89,7 @@ class Answer(BaseHTTPRequestHandler):
 
 
 def test_a_slow_hub_is_a_hub(monkeypatch):
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+    with HTTPServer(("127.0.0.1", 0), LateServer) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         at(monkeypatch, server.server_port)
         with hub_or_cache():
@@ -99,7 +99,7 @@ def test_a_slow_hub_is_a_hub(monkeypatch):
         server.shutdown()
 
 
-def test_offline_stays_offline_and_asks_nobody(monkeypatch):
+def test_offline_stays_offline_and_sends_no_request(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("siglit.models.hub.get_session", lambda: pytest.fail("the Hub was looked for"))
     with hub_or_cache():

@@ -40,14 +40,14 @@ def images(count=3, side=32):
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def normalised(tower, pixels):
+def normalized(tower, pixels):
     return (pixels / 255 - tower.mean / 255) / (tower.std / 255)
 
 
 def pooled(model, tower, pixels):
     """The features the source model hands to its own classifier."""
     with torch.inference_mode():
-        return model.forward_head(model.forward_features(normalised(tower, pixels)), pre_logits=True)
+        return model.forward_head(model.forward_features(normalized(tower, pixels)), pre_logits=True)
 
 
 def refused(config, *texts):
@@ -91,7 +91,7 @@ class TestWeights:
 
     @pytest.mark.parametrize("safe", [True, False])
     def test_local_folder_embeds_like_its_model(self, tmp_path, monkeypatch, safe):
-        """Architecture, its arguments, size and normalisation come from the folder's config.json."""
+        """Architecture, its arguments, size and normalization come from the folder's config.json."""
         model = source_model()
         save_for_hf(model, tmp_path, safe_serialization=safe, data_config={"mean": [0.1, 0.2, 0.3]})
         monkeypatch.setenv("SIGLIT_TEST_WEIGHTS", str(tmp_path))
@@ -152,7 +152,7 @@ class TestWeights:
         gc.collect()
 
     @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.npz", "w"])
-    def test_rubbish(self, tmp_path, name):
+    def test_files_that_are_no_weights(self, tmp_path, name):
         (tmp_path / name).write_bytes(b"no weights at all")
         refused(replace(VIT, weights=str(tmp_path / name)), "cannot read the weights", name)
 
@@ -228,7 +228,7 @@ class TestPooling:
         torch.save(model.state_dict(), tmp_path / "w.pth")
         tower = ImageTower(replace(config, pooling=pooling, weights=str(tmp_path / "w.pth")))
         with torch.inference_mode():
-            tokens = model.forward_features(normalised(tower, pixels))
+            tokens = model.forward_features(normalized(tower, pixels))
             expected = by_hand(model, tokens)
         torch.testing.assert_close(tower(pixels), expected, rtol=1e-5, atol=1e-5)
         assert tower.embedding_width == expected.shape[1] == (96 if pooling == "cls+avg" else 48)
@@ -264,7 +264,7 @@ class TestPooling:
 
 
 class TestConfig:
-    def test_unknown_name_lists_its_neighbours(self):
+    def test_unknown_name_lists_its_neighbors(self):
         refused(
             replace(VIT, model="vit_tiny_patch17_224"),
             "no image_tower.model 'vit_tiny_patch17_224'",
@@ -294,11 +294,11 @@ class TestConfig:
     def test_a_size_the_tower_does_not_take(self):
         refused(replace(VIT, image_size=40), "40 pixels", "image_tower.image_size", "img_size")
 
-    def test_normalisation_needs_three_channels(self):
+    def test_normalization_needs_three_channels(self):
         refused(replace(VIT, mean=[0.5, 0.5]), "image_tower.mean", "3 channels")
 
 
-def picture(width=77, height=50):
+def noise_image(width=77, height=50):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -306,15 +306,15 @@ class TestPixels:
     @pytest.mark.parametrize("filter_", ["bilinear", "bicubic", "lanczos", "nearest"])
     @pytest.mark.parametrize("size", [(77, 50), (50, 77), (9, 200), (32, 32)])
     def test_squash_is_pils_resize_to_the_towers_size(self, filter_, size):
-        tower, image = ImageTower(replace(VIT, interpolation=filter_)), picture(*size)
+        tower, image = ImageTower(replace(VIT, interpolation=filter_)), noise_image(*size)
         pixels = tower.transform()(image)
         expected = np.asarray(image.resize((32, 32), getattr(Image.Resampling, filter_.upper())))
         assert pixels.dtype == torch.uint8
         assert np.abs(pixels.numpy().transpose(1, 2, 0).astype(int) - expected).max() <= 1
 
     def test_crop_keeps_proportions(self):
-        """Resize of the short side to size / crop_pct, then the centre."""
-        tower, image = ImageTower(replace(VIT, resize="crop")), picture(80, 40)
+        """Resize of the short side to size / crop_pct, then the center."""
+        tower, image = ImageTower(replace(VIT, resize="crop")), noise_image(80, 40)
         assert tower.crop_pct == 0.9
         short = int(32 / 0.9)
         resized = image.resize((2 * short, short), Image.Resampling.BICUBIC)
@@ -324,14 +324,14 @@ class TestPixels:
 
     def test_image_size_other_than_the_towers(self):
         tower = ImageTower(replace(VIT, model_args={**SMALL, "dynamic_img_size": True}, image_size=48))
-        assert tower.transform()(picture()).shape == (3, 48, 48)
+        assert tower.transform()(noise_image()).shape == (3, 48, 48)
         assert tower(images(side=48)).shape == (3, 48)
 
     @pytest.mark.parametrize(("mean", "std"), [(None, None), ([0.48, 0.46, 0.41], [0.27, 0.26, 0.28])])
-    def test_uint8_normalisation_is_torchvisions(self, mean, std):
+    def test_uint8_normalization_is_torchvisions(self, mean, std):
         tower = ImageTower(replace(VIT, mean=mean, std=std))
         tower.backbone = nn.Identity()
-        image = picture(32, 32)
+        image = noise_image(32, 32)
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
         expected = Compose([ToTensor(), Normalize(mean or [0.5] * 3, std or [0.5] * 3)])(image)
         torch.testing.assert_close(tower(pixels)[0], expected, rtol=0, atol=1e-6)
@@ -441,7 +441,7 @@ def augreg(model):
     ],
 )
 def test_model_args_name_no_weights(arguments, monkeypatch, tmp_path):
-    """Nothing is looked at, let alone unpickled: what the weights are is said by fields that caches know of."""
+    """No file is opened, let alone unpickled: only fields of the fingerprint say where weights come from."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("built"))
     name = next(iter(arguments))

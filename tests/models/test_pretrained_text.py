@@ -34,7 +34,7 @@ def test_weights_are_those_of_the_folder(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_is_used(tmp_path, kind):
-    """DDP waits for the gradient of every parameter: a pooler that nobody reads must not be there."""
+    """DDP waits for the gradient of every parameter: there must be no unused pooler."""
     model = load_text_model(save_model(tmp_path / "model", kind))
     model(input_ids=captions(kind), attention_mask=torch.ones(3, 6)).last_hidden_state.square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -130,12 +130,12 @@ def test_weights_of_another_shape(tmp_path):
 
 def save_other(folder, kind):
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    picture = {"image_size": 8, "patch_size": 4}
+    vision = {"image_size": 8, "patch_size": 4}
     if kind == "vit":
-        model = ViTModel(ViTConfig(**small, **picture))
+        model = ViTModel(ViTConfig(**small, **vision))
     elif kind == "clip":
         text = small | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=small | picture, projection_dim=8))
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=small | vision, projection_dim=8))
     else:
         layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
         model = BartModel(BartConfig(vocab_size=VOCABULARY, d_model=16, **layers))
@@ -147,7 +147,7 @@ def save_other(folder, kind):
     ("kind", "words"),
     [("vit", "ViTModel returns no state per token"), ("clip", "CLIPModel returns no"), ("bart", "has none for 'bart'")],
 )
-def test_no_text_encoder(tmp_path, kind, words):
+def test_a_model_that_is_no_text_encoder(tmp_path, kind, words):
     folder = save_other(tmp_path / kind, kind)
     with pytest.raises(UserError, match=rf"is not a text encoder: .*{words}"):
         check_text_model(load_text_model(folder), folder, vocab_size=VOCABULARY, length=6)
@@ -181,7 +181,7 @@ def test_a_description_in_json_rebuilds_the_model(tmp_path, kind):
     assert torch.equal(rebuilt(input_ids=ids)[0], model(input_ids=ids)[0])
 
 
-def test_transformers_stays_quiet_and_gets_its_voice_back(tmp_path, capfd):
+def test_loading_is_quiet_and_restores_the_verbosity_of_transformers(tmp_path, capfd):
     from transformers.utils import logging
 
     folder, level = save_model(tmp_path / "model"), logging.get_verbosity()

@@ -97,7 +97,7 @@ def test_padding_is_read_to_the_end():
     assert not torch.allclose(tower(ids), tower(in_between), atol=1e-4)
 
 
-def test_attention_looks_both_ways():
+def test_attention_is_bidirectional():
     tower = small_tower()
     ids = captions()
     changed = ids.clone()
@@ -111,7 +111,7 @@ def test_captions_do_not_influence_each_other():
     torch.testing.assert_close(tower(ids)[3:4], tower(ids[3:4]))
 
 
-def test_every_weight_learns():
+def test_every_weight_gets_a_gradient():
     tower = small_tower()
     tower(captions(40)).square().sum().backward()
     assert [name for name, p in tower.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -146,7 +146,7 @@ class TestBottleneck:
         whole.load_state_dict(weights)
         torch.testing.assert_close(narrow(captions()), whole(captions()))
 
-    def test_every_weight_learns(self):
+    def test_every_weight_gets_a_gradient(self):
         tower = small_tower(BOTTLENECK)
         tower(captions(40)).square().sum().backward()
         assert [name for name, p in tower.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -232,7 +232,7 @@ class TestPretrained:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("locked", [False, True])
     def test_is_rebuilt_from_a_description_without_the_folder(self, tmp_path, kind, locked):
-        """What a checkpoint holds, through the file that it is."""
+        """The description and the weights as a checkpoint file holds them."""
         tower = pretrained_tower(save_model(tmp_path / "model", kind), kind, locked=locked, pooling="last")
         built = {"vocab_size": VOCABULARY, "length": 6, "dim": 20, **SPECIAL[kind]}
         about = {
@@ -269,7 +269,7 @@ class TestPretrained:
         with pytest.raises(UserError, match="text_tower.locked is set.*set text_tower.pretrained"):
             small_tower(replace(SMALL, locked=True))
 
-    def test_what_does_not_fit_the_tokenizer(self, tmp_path):
+    def test_a_model_that_does_not_fit_the_tokenizer(self, tmp_path):
         folder = save_model(tmp_path / "model")
         built = {"vocab_size": VOCABULARY, "length": 6, "dim": 20, **SPECIAL["bert"]}
         with pytest.raises(UserError, match="embeddings for 40"):

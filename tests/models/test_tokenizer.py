@@ -15,8 +15,8 @@ from siglit.models.tokenizer import SentencePieceTokenizer, TransformersTokenize
 CONFIG = TokenizerConfig(vocab_size=400, length=12)
 LOWER = replace(CONFIG, lowercase=True)
 CAPTIONS = [
-    f"A {colour} {thing} {place} the {other}."
-    for colour in ("red", "green", "Blue")
+    f"A {color} {thing} {place} the {other}."
+    for color in ("red", "green", "Blue")
     for thing in ("circle", "dog", "House")
     for place in ("above", "left of", "behind")
     for other in ("street", "tree", "sea")
@@ -57,7 +57,7 @@ class TestSentencePiece:
         assert default.fingerprint == explicit.fingerprint
         assert train_sentencepiece(CAPTIONS, LOWER) == trained
 
-    def test_case_is_kept_where_asked(self, trained):
+    def test_case_is_kept_where_configured(self, trained):
         tokenizer = SentencePieceTokenizer(trained, 40, False)
         assert decode(trained, tokenizer(["A Blue House"])[0]) == "A Blue House"
 
@@ -165,7 +165,7 @@ class TestTransformers:
         assert ids.tolist() == [[3, 4, 5, 1, 0, 0], [2, 1, 0, 0, 0, 0], [3, 4, 5, 8, 9, 1]]
 
     @pytest.mark.parametrize("lowercase", [False, None])
-    def test_case_is_kept_unless_asked(self, tmp_path, lowercase):
+    def test_case_is_kept_unless_configured(self, tmp_path, lowercase):
         """A cased pretrained model knows capital letters."""
         tokenizer = load_tokenizer(save_words(tmp_path / "words"), replace(CONFIG, length=4, lowercase=lowercase))
         assert tokenizer(["a RED"]).tolist() == [[3, 2, 1, 0]]
@@ -193,7 +193,7 @@ class TestTransformers:
         assert tokenizer.eos_id == tokenizer.pad_id == 0
 
     def test_same_vocabulary_cut_otherwise_is_another_tokenizer(self, tmp_path):
-        """Token ids are kept under the fingerprint: it must differ where ids do."""
+        """The fingerprint names the file of token ids: it must differ where ids do."""
         one = load_tokenizer(save_words(tmp_path / "one"), CONFIG)
         other = load_tokenizer(save_words(tmp_path / "two", pre_tokenizer=pre_tokenizers.WhitespaceSplit()), CONFIG)
         assert not np.array_equal(one(["red-dog"]), other(["red-dog"]))

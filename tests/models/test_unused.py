@@ -130,13 +130,13 @@ def test_what_the_pooling_leaves_is_frozen_and_nothing_else(model, pooling):
         assert {*ImageTower(vit(pooling, model), trainable=True).unused} == expected
 
 
-def test_layers_that_are_skipped_at_random_are_used():
+def test_layers_that_are_skipped_at_random_count_as_used():
     tower = ImageTower(vit("avg", drop_path_rate=0.9, patch_drop_rate=0.5), trainable=True)
     assert {n.split(".")[1] for n in tower.unused} == {"attn_pool"}
 
 
 def test_a_forward_keeps_nothing_for_backward():
-    """A tower of any size is looked through at the cost of one forward."""
+    """The search costs one forward, whatever the size of the tower."""
     weight = nn.Parameter(torch.ones(1_000_000))
     with graph_only():
         output = (weight.exp() * weight).sum()
@@ -206,7 +206,7 @@ GLOBAL = {
     for k in ("weight", "bias")
 }
 TEXT = {"squeezebert": {"model.pooler.dense.weight", "model.pooler.dense.bias"}, "longformer": GLOBAL}
-"""What nothing reads of a model: a pooler that cannot be left out, attention of tokens that nobody marks."""
+"""Unused parts of a model: a pooler that cannot be left out, attention to tokens that no mask selects."""
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *CONFIGS])
@@ -290,7 +290,7 @@ def test_two_devices_train_a_map_tower_without_its_head(experiment, project):
 
 
 def test_a_dry_run_lists_what_is_never_read(experiment):
-    told = str(siglit.dry_run(parse("train", *AVG)))
-    assert "never read, so left unchanged: 13 tensors of 28,224 parameters" in told
-    assert "\nimage_tower.tower.backbone.attn_pool.latent\n" in told
+    text = str(siglit.dry_run(parse("train", *AVG)))
+    assert "never read, so left unchanged: 13 tensors of 28,224 parameters" in text
+    assert "\nimage_tower.tower.backbone.attn_pool.latent\n" in text
     assert "never read" not in str(siglit.dry_run(parse("train", *AVG, "--image_tower.pooling", "map")))

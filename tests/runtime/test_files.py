@@ -32,7 +32,7 @@ def names(folder):
 
 
 def killed_while_writing(path):
-    """Start to write in a process that is killed; return the name of what it left."""
+    """Start to write in a process that is killed; return the name of its temporary file."""
     before = set(names(path.parent))
     child = os.fork()
     if child == 0:
@@ -103,7 +103,7 @@ def test_writers_of_one_name_at_the_same_time(tmp_path, same_process_id, monkeyp
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
-def test_what_fails_leaves_the_file_of_before(tmp_path):
+def test_a_failed_write_leaves_the_previous_file(tmp_path):
     path = tmp_path / "summary.json"
     path.write_bytes(b"before")
 
@@ -129,7 +129,7 @@ def test_a_kill_leaves_a_temporary_file_and_the_next_run_cleans_it(tmp_path):
 
 @pytest.mark.parametrize("name", EARLIER)
 def test_what_earlier_versions_left_is_cleaned_too(tmp_path, name):
-    """Where nobody but siglit keeps files: among shards, token ids and checkpoints."""
+    """In folders that only siglit writes: those of shards, token ids and checkpoints."""
     others = [other for kind, other in EARLIER.items() if kind != name]
     for left in EARLIER.values():
         (tmp_path / left).write_bytes(b"half")
@@ -145,7 +145,7 @@ def test_a_similar_name_is_no_leftover(tmp_path):
     assert names(tmp_path) == sorted([*alike, "summary.json"])
 
 
-def test_where_there_are_no_locks_nothing_is_taken_for_a_leftover(tmp_path, monkeypatch):
+def test_without_locks_no_file_is_taken_for_a_leftover(tmp_path, monkeypatch):
     """A live writer's file could not be distinguished from it."""
     left = killed_while_writing(tmp_path / "summary.json")
 
@@ -175,7 +175,7 @@ def test_a_temporary_file_deleted_before_it_is_locked_is_created_again(tmp_path,
 
 class TestCache:
     def test_a_precompute_rerun_leaves_a_token_file_that_a_trainer_is_writing(self, tmp_path):
-        """Only what is left of shards and indexes goes."""
+        """Only leftovers of shards and indexes are deleted."""
         cache = make_cache(tmp_path / "cache", [["one two", "three"], ["four"]])
         (cache.path / "shard-000007.h5.tmp-00").write_bytes(b"half")
 
@@ -231,7 +231,7 @@ def test_temporary_files_of_others_stay(tmp_path):
 
 
 def test_what_is_being_written_can_be_read(tmp_path):
-    """As glibc does to stand in for fallocate, where the file system has none."""
+    """As glibc does in place of fallocate, where the file system has none."""
     with atomic_write(tmp_path / "x") as file:
         file.write(b"text")
         file.flush()

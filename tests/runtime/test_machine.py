@@ -11,7 +11,7 @@ GB = 1 << 30
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Write a tree of control groups; 8 cores and 100 GB are there."""
+    """Write a tree of control groups; the machine has 8 cores and 100 GB."""
     monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(machine, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
@@ -43,7 +43,7 @@ def memory_1(folder, limit, used, inactive=0):
     return group(folder, **files)
 
 
-def test_without_control_groups_all_is_there(fake):
+def test_without_control_groups_the_whole_machine_counts(fake):
     fake("0::/\n")
     assert (machine.cores(), machine.free_memory()) == (8, 100 * GB)
 
@@ -88,7 +88,7 @@ def test_a_quota_of_version_1(fake, quota, cores):
     ],
 )
 def test_free_memory_is_the_least_of_the_machine_and_all_groups(fake, inner, outer, free):
-    """What a group holds of files counts as free, as it does for the machine."""
+    """The file cache of a group counts as free, as that of the machine does."""
     fake("0::/a/b\n", **memory_2("a__b__", *inner), **memory_2("a__", *outer))
     assert machine.free_memory() == free * GB
 
@@ -99,7 +99,7 @@ def test_free_memory_of_version_1(fake):
     assert machine.free_memory() == 5 * GB
 
 
-def test_a_path_from_outside_the_container_is_cut_to_what_is_there(fake):
+def test_a_path_from_outside_the_container_is_cut_to_the_folders_that_exist(fake):
     """The container's own group is then the root of what it sees."""
     fake("0::/docker/0a1b\n", **memory_2("", 3 * GB, GB))
     assert machine.free_memory() == 2 * GB

@@ -1,4 +1,4 @@
-"""Progress in plain lines: how much, how fast, how long to go."""
+"""Progress in plain lines: count, rate and time left."""
 
 import types
 
@@ -76,7 +76,7 @@ def test_time_before_the_start_does_not_count(clock):
     assert meter.rate == pytest.approx(2)
 
 
-def test_an_unknown_total_promises_no_end(clock, capsys):
+def test_an_unknown_total_has_no_time_left(clock, capsys):
     with Meter("reading", None, "captions") as meter:
         clock.now += 10
         meter.advance(30)
@@ -97,7 +97,7 @@ def test_quiet_prints_nothing(clock, capsys):
     assert lines(capsys) == []
 
 
-def test_failed_work_is_not_reported_as_ended(clock, capsys):
+def test_failed_work_has_no_last_line(clock, capsys):
     with pytest.raises(RuntimeError), Meter("work", 10, "steps"):
         raise RuntimeError
     assert lines(capsys) == []

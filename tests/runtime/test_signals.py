@@ -1,4 +1,4 @@
-"""Precompute, stopped, killed and started twice: no torn file, no process left behind, the same cache in the end."""
+"""Precompute, stopped, killed and started twice: no truncated file, no process left over, the same cache at the end."""
 
 import os
 import random
@@ -30,7 +30,7 @@ PHASES = {
 
 
 def start(project, path, *words):
-    """Begin precompute in a session of its own, with images that take their time."""
+    """Start precompute in a session of its own, with images that decode slowly."""
     return subprocess.Popen(
         [sys.executable, "-m", "siglit", "precompute", "-c", "experiment.yaml", "--cache.path", path, *words],
         cwd=project,
@@ -50,7 +50,7 @@ def wait_for_shard(project, path, process, seconds=60):
 
 
 def committed(folder):
-    """How many shards and indices are there."""
+    """Number of committed shards and indices."""
     return len(list(folder.glob("*/shard-*.h5"))) + len(list(folder.glob("*/index.json")))
 
 
@@ -90,7 +90,7 @@ def slow(project):
 
 
 def test_an_error_that_a_library_raises_for_a_signal_becomes_the_signal():
-    """h5py was seen to turn what the handler raises into a TypeError."""
+    """h5py may turn the handler's exception into a TypeError."""
     with pytest.raises(Terminated), stopping_at_signals():  # noqa: PT012
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -126,7 +126,7 @@ def test_a_signal_stops_at_once(slow, number, code, devices):
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_that_meets_a_destructor_is_not_lost(number, kind, monkeypatch):
-    """Python drops what a handler raises there; the block ends with it all the same, and nothing else is said."""
+    """Python drops what a handler raises there; the block ends with it all the same, and nothing else is printed."""
     dropped = []
     monkeypatch.setattr(sys, "unraisablehook", lambda report: dropped.append(report.exc_type))
 

@@ -10,6 +10,11 @@ def test_a_noun_is_singular_for_one(count, text):
     assert plural(count, "shard") == text
 
 
+@pytest.mark.parametrize(("noun", "text"), [("class", "2 classes"), ("entry", "2 entries"), ("key", "2 keys")])
+def test_plurals_are_spelled_as_in_english(noun, text):
+    assert plural(2, noun) == text
+
+
 def test_an_error_is_one_line_even_without_a_message():
     assert first_line(ValueError(" one\ntwo")) == "one"
     assert first_line(RuntimeError()) == "RuntimeError"

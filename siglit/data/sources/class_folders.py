@@ -14,6 +14,7 @@ from siglit.data.images import IMAGE_EXTENSIONS
 from siglit.data.sources.columns import Columns
 from siglit.data.sources.listings import Row
 from siglit.errors import UserError
+from siglit.runtime.text import plural
 
 
 def read(root: Path) -> tuple[list[str], list[Row]]:
@@ -35,10 +36,9 @@ def read(root: Path) -> tuple[list[str], list[Row]]:
     loose = sorted(entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir())
     expected = "class_folders expects one folder of images for each class"
     if len(loose) > 0:
-        outside = "1 image" if len(loose) == 1 else f"{len(loose)} images"
         raise UserError(
-            f"{root} has {outside} outside its class folders ({loose[0]}), but {expected}. Move them into a class "
-            "folder, or set another format."
+            f"{root} has {plural(len(loose), 'image')} outside its class folders ({loose[0]}), but {expected}. "
+            "Move them into a class folder, or set another format."
         )
     rows = [
         Row(0, Columns().key_of({}, key, str(root)), key, (), (), label)
@@ -46,8 +46,7 @@ def read(root: Path) -> tuple[list[str], list[Row]]:
         for key in sorted(_images(root, name))
     ]
     if len(rows) == 0:
-        several = f"{len(classes)} folders, but no image in them" if len(classes) > 0 else "no folder in it"
-        state = "1 folder, but no image in it" if len(classes) == 1 else several
+        state = f"{plural(len(classes), 'folder')}, but no image in any" if len(classes) > 0 else "no folder in it"
         raise UserError(f"{root} has {state}; {expected} ({', '.join(IMAGE_EXTENSIONS)}). Check the path.")
     return classes, rows
 

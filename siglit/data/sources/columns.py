@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from siglit.data.sources.texts import is_unicode, replace_surrogates
 from siglit.errors import UserError
+from siglit.runtime.text import plural
 
 # Image and caption columns where none are named; the first that exists is used. csv is open_clip's choice.
 DEFAULTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -94,7 +95,8 @@ class Columns:
             langs = langs * len(captions)
         if len(langs) != len(captions):
             raise UserError(
-                f"{place}: {len(captions)} captions, but {len(langs)} languages in {self.lang}; expected one for each"
+                f"{place}: {plural(len(captions), 'caption')}, but {plural(len(langs), 'language')} in {self.lang}; "
+                "expected one for each"
             )
         kept = [
             (replace_surrogates(text), lang) for text, lang in zip(captions, langs, strict=True) if text.strip() != ""

@@ -17,6 +17,7 @@ from siglit.data.sources.columns import Columns, not_blank, string_list
 from siglit.data.sources.texts import decode_text, json_object
 from siglit.errors import UserError
 from siglit.runtime.files import MAX_LISTING_BYTES, read_regular
+from siglit.runtime.text import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def read_csv(path: Path, columns: Columns, separator: str, fmt: str = "csv") -> 
                     header = cells
                 elif len(cells) != len(header):
                     raise UserError(
-                        f"{path}, line {line} has {len(cells)} cells, but the header has {len(header)}. "
+                        f"{path}, line {line} has {plural(len(cells), 'cell')}, but the header has {len(header)}. "
                         f"Quote cells that contain {separator!r}, or set separator."
                     )
                 yield line, dict(zip(header, cells, strict=True))

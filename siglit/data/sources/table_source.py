@@ -19,7 +19,7 @@ from siglit.runtime.paths import expand, files_of
 
 
 class TableSource(Source):
-    """Columns in row groups; a unit is a range of the rows of all files, numbered through."""
+    """Columns in row groups; a unit is a range of rows, which are numbered over all files."""
 
     def __init__(self, spec: SourceSpec) -> None:
         """Read the headers of the files, and the key column if one is named.

@@ -1,6 +1,6 @@
 """Text in files: UTF-8, JSON objects, and strings that UTF-8 cannot store.
 
-Knows nothing of columns, captions or formats; what is wrong is a `UserError` that opens with the place it is given.
+Knows nothing of columns, captions or formats. The message of every `UserError` begins with the given place.
 """
 
 import json

@@ -134,7 +134,7 @@ class TestText:
     def test_ragged_and_unclosed_rows_name_their_line(self, tmp_path):
         text = 'filepath,title\na.jpg,"two\nlines"\nb.jpg,one,two\n'
         refused("csv", write(tmp_path / "x.csv", text), "line 4 has 3 cells", "header has 2")
-        refused("csv", write(tmp_path / "x.csv", "filepath,title\na.jpg\n"), "line 2 has 1 cells")
+        refused("csv", write(tmp_path / "x.csv", "filepath,title\na.jpg\n"), "line 2 has 1 cell, but")
         refused("csv", write(tmp_path / "x.csv", 'filepath,title\na,b\nc,"d\ne,f\ng,h\n'), "line 3 is not valid csv")
 
     def test_image_path_missing_in_a_row(self, tmp_path):
@@ -314,7 +314,7 @@ class TestUnits:
 
 
 class TestMemory:
-    """What samples take in memory is told from headers alone: bytes of images where the source holds them."""
+    """The memory of samples is estimated from headers alone: bytes of images where the source holds them."""
 
     def test_files_and_tars_leave_their_images_where_they_are(self, tmp_path):
         text = "filepath,title\n" + "".join(f"{i}.jpg,c\n" for i in range(10))
