@@ -184,8 +184,8 @@ def differing_fields(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> 
         expected: the fingerprint that it should have.
 
     Returns:
-        One message per field, such as "image_tower.model: 'x' here, 'y' expected"; empty if they are equal. Tuples
-        equal lists, as both are the same JSON.
+        One message per field, such as "image_tower.model is 'x', expected 'y'"; empty if they are equal. Tuples equal
+        lists, as both are the same JSON.
     """
     return list(_differences(json.loads(fingerprint_json(actual)), json.loads(fingerprint_json(expected)), ""))
 
@@ -198,7 +198,7 @@ def _differences(actual: Mapping[str, Any], expected: Mapping[str, Any], prefix:
         # In Python 1 == True, in JSON it is not.
         elif (name in actual) != (name in expected) or a != b or isinstance(a, bool) != isinstance(b, bool):
             texts = [_shortened(side[name]) if name in side else "nothing" for side in (actual, expected)]
-            yield f"{prefix}{name}: {texts[0]} here, {texts[1]} expected"
+            yield f"{prefix}{name} is {texts[0]}, expected {texts[1]}"
 
 
 def _shortened(value: Any) -> str:

@@ -71,7 +71,8 @@ def find_duplicate_key(paths: Sequence[Path]) -> str | None:
     if duplicate is None:
         return None
     (a, row), (b, other) = duplicate.first, duplicate.second
-    return f"key {duplicate.key!r} is in row {row} of {paths[a].name} and in row {other} of {paths[b].name}"
+    names = [path.name if paths[a].parent == paths[b].parent else str(path) for path in (paths[a], paths[b])]
+    return f"key {duplicate.key!r} is in row {row} of {names[0]} and in row {other} of {names[1]}"
 
 
 def shard_keys(path: Path) -> list[str]:
@@ -91,7 +92,7 @@ class KnownKeys:
         """Remember the cache's folder; nothing is read before the first `add`."""
         self._folder = Path(folder)
         self._shards: set[int] = set()
-        self._runs: list[np.ndarray] = []
+        self._sorted_hashes: list[np.ndarray] = []
 
     def add(self, number: int, keys: Sequence[str]) -> None:
         """Compare the keys of shard `number`, which is committed next, with all others, and remember them.
@@ -104,7 +105,7 @@ class KnownKeys:
                 self._remember(other, hash_keys(shard_keys(path)))
         hashes = hash_keys(keys)
         known = np.zeros(len(hashes), bool)
-        for run in self._runs:
+        for run in self._sorted_hashes:
             known |= run[np.minimum(np.searchsorted(run, hashes), len(run) - 1)] == hashes
         if known.any():
             self._compare(number, {keys[row]: row for row in np.flatnonzero(known).tolist()})
@@ -116,10 +117,10 @@ class KnownKeys:
             return
         # Sorted runs, each longer than the next: a key is sorted again when the total doubles, not for every shard.
         run = np.sort(hashes)
-        while len(self._runs) > 0 and len(self._runs[-1]) <= len(run):
-            run = np.concatenate([self._runs.pop(), run])
+        while len(self._sorted_hashes) > 0 and len(self._sorted_hashes[-1]) <= len(run):
+            run = np.concatenate([self._sorted_hashes.pop(), run])
             run.sort()
-        self._runs.append(run)
+        self._sorted_hashes.append(run)
 
     def _compare(self, number: int, rows: dict[str, int]) -> None:
         """Compare as text the keys whose hashes are known: {key: row in shard `number`}."""

@@ -156,7 +156,7 @@ class Decoder:
         if draft is not None and self.crop is not None:
             draft = int(draft / (self.crop * _RATIOS[0]) ** 0.5)
         image = _decode(sample, self.max_pixels, draft)
-        # torchvision's own draw from torch's global generator, which here may be the training's.
+        # Not torchvision's RandomResizedCrop: it draws from torch's global generator, which may be the training's.
         rng = np.random.default_rng(seed)
         flip = self.flip and rng.random() < 0.5
         if self.crop is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from siglit.data.corruption import Corruption
-from siglit.data.order import Share
+from siglit.data.order import RankShare
 from siglit.data.prefetch import Prefetched
 from siglit.errors import UserError
 
@@ -84,7 +84,7 @@ class EpochLoader(ABC):
         """
         if batch_size % world_size != 0:
             raise UserError(f"train.batch_size {batch_size} cannot be shared evenly by {world_size} devices")
-        self._seed, self._share, self._auto_shuffle = seed, Share(batch_size, rank, world_size), auto_shuffle
+        self._seed, self._share, self._auto_shuffle = seed, RankShare(batch_size, rank, world_size), auto_shuffle
         self._corruption = corruption
         self._running: Prefetched[Batch] | None = None
         self.epoch = self.examples = 0

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Share(NamedTuple):
+class RankShare(NamedTuple):
     """One rank's part of every global batch."""
 
     global_size: int
@@ -58,7 +58,7 @@ class WindowOrder:
         self.count = int(counts.sum())
         """C."""
 
-    def windows(self, epoch: int, first: int, share: Share) -> Iterator[OrderWindow]:
+    def windows(self, epoch: int, first: int, share: RankShare) -> Iterator[OrderWindow]:
         """Yield the windows of a pass, beginning with the one in which global batch `first` begins.
 
         Rows of earlier batches and of an incomplete last batch belong to no rank.

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from siglit.cache import EmbeddingCache
-from siglit.data.order import Share, WindowOrder
+from siglit.data.order import RankShare, WindowOrder
 from siglit.data.sources.samples import Source
 from siglit.runtime.machine import free_memory
 
@@ -59,7 +59,7 @@ class RowShuffle:
         self.count = len(self._rows)
         """C."""
 
-    def batches(self, epoch: int, first: int, share: Share, fetch: Fetch) -> Iterator[Arrays]:
+    def batches(self, epoch: int, first: int, share: RankShare, fetch: Fetch) -> Iterator[Arrays]:
         """Yield a rank's part of the pass's global batches, from number `first` on; an incomplete one is dropped."""
         for batch in self.global_batches(epoch, first, share.global_size):
             yield fetch(batch[share.slice])
@@ -88,7 +88,7 @@ class BlockShuffle:
         self.count = self._order.count
         """C."""
 
-    def batches(self, epoch: int, first: int, share: Share, fetch: Fetch) -> Iterator[Arrays]:
+    def batches(self, epoch: int, first: int, share: RankShare, fetch: Fetch) -> Iterator[Arrays]:
         """Yield a rank's part of the pass's global batches, from number `first` on; an incomplete one is dropped."""
         windows = (_ArrayWindow(window.own, fetch) for window in self._order.windows(epoch, first, share))
         now, following = next(windows, None), next(windows, None)

@@ -231,7 +231,7 @@ def _build(config: ImageTowerConfig) -> nn.Module:
         try:
             open_regular(path).close()
         except OSError as error:
-            raise UserError(f"image_tower.weights: there is no file {path} to read ({error.strerror})") from error
+            raise UserError(f"image_tower.weights {path} cannot be read: {error.strerror}") from error
         _load_weights(backbone, path)
     elif folder is not None and config.pretrained:
         _load_weights(backbone, folder)

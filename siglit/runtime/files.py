@@ -148,7 +148,7 @@ def _belongs_to(name: str, target: str) -> bool:
 
 
 def open_regular(path: Path | str) -> BufferedReader:
-    """Open a regular file for reading; refuse pipes, devices and sockets, which could be read or waited for for ever.
+    """Open a regular file for reading; refuse pipes, devices and sockets, which could block forever.
 
     Raises:
         OSError: there is no such file, it cannot be read, or it is not a regular file; `strerror` says which.

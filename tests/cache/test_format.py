@@ -146,12 +146,12 @@ def test_no_changed_byte_anywhere_passes_for_other_content(tmp_path):
 @pytest.mark.parametrize(
     ("actual", "expected", "text"),
     [
-        ({"a": {"model": "x"}}, {"a": {"model": "y"}}, ["a.model: 'x' here, 'y' expected"]),
-        ({"a": 1}, {"a": 1, "b": None}, ["b: nothing here, None expected"]),
-        ({"a": {"b": 1}}, {"a": 3}, ["a: {'b': 1} here, 3 expected"]),
+        ({"a": {"model": "x"}}, {"a": {"model": "y"}}, ["a.model is 'x', expected 'y'"]),
+        ({"a": 1}, {"a": 1, "b": None}, ["b is nothing, expected None"]),
+        ({"a": {"b": 1}}, {"a": 3}, ["a is {'b': 1}, expected 3"]),
         ({"a": (0.5, 0.5)}, {"a": [0.5, 0.5]}, []),
-        ({"a": 1}, {"a": True}, ["a: 1 here, True expected"]),
-        ({"z": 1, "a": 1}, {"z": 2, "a": 2}, ["a: 1 here, 2 expected", "z: 1 here, 2 expected"]),
+        ({"a": 1}, {"a": True}, ["a is 1, expected True"]),
+        ({"z": 1, "a": 1}, {"z": 2, "a": 2}, ["a is 1, expected 2", "z is 1, expected 2"]),
     ],
 )
 def test_differing_fields_names_path_and_both_values(actual, expected, text):

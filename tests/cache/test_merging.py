@@ -64,7 +64,7 @@ def test_shards_keep_their_checksums(tmp_path):
 @pytest.mark.parametrize("together", [merge, lambda out, parts: concat(parts)])
 def test_other_towers_and_widths_are_refused(tmp_path, together):
     first = make(tmp_path / "a", 0, 4)
-    with pytest.raises(CacheError, match=r"tower: 'b' here, 'a' expected"):
+    with pytest.raises(CacheError, match=r"tower is 'b', expected 'a'"):
         together(tmp_path / "out", [first, make(tmp_path / "b", 4, 4, tower="b")])
     with pytest.raises(CacheError, match="width 3 in .* 2 in"):
         together(tmp_path / "out", [first, make(tmp_path / "c", 4, 4, dim=2)])

@@ -347,13 +347,13 @@ def test_another_fingerprint_is_named_by_field(folder):
     cache = EmbeddingCache(folder)
     cache.check_fingerprint(json.loads(json.dumps(FINGERPRINT)))
     other = {"image_tower": {"model": "vit_l", "hash": "ab"}, "transform": {"size": 256}, "source": "coco"}
-    with pytest.raises(CacheError, match=r"image_tower\.model: 'vit_b' here, 'vit_l' expected; transform\.size: 224"):
+    with pytest.raises(CacheError, match=r"image_tower\.model is 'vit_b', expected 'vit_l'; transform\.size: 224"):
         cache.check_fingerprint(other)
     cache.check_fingerprint(other, ["source", "image_tower.hash"])
-    with pytest.raises(CacheError, match=r"transform\.size: 224 here, 256 expected") as caught:
+    with pytest.raises(CacheError, match=r"transform\.size is 224, expected 256") as caught:
         cache.check_fingerprint(other, ["source", "transform"])
     assert "vit_l" not in str(caught.value)
-    with pytest.raises(CacheError, match=r"image_tower\.model: 'vit_b' here, nothing expected"):
+    with pytest.raises(CacheError, match=r"image_tower\.model is 'vit_b', expected nothing"):
         cache.check_fingerprint({}, ["image_tower.model"])
 
 
@@ -365,7 +365,7 @@ def test_verify_finds_what_the_index_gets_wrong(folder):
     (folder / "index.json").write_text(json.dumps(index))
     problems = "\n".join(EmbeddingCache(folder).verify())
     assert "shard-000000.h5: labelled is 3, the index says 0" in problems
-    assert "source: 'coco' here, 'other' expected" in problems
+    assert "source is 'coco', expected 'other'" in problems
     assert "counts of skipped images differ" in problems
 
 

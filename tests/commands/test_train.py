@@ -275,7 +275,7 @@ def test_training_without_a_cache_says_how_to_make_it(experiment):
 
 
 def test_training_on_another_towers_cache_names_the_field(cached):
-    with pytest.raises(UserError, match=r"image_tower.pooling: 'tower' here, 'avg' expected"):
+    with pytest.raises(UserError, match=r"image_tower.pooling is 'tower', expected 'avg'"):
         siglit.train(parse("train", "--image_tower.pooling", "avg"))
 
 

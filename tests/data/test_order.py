@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from siglit.data.order import Share, WindowOrder
+from siglit.data.order import RankShare, WindowOrder
 
 COUNTS = np.array([0, 0, 3, 1, 0, 0, 0, 0, 5, 0])
 """Ten units, most of them empty: with two or three of them in a window, whole windows are."""
@@ -35,7 +35,7 @@ def test_windows_of_the_ranks_are_the_global_batches(window_units, size, world_s
     whole = list(passes.global_batches(1, 0, size))
     assert len(whole) == 9 // size
     for first, rank in itertools.product(range(len(whole) + 1), range(world_size)):
-        share = Share(size, rank, world_size)
+        share = RankShare(size, rank, world_size)
         expected = [row for batch in whole[first:] for row in batch[share.slice].tolist()]
         assert rows_of(passes.windows(1, first, share)) == expected
         resumed = list(passes.global_batches(1, first, size))
@@ -45,7 +45,7 @@ def test_windows_of_the_ranks_are_the_global_batches(window_units, size, world_s
 def test_windows_before_the_first_batch_are_not_read():
     units = []
     passes = WindowOrder(np.full(6, 4), lambda unit: units.append(unit) or np.arange(4 * unit, 4 * unit + 4), 0, 2)
-    list(passes.windows(0, 3, Share(4)))
+    list(passes.windows(0, 3, RankShare(4)))
     assert len(units) == 4, "the two windows from row 12 on; row 8 begins the first of them"
 
 
@@ -65,4 +65,4 @@ def test_an_order_of_no_rows_is_empty():
     empty = WindowOrder(np.zeros(3, np.int64), lambda unit: np.empty(0, np.int64), 0, 2)
     assert empty.count == 0
     assert list(empty.global_batches(0, 0, 1)) == []
-    assert rows_of(empty.windows(0, 0, Share(1))) == []
+    assert rows_of(empty.windows(0, 0, RankShare(1))) == []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from siglit.data import random_hash, shuffle
-from siglit.data.order import Share
+from siglit.data.order import RankShare
 from siglit.data.random_hash import choose_captions
 from siglit.data.shuffle import BlockShuffle, RowShuffle, choose_image_shuffle, choose_shuffle
 
@@ -23,7 +23,7 @@ def fetch(rows):
 
 def batches_of(order, total, epoch=0, first=0, ranks=1):
     """(batches, total) rows, the ranks' parts put together."""
-    shares = [order.batches(epoch, first, Share(total, rank, ranks), fetch) for rank in range(ranks)]
+    shares = [order.batches(epoch, first, RankShare(total, rank, ranks), fetch) for rank in range(ranks)]
     return np.array([np.concatenate([part["rows"] for part in parts]) for parts in zip(*shares, strict=True)])
 
 
@@ -78,7 +78,7 @@ def test_blocks_read_forwards_within_a_window(small_blocks):
         return {"rows": rows}
 
     order = BlockShuffle(offsets(800, every=10**9), 0)
-    given = [batch["rows"] for batch in order.batches(0, 0, Share(9), watch)]
+    given = [batch["rows"] for batch in order.batches(0, 0, RankShare(9), watch)]
     flat = np.concatenate(requested)
     assert (np.diff(flat) < 0).sum() == 799 // (16 * 5), "as many ways back as there are further windows"
     assert (np.diff(np.concatenate(given)) < 0).mean() > 0.4, "an increase as often as a decrease"
@@ -97,7 +97,7 @@ def test_rows_take_eight_bytes_a_row():
     tracemalloc.start()
     try:
         order = RowShuffle(starts, 0)
-        next(order.batches(0, 0, Share(256), fetch))
+        next(order.batches(0, 0, RankShare(256), fetch))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -114,7 +114,9 @@ def test_blocks_take_two_windows_and_nothing_per_row(monkeypatch):
         tracemalloc.start()
         try:
             order = BlockShuffle(starts, 0)
-            batches = order.batches(0, 0, Share(256, 0, ranks), lambda r: {"image": np.ones((len(r), 64), np.float16)})
+            batches = order.batches(
+                0, 0, RankShare(256, 0, ranks), lambda r: {"image": np.ones((len(r), 64), np.float16)}
+            )
             for _ in range(24):
                 next(batches)
             return tracemalloc.get_traced_memory()[1]

@@ -162,8 +162,8 @@ class TestWeights:
         refused(replace(VIT, weights=str(tmp_path / "w.pth")), "w.pth")
 
     def test_missing_file(self, tmp_path):
-        refused(replace(VIT, weights=str(tmp_path / "w.pth")), "there is no file", "w.pth")
-        refused(replace(VIT, weights=str(tmp_path)), "there is no file")
+        refused(replace(VIT, weights=str(tmp_path / "w.pth")), "cannot be read", "w.pth")
+        refused(replace(VIT, weights=str(tmp_path)), "cannot be read")
 
 
 class Evil:

@@ -29,7 +29,7 @@ def test_training_and_evaluation_compare_how_jpegs_were_decoded(experiment):
     siglit.precompute(parse("precompute", *TRAIN))
     open_cache(experiment, "train")
     other = replace(experiment, image_tower=replace(experiment.image_tower, jpeg_draft=True))
-    with pytest.raises(UserError, match=r"image_tower\.transform\.jpeg_draft: False here, True expected"):
+    with pytest.raises(UserError, match=r"image_tower\.transform\.jpeg_draft is False, expected True"):
         open_cache(other, "train")
     change_index(lambda tower: tower["transform"].pop("jpeg_draft"))
     open_cache(other, "train")
@@ -40,11 +40,11 @@ def test_weights_of_a_file_are_not_those_of_the_name(experiment):
     """A cache that was made of a weights file is none for an experiment that names no file, and the other way round."""
     siglit.precompute(parse("precompute", *TRAIN))
     named = replace(experiment, image_tower=replace(experiment.image_tower, weights=None))
-    with pytest.raises(UserError, match=r"image_tower\.weights_file: '\w{32}' here, None expected"):
+    with pytest.raises(UserError, match=r"image_tower\.weights_file is '\w{32}', expected None"):
         open_cache(named, "train")
     change_index(lambda tower: tower.update(weights_file=None))
     open_cache(named, "train")
-    with pytest.raises(UserError, match=r"image_tower\.weights_file: None here"):
+    with pytest.raises(UserError, match=r"image_tower\.weights_file is None"):
         open_cache(experiment, "train")
     change_index(lambda tower: tower.pop("weights_file"))
     open_cache(named, "train")
@@ -67,5 +67,5 @@ def test_weights_that_come_with_the_models_name_are_known_by_their_hash(experime
     assert run().encoded_now == 40
     assert run().encoded_now == 0
     state["norm.bias"] = torch.nextafter(state["norm.bias"], torch.tensor(9.0))
-    with pytest.raises(ValueError, match=r"image_tower\.weights: '\w{32}' here, '\w{32}' expected"):
+    with pytest.raises(ValueError, match=r"image_tower\.weights is '\w{32}', expected '\w{32}'"):
         run()
