@@ -164,6 +164,12 @@ def test_command_measures_here_and_leaves_plan_json(small, tmp_path):
     assert plan["cache_bytes"] == 5000 * 96 * 2
 
 
+def test_a_warm_up_of_many_steps_is_measured_like_any_other(small):
+    """The schedule must fit into the run that is planned, not into the few steps that are timed."""
+    plan = siglit.plan(parse("plan", "--optim.warmup_steps", "20000", "--train.steps", "50000", config=str(small)))
+    assert plan.throughput.pairs >= 4
+
+
 def test_a_batch_that_devices_cannot_share_is_refused(small, tmp_path):
     done = run_siglit("plan", "-c", small, "--devices", 3, cwd=tmp_path, check=2)
     assert "cannot be shared evenly by 3 devices" in done.stderr

@@ -333,8 +333,8 @@ def test_where_all_images_are_missing_the_folder_is_named(experiment, project):
     with pytest.raises(UserError) as refused:
         siglit.precompute(parse("precompute", *words))
     assert str(refused.value) == (
-        f"there are no images in {project / 'nowhere'}: all 40 files listed in data.train are missing, the first is "
-        "'images/0000.png'; check data.train.images, then run with --cache.retry_skipped true"
+        f"there are no images in {project / 'nowhere'}: data.train lists 40 files, the first is 'images/0000.png', but "
+        "none exists; check data.train.images, then run with --cache.retry_skipped true"
     )
     siglit.precompute(parse("precompute", *words[2:], "--cache.retry_skipped", "true"))
     assert len(EmbeddingCache("cache/small/train")) == 40

@@ -76,10 +76,10 @@ class TestFolders:
     [
         (("--train.nodes", "2"), "train.nodes is 2, but quickstart runs on one machine"),
         (("--cache.nodes", "2"), "cache.nodes is 2, but quickstart runs on one machine"),
-        (("--train.batch_size", "9000"), "train.batch_size 9000 is larger than the 8000 images of data.train"),
+        (("--train.batch_size", "9000"), "train.batch_size 9000 is larger than the 8,000 images of data.train"),
         (("--train.devices", "7"), "cannot be shared evenly by 7 devices"),
         (("--mode", "scratch"), "mode is scratch, but quickstart runs locked training"),
-        (("--optim.warmup_steps", "999999"), "a warm-up of 999999 steps"),
+        (("--optim.warmup_steps", "999999"), "a warm-up of 999,999 steps"),
         (("--train.steps", "3", "--train.epochs", "2"), "say how long to train"),
     ],
 )
