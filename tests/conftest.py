@@ -23,7 +23,7 @@ ROOT = forks.ROOT
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and every process they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
 TOWER = {
     "model": "vit_tiny_patch16_224",
     "model_args": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
@@ -46,13 +46,13 @@ def run_siglit(*words, cwd, check=None, env=None, **options):
 
 
 def make_pictures(folder, count, seed=0, start=0):
-    """Write `count` pictures of one colour each with noise, and a CSV of two captions a picture."""
+    """Write `count` pictures of one color each with noise, and a CSV of two captions a picture."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     lines = ["filepath,title"]
     for number in range(start, start + count):
-        name = list(COLOURS)[number % len(COLOURS)]
-        pixels = np.clip(np.array(COLOURS[name]) + rng.normal(0, 12, (40, 48, 3)), 0, 255).astype(np.uint8)
+        name = list(COLORS)[number % len(COLORS)]
+        pixels = np.clip(np.array(COLORS[name]) + rng.normal(0, 12, (40, 48, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{number:04d}.png")
         lines += [f"images/{number:04d}.png,a {name} square", f"images/{number:04d}.png,picture {number} is {name}"]
     return lines
@@ -148,15 +148,15 @@ eval: {{accelerator: cpu}}
 
 @pytest.fixture(scope="session")
 def classed_run(tmp_path_factory, tower_weights):
-    """A project whose pictures are labelled by their colour, with its caches and a trained run; nobody changes it."""
+    """A project whose pictures are labelled by their color, with its caches and a trained run; nobody changes it."""
     folder = make_project(tmp_path_factory.mktemp("classed"), tower_weights)
     for name in ("train.csv", "val.csv"):
         head, *lines = (folder / name).read_text().splitlines()
-        labelled = [f"{line},{int(line[7:11]) % len(COLOURS)}" for line in lines]
-        (folder / name).write_text("\n".join([f"{head},colour", *labelled]) + "\n")
+        labelled = [f"{line},{int(line[7:11]) % len(COLORS)}" for line in lines]
+        (folder / name).write_text("\n".join([f"{head},color", *labelled]) + "\n")
     text = (folder / "experiment.yaml").read_text()
-    (folder / "experiment.yaml").write_text(text.replace(".csv}", ".csv, label_column: colour}"))
-    (folder / "colours.json").write_text(json.dumps(list(COLOURS)))
+    (folder / "experiment.yaml").write_text(text.replace(".csv}", ".csv, label_column: color}"))
+    (folder / "colors.json").write_text(json.dumps(list(COLORS)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         siglit.precompute(parse("precompute"))

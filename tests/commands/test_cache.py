@@ -22,8 +22,8 @@ def run(capsys, *words):
     """Exit code and the lines of standard output and error."""
     with pytest.raises(SystemExit) as stop:
         main(["cache", *map(str, words)])
-    told = capsys.readouterr()
-    return stop.value.code, told.out.splitlines(), told.err.splitlines()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out.splitlines(), captured.err.splitlines()
 
 
 def damage(cache, shard):

@@ -118,7 +118,7 @@ def test_predicted_peak_is_within_15_percent_of_the_measured_one(small, words):
 
 
 def test_counts_are_those_of_the_real_module(small):
-    """Parameters, and the state after a real optimiser step, of a module with numbers."""
+    """Parameters, and the state after a real optimizer step, of a module with numbers."""
     import torch
 
     from siglit.planning.memory import RandomDataModule, estimate_memory

@@ -64,7 +64,7 @@ def test_quickstart_from_the_wheel(wheel, tmp_path):
     assert str(ROOT) not in (folder / "experiment.yaml").read_text()
     again = quickstart(wheel, tmp_path, *FEW_STEPS)
     assert again.returncode == 0, again.stderr
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-P", "-m", "siglit", "search", "a red circle", "-c", "runs/quickstart/experiment.yaml"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(wheel)},
@@ -72,7 +72,7 @@ def test_quickstart_from_the_wheel(wheel, tmp_path):
         text=True,
         check=True,
     )
-    assert "val/0" in found.stdout
+    assert "val/0" in done.stdout
 
 
 def test_quickstart_leaves_figures_and_a_picture(tmp_path, monkeypatch):

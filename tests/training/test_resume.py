@@ -68,13 +68,13 @@ def place(tmp_path_factory, prepared):
 def whole(place):
     """A function that returns the folder of an undisturbed run, made once."""
 
-    def made(mode="locked", devices=1):
+    def finished_run(mode="locked", devices=1):
         name = f"whole-{mode}-{devices}"
         if not (place / "runs" / name).exists():
             run_siglit("train", "-c", "experiment.yaml", *words(name, mode, devices), cwd=place, check=0)
         return place / "runs" / name
 
-    return made
+    return finished_run
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def here(place, monkeypatch):
 
 @pytest.fixture
 def folder(place):
-    """A run's folder that is not there yet."""
+    """Folder of a run that does not exist yet."""
     path = place / "runs" / "stopped"
     shutil.rmtree(path, ignore_errors=True)
     return path
@@ -216,8 +216,8 @@ def test_a_signal_to_the_first_process_saves_and_stops_all(place, folder, whole,
     process = start(place, "stopped", devices, 4, number)
     _, err = process.communicate(timeout=240)
     assert process.returncode == code, err
-    told = [line for line in err.splitlines() if "stopped" in line]
-    assert told == ["stopped at step 4 of 7; add --resume to continue"], err
+    messages = [line for line in err.splitlines() if "stopped" in line]
+    assert messages == ["stopped at step 4 of 7; add --resume to continue"], err
     assert "Traceback" not in err
     assert gone(process.pid, 8)
     assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 4
@@ -242,7 +242,7 @@ def test_a_signal_to_all_processes_finds_the_workers_at_work_until_the_step_is_s
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["", "all"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_who_was_stopped_is_gone_at_once_also_with_workers_at_work(place, folder, number, group):
+def test_a_stopped_run_ends_at_once_even_with_busy_workers(place, folder, number, group):
     """In the middle of a pass, where the workers have batches in hand."""
     process = start(place, "stopped", 1, 4, number, "--train.batch_size", "4", mode="unlocked", group=group)
     while process.poll() is None and not (folder / "checkpoints/last.ckpt").exists():
@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_passed_over(how, folder, whole, capsys):
     assert_equal(folder, whole())
 
 
-def test_two_damaged_checkpoints_are_told_in_one_line(place, folder):
+def test_two_damaged_checkpoints_are_reported_in_one_line(place, folder):
     (folder / "checkpoints").mkdir(parents=True)
     for name in ("last.ckpt", "previous.ckpt"):
         (folder / "checkpoints" / name).write_bytes(b"torn")
@@ -307,18 +307,18 @@ def test_weights_that_are_not_finite_are_never_saved(step, folder, monkeypatch):
     """Not at the checkpoint that is due, not at the end, not when a signal comes."""
     real = SigLiT.optimizer_step
 
-    def spoiled(self, *given, **options):
+    def corrupted(self, *given, **options):
         real(self, *given, **options)
         if self.trainer.global_step + 1 == step:
             self.log_scale.data.fill_(float("nan"))
             if step == 4:
                 signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(SigLiT, "optimizer_step", spoiled)
+    monkeypatch.setattr(SigLiT, "optimizer_step", corrupted)
     with pytest.raises(RuntimeError, match=f"no longer finite after step {step}.*last good checkpoint is .*last.ckpt"):
         siglit.train(experiment("stopped"))
-    found = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
-    assert found == ({"last.ckpt": 6, "previous.ckpt": 3} if step == 7 else {"last.ckpt": 3})
+    saved = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
+    assert saved == ({"last.ckpt": 6, "previous.ckpt": 3} if step == 7 else {"last.ckpt": 3})
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
@@ -364,7 +364,7 @@ def test_there_need_not_be_a_checkpoint_to_resume_from(folder, whole, capsys):
     assert_equal(folder, whole())
 
 
-def test_without_held_out_data_checkpoints_are_made_all_the_same(folder):
+def test_checkpoints_are_saved_without_held_out_data_too(folder):
     siglit.train(experiment("stopped", "locked", "--data.val", "null"))
-    found = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
-    assert found == {"last.ckpt": 7, "previous.ckpt": 6}
+    saved = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
+    assert saved == {"last.ckpt": 7, "previous.ckpt": 6}
