@@ -183,7 +183,7 @@ def test_a_file_of_somebodys_own_is_kept(run):
 
 
 def test_a_record_reads_back_as_the_experiment(tmp_path):
-    """Every field, set or not, of an experiment from Python, whose folder may be a Path; how the run began is left out."""
+    """Every field of an experiment from Python, whose folder may be a Path; how the run began is left out."""
     experiment = Experiment(
         data=DataConfig(train=SourceSpec("csv", "a.csv", fold="0-8/10"), corrupt=["text"], corrupt_share=0.5),
         image_tower=ImageTowerConfig(model_args={"depth": 2, "img_size": [32, 32]}, mean=[0.5, 0.4, 0.3]),
