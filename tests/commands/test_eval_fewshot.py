@@ -13,7 +13,7 @@ from tests.conftest import parse
 from tests.evaluation.test_fewshot import big_vision
 
 
-def test_figures_are_those_of_a_plain_computation(classed, tmp_path):
+def test_accuracies_are_those_of_a_plain_computation(classed, tmp_path):
     """Draws, regressions, means and spreads; no checkpoint, tokenizer or text is needed."""
     words = ("--output_dir", str(tmp_path / "new"), "--eval.shots", "[1,5]", "--eval.seeds", "2")
     result = siglit.eval_fewshot(parse("eval-fewshot", *words))

@@ -53,7 +53,7 @@ def test_a_row_that_is_still_being_written_is_left_out(tmp_path):
     assert curves.read_metrics_csv(tmp_path / "a")["train/lr"] == [(1, 0.1)]
 
 
-def test_curves_count_steps_from_one_and_skip_what_is_no_number(a, tmp_path):
+def test_curves_count_steps_from_one_and_skip_non_numbers(a, tmp_path):
     columns = curves.read_metrics_csv(tmp_path / "a")
     assert columns["train/loss"] == [(1, 9), (3, 8)]
     assert columns["train/lr"] == [(1, 0.1), (2, 0.2), (3, 0.3)]
@@ -114,7 +114,7 @@ def test_the_command_writes_a_readable_png_and_says_where(a, b, tmp_path, capsys
         ("step,other", ["0,1"], "none of the columns"),
     ],
 )
-def test_a_file_that_is_none_of_curves_is_named(tmp_path, capsys, header, lines, text):
+def test_a_file_without_curves_is_named(tmp_path, capsys, header, lines, text):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.csv").write_bytes("\n".join([header, *lines]).encode(errors="surrogateescape"))

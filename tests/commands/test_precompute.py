@@ -124,7 +124,7 @@ def test_bad_images_are_skipped_listed_and_shift_no_other(experiment, project):
         siglit.precompute(parse("precompute", "--cache.path", "bad2"))
 
 
-def test_retry_makes_only_the_shards_with_skipped_images_again(experiment, project):
+def test_retry_rebuilds_only_the_shards_with_skipped_images(experiment, project):
     siglit.precompute(parse("precompute", "--cache.path", "whole"))
     mended = {n: (project / f"images/{n:04d}.png").read_bytes() for n in (3, 4, 20)}
     for number in mended:

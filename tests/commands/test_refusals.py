@@ -43,7 +43,7 @@ class TestFolders:
         assert folders(project) == ["images"]
 
     @pytest.mark.parametrize("error", [UserError("no"), CacheError("no"), OSError(28, "full"), RuntimeError("bug")])
-    def test_what_was_there_or_holds_a_file_stays(self, error, base, monkeypatch):
+    def test_existing_folders_and_folders_with_files_stay(self, error, base, monkeypatch):
         (base / "runs/small/mine").mkdir(parents=True)
         (base / "cache").mkdir()
 

@@ -38,7 +38,7 @@ def losses(folder):
         return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")}
 
 
-def test_training_learns_and_leaves_what_it_promises(cached, project):
+def test_training_lowers_the_loss_and_writes_its_files(cached, project):
     result = siglit.train(parse("train", "--train.steps", "60", "--train.val_every", "30"))
     folder = project / "runs/small"
     curve = losses(folder)
@@ -304,7 +304,7 @@ def test_settings_that_cannot_work_are_refused(cached, words, message):
         siglit.train(parse("train", *words))
 
 
-def test_the_tokenizer_of_other_settings_is_not_taken(trained):
+def test_the_tokenizer_of_other_settings_is_refused(trained):
     with pytest.raises(UserError, match="vocab_size 320"):
         siglit.train(parse("train", *RESUMED, "--tokenizer.vocab_size", "330"))
 
@@ -453,7 +453,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_the_schedule(cached):
             stage(parse("train", *words))
 
 
-def test_what_torchrun_starts_within_a_job_of_slurm_trains(cached, monkeypatch):
+def test_torchrun_within_a_slurm_job_trains(cached, monkeypatch):
     """One task of SLURM for each machine, whose torchrun starts a rank for each device."""
     torchrun = {"TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
     for name, value in {**SLURM, **torchrun, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}.items():

@@ -47,7 +47,7 @@ class TestTokenizer:
             train_tokenizer(experiment)
 
     def test_the_default_case_is_the_case_that_was_written(self, tmp_path):
-        """A tokenizer that was trained with lower case named is the one that the default asks for."""
+        """A tokenizer trained with lowercase set to true matches the default."""
         small = TokenizerConfig(vocab_size=300)
         path = ensure(experiment_of(tmp_path, tokenizer=replace(small, lowercase=True)), ["a red dog"])
         assert ensure(experiment_of(tmp_path, tokenizer=small), ["another"]) == path

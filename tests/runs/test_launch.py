@@ -82,7 +82,7 @@ def test_two_nodes_train_like_one_process(project, whole):
 @pytest.mark.parametrize(
     ("stage", "command", "field"), [(siglit.precompute, "precompute", "cache"), (siglit.train, "train", "train")]
 )
-def test_machines_that_nobody_introduced_are_refused(project, monkeypatch, stage, command, field):
+def test_several_machines_without_a_launcher_are_refused(project, monkeypatch, stage, command, field):
     monkeypatch.chdir(project)
     monkeypatch.delenv("MASTER_ADDR", raising=False)  # Lightning leaves it after a run of several processes
     with pytest.raises(UserError, match=rf"^{field}.nodes is 2, but .*torchrun --nnodes 2"):

@@ -28,7 +28,7 @@ from tests.conftest import parse
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, prepared):
-    """A project with caches and a run of three steps that the command made; each test works in a copy."""
+    """A project with caches and a run of three steps by the command; each test works in a copy."""
     folder = shutil.copytree(prepared, tmp_path_factory.mktemp("resuming") / "copy")
     shutil.rmtree(folder / "runs")
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +53,7 @@ def command(*words):
 
 
 def content(folder):
-    """{file: bytes} of what a run leaves."""
+    """{file: bytes} of a run's folder."""
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -168,13 +168,13 @@ def test_a_change_is_accepted_once(run):
     assert (kept["resume"], kept["resume_changed"]) == (False, False)
 
 
-def test_a_run_that_had_come_to_its_end_is_not_described_as_another(run):
+def test_the_record_of_a_complete_run_is_kept(run):
     before = (run / "experiment.yaml").read_bytes()
     assert command("--resume", "--train.resume_changed", "true", "--train.steps", "3", "--optim.lr", "9") == 0
     assert (run / "experiment.yaml").read_bytes() == before
 
 
-def test_a_file_of_somebodys_own_is_kept(run):
+def test_a_hand_written_experiment_file_is_kept(run):
     """A hand-written experiment may lie where the run's results go."""
     (run.parent / "new").mkdir()
     (run.parent / "new/experiment.yaml").write_text("# mine\n")
@@ -216,7 +216,7 @@ def test_counts_are_compared_by_what_they_mean():
 
 
 def test_a_field_that_was_unset_is_compared():
-    """The command writes no null: what is not there was not set, unless it is newer than the file."""
+    """Unset fields are not written: a missing field was unset, unless it is newer than the file."""
     earlier = {"data": {"train": {"format": "csv", "path": "a.csv"}}, "train": {"steps": 3}}
     now = {
         "data": {"train": {"format": "csv", "path": "b.csv", "fold": "0/2"}, "val": {"format": "csv", "path": "v.csv"}},
@@ -263,7 +263,7 @@ with exclusive(Path(sys.argv[1])):
 
 
 def test_a_second_training_in_a_run_folder_is_refused(run, capsys):
-    """It changes nothing there; once the first is gone, even by kill -9, the folder is free."""
+    """Nothing changes there; once the first process ends, even by kill -9, the folder is free."""
     first = subprocess.Popen([sys.executable, "-c", LOCK, str(run)], stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "held\n"
@@ -280,7 +280,7 @@ def test_a_second_training_in_a_run_folder_is_refused(run, capsys):
 
 
 def test_the_folder_is_held_from_before_the_first_file_to_after_the_last(run, monkeypatch):
-    """Tried from within: by what looks for checkpoints, by a step and by what writes the summary."""
+    """Tried from within: while looking for checkpoints, in a step, and while writing the summary."""
     tried = []
 
     def trying(real):

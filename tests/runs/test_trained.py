@@ -14,7 +14,7 @@ from tests.conftest import parse
 
 @pytest.fixture
 def state(classed_run, tmp_path, monkeypatch):
-    """The checkpoint of a copy of the run, in which the test works; what a test changes in it is to be saved."""
+    """The checkpoint of a copy of the run, in which the test works; `save` writes it with the test's changes."""
     shutil.copytree(classed_run, tmp_path / "copy", ignore=shutil.ignore_patterns("images"))
     monkeypatch.chdir(tmp_path / "copy")
     return torch.load("runs/small/checkpoints/last.ckpt", map_location="cpu", weights_only=True)

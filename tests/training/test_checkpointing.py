@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, whenever the process is killed and whatever becomes of the bytes."""
+"""Checkpoint files: whole or absent, whenever the process is killed and however the bytes are damaged."""
 
 import os
 import random
@@ -87,8 +87,8 @@ def test_any_damage_to_the_content_is_noticed(tmp_path):
     assert noticed > 100
 
 
-def test_the_one_before_takes_the_place_of_a_damaged_one(tmp_path, capsys):
-    """The next save then does not push the good one out; one line says what was used."""
+def test_the_previous_checkpoint_replaces_a_damaged_last_one(tmp_path, capsys):
+    """The next save does not overwrite the good one; one line says which one is used."""
     for step in (1, 2):
         write(tmp_path, step)
     (tmp_path / "last.ckpt").write_bytes(b"PK\x03\x04")

@@ -1,4 +1,4 @@
-"""Groups and optimizers step as big_vision does; schedules and durations are what their formulas say."""
+"""Groups and optimizers step as big_vision does; schedules and durations follow their formulas."""
 
 import math
 
@@ -135,7 +135,7 @@ def bert():
     [
         # q, k, v, out, fc1 and fc2 of three layers, and the head.
         (tower(), 3 * 6 + 1),
-        # The table of a bottleneck is none, the map behind it is.
+        # The table of a bottleneck does not decay, its projection does.
         (nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 8, bias=False)), 1),
         # qkv, proj, fc1, fc2, the patches' projection, and q, kv, proj, fc1, fc2 of the MAP head.
         (vit(), 4 + 1 + 5),
@@ -376,7 +376,7 @@ def test_schedules_that_contradict_themselves_are_refused_in_one_line(config, me
         ({"epochs": 2.5}, 7),
     ],
 )
-def test_durations_come_to_steps_and_drop_what_does_not_fill_a_batch(config, steps):
+def test_durations_are_whole_steps_without_the_last_partial_batch(config, steps):
     assert total_steps(TrainConfig(batch_size=32, **config), rows=100) == steps
 
 

@@ -166,7 +166,7 @@ class PowerCutError(RuntimeError):
 
 
 def cut_off_in_step(step):
-    """Train until something that nobody catches happens."""
+    """Train until an exception that nothing catches."""
 
     def cut():
         raise PowerCutError
@@ -277,7 +277,7 @@ def test_killed_at_random_moments(place, folder, whole, mode):
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
 def test_a_damaged_checkpoint_is_passed_over(how, folder, whole, capsys):
-    """Training goes on from the one before and comes to the same end; evaluation takes the one before as well."""
+    """Training resumes from the previous one and ends the same; evaluation uses the previous one too."""
     cut_off_in_step(7)
     last = folder / "checkpoints/last.ckpt"
     content = bytearray(last.read_bytes())
@@ -323,7 +323,7 @@ def test_weights_that_are_not_finite_are_never_saved(step, folder, monkeypatch):
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_before_the_first_step_ends_at_once(number, kind, folder, whole, monkeypatch):
-    """With the exit code of the signal; the checkpoint that was there stays."""
+    """With the exit code of the signal; the existing checkpoint stays."""
     shutil.copytree(whole(), folder)
     before = (folder / "checkpoints/last.ckpt").read_bytes()
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
@@ -346,7 +346,7 @@ def test_a_second_signal_ends_at_once(folder, monkeypatch):
     assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 3
 
 
-def test_what_slurm_starts_again_resumes_by_itself(folder, whole, monkeypatch):
+def test_a_run_restarted_by_slurm_resumes_by_itself(folder, whole, monkeypatch):
     cut_off_in_step(5)
     with pytest.raises(UserError, match="--resume"):
         siglit.train(experiment("stopped"))
