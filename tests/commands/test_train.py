@@ -244,7 +244,7 @@ def test_a_run_is_not_resumed_as_another(trained):
     "changed", [("--optim.lr", "0.3"), ("--optim.weight_decay", "0.3"), ("--optim.betas", "[0.1, 0.2]")]
 )
 def test_a_resumed_run_uses_the_new_hyperparameters(cached, project, changed):
-    """As one does after a loss that is not finite: the weights move otherwise than under the checkpoint's numbers."""
+    """Needed after a loss that is not finite: the weights then move otherwise than with the checkpoint's values."""
     usual = ["--optim.schedule", "constant", "--train.val_every", "3"]
     for folder, words in (("same", []), ("other", changed)):
         siglit.train(parse("train", *usual, "--output_dir", folder, "--train.steps", "3"))

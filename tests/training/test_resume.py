@@ -29,7 +29,7 @@ WORDS = [
     *("--tokenizer.path", "tokenizer.model", "--train.steps", "7"),
     *("--train.log_every", "2", "--train.val_every", "3"),
 ]
-"""Two steps a pass; rows, checkpoints and passes end at different steps."""
+"""Two steps per epoch; rows, checkpoints and epochs end at different steps."""
 
 DRIVER = """
 import os, signal, subprocess, time
@@ -39,7 +39,7 @@ real = SigLiT.training_step
 def step(self, batch, number):
     at = self.trainer.global_step + 1
     if os.environ["STEP"] == str(at) and os.environ.get("LOCAL_RANK", "0") == "0":
-        if os.environ["GROUP"]:  # by another process: a worker obeys its parent in a way of its own
+        if os.environ["GROUP"]:  # from another process: workers handle a signal from their parent differently
             subprocess.run(["kill", "-" + os.environ["NUMBER"], "--", str(-os.getpgrp())])
             time.sleep(0.5)
         else:
@@ -57,7 +57,7 @@ main()
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, prepared):
-    """The project with caches and a tokenizer; all runs of this file are made in it."""
+    """The project with caches and a tokenizer, in which this file trains all its runs."""
     folder = shutil.copytree(prepared, tmp_path_factory.mktemp("resume") / "copy")
     shutil.copy(folder / "runs/small/tokenizer.model", folder / "tokenizer.model")
     (folder / "driver.py").write_text(DRIVER)
@@ -123,7 +123,7 @@ def assert_equal(folder, whole):
 
 
 def start(place, name, devices=1, step=0, number=0, *more, mode="locked", group=""):
-    """Begin training in a session of its own; see DRIVER."""
+    """Start training in a separate session; see DRIVER."""
     return subprocess.Popen(
         [sys.executable, "driver.py", "train", "-c", "experiment.yaml", *words(name, mode, devices), *more],
         cwd=place,
@@ -150,7 +150,7 @@ def steps_begun(place):
 
 
 def at_step(monkeypatch, step, act):
-    """Have `act` called in one training step."""
+    """Call `act` in one training step."""
     real = SigLiT.training_step
 
     def called(self, batch, number):

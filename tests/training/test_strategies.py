@@ -47,7 +47,7 @@ SigLiT.build = astray
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tower_weights):
-    """The project with caches and a tokenizer; all runs of this file are made in it."""
+    """The project with caches and a tokenizer, in which this file trains all its runs."""
     folder = make_project(tmp_path_factory.mktemp("strategies"), tower_weights)
     # Half of the held-out images share a caption, so that equal shares of captions are not equally many to embed.
     listing = (folder / "val.csv").read_text()
