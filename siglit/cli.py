@@ -78,8 +78,8 @@ def _run(words: list[str], debug: bool) -> int:
     except SystemExit as stop:  # jsonargparse leaves this way after --help and --print_config
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
-        where = "" if debug else " (add --debug for the traceback)"
-        return _report(error, f"{type(error).__name__}: {error}{where}", 1, debug)
+        hint = "" if debug else " (add --debug for the traceback)"
+        return _report(error, f"{type(error).__name__}: {error}{hint}", 1, debug)
 
 
 def _call(name: str, words: list[str]) -> Any:

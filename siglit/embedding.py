@@ -186,11 +186,11 @@ def _write_shards(
 ) -> None:
     """Encode batches and commit one shard for each unit."""
     known_keys = KnownKeys(path)
-    for number, of_unit in _by_unit(batches):
+    for number, unit_batches in _by_unit(batches):
         rows: list[np.ndarray] = []
         samples: list[Sample] = []
         skipped: list[tuple[str, str]] = []
-        for batch in of_unit:
+        for batch in unit_batches:
             meter.advance(len(batch.samples) + len(batch.skipped))
             skipped += batch.skipped
             if len(batch.samples) == 0:
@@ -217,9 +217,8 @@ def _skip_reason(row: np.ndarray) -> str:
 
 
 def _write(path: Path, number: int, rows: list, samples: list, skipped: list, fingerprint: dict[str, Any]) -> None:
-    embeddings = (
-        np.concatenate(rows) if len(rows) > 0 else np.empty((0, fingerprint["image_tower"]["width"]), np.float32)
-    )
+    width = fingerprint["image_tower"]["width"]
+    embeddings = np.concatenate(rows) if len(rows) > 0 else np.empty((0, width), np.float32)
     write_shard(
         path,
         number,

@@ -2,7 +2,7 @@
 
 import os
 
-# Before any import that reads it: no test may reach for the Hub.
+# Before any import that reads it: no test may access the Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
@@ -23,7 +23,7 @@ ROOT = forks.ROOT
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and every process they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
 TOWER = {
     "model": "vit_tiny_patch16_224",
     "model_args": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
@@ -31,7 +31,7 @@ TOWER = {
 
 
 def run_siglit(*words, cwd, check=None, env=None, **options):
-    """Run the command as a user would, in a process of its own: a fork, unless there are options of subprocess.run."""
+    """Run the command as a user would, in a separate process: a fork, unless there are options for subprocess.run."""
     words = [*map(str, words)]
     if options:
         command, env = [sys.executable, "-m", "siglit", *words], {**os.environ, **forks.ENV, **(env or {})}
@@ -46,13 +46,13 @@ def run_siglit(*words, cwd, check=None, env=None, **options):
 
 
 def make_pictures(folder, count, seed=0, start=0):
-    """Write `count` pictures of one colour each with noise, and a CSV of two captions a picture."""
+    """Write `count` pictures of one color each with noise, and a CSV of two captions a picture."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     lines = ["filepath,title"]
     for number in range(start, start + count):
-        name = list(COLOURS)[number % len(COLOURS)]
-        pixels = np.clip(np.array(COLOURS[name]) + rng.normal(0, 12, (40, 48, 3)), 0, 255).astype(np.uint8)
+        name = list(COLORS)[number % len(COLORS)]
+        pixels = np.clip(np.array(COLORS[name]) + rng.normal(0, 12, (40, 48, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{number:04d}.png")
         lines += [f"images/{number:04d}.png,a {name} square", f"images/{number:04d}.png,picture {number} is {name}"]
     return lines
@@ -60,7 +60,7 @@ def make_pictures(folder, count, seed=0, start=0):
 
 @pytest.fixture(scope="session", autouse=True)
 def shown_messages():
-    """What siglit logs is on stderr, as in the command, also where a test calls its functions."""
+    """Write siglit's log messages to stderr, as the command does, also where a test calls functions."""
     from siglit.cli import show_messages
 
     show_messages()
@@ -90,9 +90,9 @@ def tower_weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, tower_weights):
-    """What the tests' folders are copied from, made once: the project, its caches and a run of it; nobody changes it.
+    """The folder that tests copy from, made once: the project, its caches and a run of it; no test changes it.
 
-    Figures of the tower are checked in test_precompute, those of training in test_training.
+    The cached rows are checked in commands/test_precompute.py, the training in commands/test_train.py.
     """
     import siglit
 
@@ -121,7 +121,7 @@ def copy(path, folder):
 
 
 def make_project(tmp_path, tower_weights):
-    """Fill a folder as `project` says."""
+    """Fill a folder for `project`."""
     (tmp_path / "train.csv").write_text("\n".join(make_pictures(tmp_path, 40)) + "\n")
     (tmp_path / "val.csv").write_text("\n".join(make_pictures(tmp_path, 12, seed=1, start=40)) + "\n")
     (tmp_path / "experiment.yaml").write_text(
@@ -148,15 +148,15 @@ eval: {{accelerator: cpu}}
 
 @pytest.fixture(scope="session")
 def classed_run(tmp_path_factory, tower_weights):
-    """A project whose pictures are labelled by their colour, with its caches and a trained run; nobody changes it."""
+    """A project whose pictures are labelled by their color, with its caches and a trained run; no test changes it."""
     folder = make_project(tmp_path_factory.mktemp("classed"), tower_weights)
     for name in ("train.csv", "val.csv"):
         head, *lines = (folder / name).read_text().splitlines()
-        labelled = [f"{line},{int(line[7:11]) % len(COLOURS)}" for line in lines]
-        (folder / name).write_text("\n".join([f"{head},colour", *labelled]) + "\n")
+        labelled = [f"{line},{int(line[7:11]) % len(COLORS)}" for line in lines]
+        (folder / name).write_text("\n".join([f"{head},color", *labelled]) + "\n")
     text = (folder / "experiment.yaml").read_text()
-    (folder / "experiment.yaml").write_text(text.replace(".csv}", ".csv, label_column: colour}"))
-    (folder / "colours.json").write_text(json.dumps(list(COLOURS)))
+    (folder / "experiment.yaml").write_text(text.replace(".csv}", ".csv, label_column: color}"))
+    (folder / "colors.json").write_text(json.dumps(list(COLORS)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         siglit.precompute(parse("precompute"))
@@ -180,7 +180,7 @@ def experiment(project, monkeypatch):
 
 @pytest.fixture
 def cached(experiment, prepared, project):
-    """The project's experiment with its caches made."""
+    """The project's experiment, with its caches."""
     copy(prepared / "cache", project)
     (project / "runs/small").mkdir(parents=True)
     summary = json.loads((prepared / "runs/small/summary.json").read_text())

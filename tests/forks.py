@@ -1,7 +1,8 @@
 """`python -m siglit …` in a process of its own, forked from one that has imported everything.
 
-Importing torch and Lightning takes a process six seconds of a core; a fork of one that has, none. Folder, environment,
-streams and exit status of the command are its own, and `__main__` is siglit's, so that it can start further ranks.
+Importing torch and Lightning costs a process six seconds of a core; a fork of a process that has imported them saves
+this. The command has its own folder, environment, streams and exit status, and `__main__` is siglit's, so that it can
+start further ranks.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ def run(words, cwd, env, timeout=300):
 
 @contextlib.contextmanager
 def environment():
-    """What the process to fork from needs before it imports torch; it is started by the first command."""
+    """Set what the process to fork from needs before it imports torch; the first command starts it."""
     before = {name: os.environ.get(name) for name in ENV}
     os.environ.update(ENV)
     try:

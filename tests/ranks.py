@@ -1,6 +1,7 @@
 """Four processes that become the ranks of a real gloo group for one piece of work after another.
 
-They are started once for all tests, as forks of a process that has imported torch: that takes longer than their work.
+They are started once for all tests, as forks of a process that has imported torch, because starting takes longer than
+the work.
 """
 
 import datetime
@@ -73,7 +74,7 @@ def _serve(rank, pipe):
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
             try:
                 result = work(rank, size, *args)
-                # Nobody closes its connections while another still needs them.
+                # No rank may close its connections while another still needs them.
                 dist.barrier()
             finally:
                 dist.destroy_process_group()

@@ -9,6 +9,7 @@ from siglit.config import Experiment
 from siglit.models.tokenizer import load_tokenizer
 from siglit.planning.memory import tokenizer_or_placeholder
 from siglit.runs.launch import check_batch_fits, check_batch_size, quiet_lightning
+from siglit.runtime.text import plural
 from siglit.training.data import open_data
 from siglit.training.module import SigLiT
 from siglit.training.optim import group_table, lr_multiplier, parameter_groups, total_steps
@@ -53,12 +54,13 @@ def dry_run(experiment: Experiment) -> DryRun:
     learning_rates = ", ".join(
         f"{step:,}: {optim.lr * lr_multiplier(step, optim, steps, train.batch_size):.3g}" for step in sorted(shown)
     )
-    epochs = steps * train.batch_size / data.count
+    examples = steps * train.batch_size
     return DryRun(
         table,
         _unused(module),
-        f"{steps:,} steps of {train.batch_size:,} pairs = {steps * train.batch_size:,} examples, {epochs:,.2f} epochs "
-        f"of {data.count:,} images; mode {experiment.mode}\nlearning rate at step {learning_rates}",
+        f"{plural(steps, 'step')} of {plural(train.batch_size, 'pair')} = {plural(examples, 'example')}, "
+        f"{examples / data.count:,.2f} epochs of {plural(data.count, 'image')}; mode {experiment.mode}\n"
+        f"learning rate at step {learning_rates}",
     )
 
 
@@ -66,9 +68,8 @@ def _unused(module: SigLiT) -> str:
     """The tensors that the towers never read, one per line."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     names = module.unused()
-    if not names:
+    if len(names) == 0:
         return ""
     count = sum(parameters[name].numel() for name in names)
-    return "\n".join(
-        [f"never read, so left unchanged: {len(names)} tensors of {count:,} parameters (locked above)", *names]
-    )
+    size = f"{plural(len(names), 'tensor')} of {plural(count, 'parameter')}"
+    return "\n".join([f"never read, so left unchanged: {size} (locked above)", *names])

@@ -98,6 +98,6 @@ def _check_shots(splits: LabelledSplits, shots: list[int]) -> None:
     fewest = int(counts.argmin())
     if counts[fewest] < max(shots):
         raise UserError(
-            f"eval.shots needs {max(shots)} images of each class, but class {labels[fewest]} has {counts[fewest]} in "
-            f"{splits.train.cache.path}; use fewer, such as --eval.shots [{counts[fewest]}]"
+            f"eval.shots needs {plural(max(shots), 'image')} of each class, but class {labels[fewest]} has "
+            f"{counts[fewest]} in {splits.train.cache.path}; use fewer, such as --eval.shots [{counts[fewest]}]"
         )

@@ -70,7 +70,7 @@ class ZeroshotResult:
             lines.append(f"{empty:,} of {len(self.classes):,} classes have no image; check eval.classes")
         hardest = sorted((value, name) for name, value in self.per_class.items() if value is not None)[:_HARDEST]
         width = max(len("hardest classes"), *(len(name) for _, name in hardest))
-        lines.append(f"{'hardest classes':<{width}}  right  most often classified as")
+        lines.append(f"{'hardest classes':<{width}}  top-1  most often classified as")
         for accuracy, name in hardest:
             wrong, share = self.mistakes.get(name, ("", 0.0))
             lines.append(f"{name:<{width}}{100 * accuracy:7.1f}" + (f"  {wrong} ({100 * share:.1f})" if wrong else ""))

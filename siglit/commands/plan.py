@@ -19,6 +19,7 @@ from siglit.planning.throughput import ThroughputMeasurement, measure_throughput
 from siglit.runs.folder import ensure_folder
 from siglit.runs.launch import check_batch_fits, check_batch_size, quiet_lightning
 from siglit.runtime.files import write_json
+from siglit.runtime.text import plural
 from siglit.training.optim import total_steps
 from siglit.training.trainer import lightning_precision
 
@@ -80,7 +81,10 @@ class Plan:
         if self.mode == "locked":
             towers = {"image tower": "locked: its embeddings come from the cache", **towers}
         return [
-            ("planned for", f"{self.devices} × {self.device}, {self.precision}, {self.pairs_per_device:,} pairs each"),
+            (
+                "planned for",
+                f"{self.devices} × {self.device}, {self.precision}, {plural(self.pairs_per_device, 'pair')} each",
+            ),
             *towers.items(),
             ("", ""),
             ("weights", _bytes(self.weight_bytes)),
@@ -101,7 +105,7 @@ class Plan:
     def _activations(self) -> str:
         pairs = self.requested_micro_batch_size or self.micro_batch_size or self.pairs_per_device
         return (
-            f"{_bytes(self.activation_bytes)} for {min(pairs, self.pairs_per_device):,} pairs in one pass "
+            f"{_bytes(self.activation_bytes)} for {plural(min(pairs, self.pairs_per_device), 'pair')} in one pass "
             f"({self.activation_bytes_per_pair / 1e6:,.2f} MB per pair)"
         )
 
@@ -122,12 +126,12 @@ class Plan:
         if self.micro_batch_size >= self.pairs_per_device:
             return "not needed: all pairs of a device fit in one pass"
         advice = f"requested: {requested:,}" if requested else f"set train.micro_batch_size: {self.micro_batch_size}"
-        return f"needed: at most {self.micro_batch_size:,} pairs fit in one pass; {advice}"
+        return f"needed: one pass holds at most {plural(self.micro_batch_size, 'pair')}; {advice}"
 
     def _length(self) -> str:
         if self.steps is None or self.examples is None:
             return "not known, because the number of images is not; set --rows"
-        return f"{_count(self.steps, 'step')}, {_count(self.examples, 'example')}"
+        return f"{plural(self.steps, 'step')}, {plural(self.examples, 'example')}"
 
     def _speed(self) -> str:
         if self.examples_per_second is None:
@@ -137,7 +141,7 @@ class Plan:
         if measured is None:
             return f"{rate} (given)"
         return (
-            f"{rate}, measured here: {measured.hardware}; step of {_count(measured.pairs, 'random pair')}, "
+            f"{rate}, measured here: {measured.hardware}; step of {plural(measured.pairs, 'random pair')}, "
             f"{_digits(measured.seconds_per_pair * 1e3)} ms per pair and {_digits(measured.optimizer_seconds * 1e3)} "
             "ms for the optimizer; without reading and exchange"
         )
@@ -145,7 +149,7 @@ class Plan:
     def _time(self) -> str:
         if self.days is None or self.device_hours is None:
             return "not known"
-        time = f"about {_duration(self.days * 86_400)} on {_count(self.devices, 'device')}"
+        time = f"about {_duration(self.days * 86_400)} on {plural(self.devices, 'device')}"
         if self.devices > 1:
             time += ", if they scale linearly"
         return time + (f"; {_digits(self.device_hours)} device-hours" if self.device_hours >= 1 else "")
@@ -157,7 +161,7 @@ class Plan:
             return (
                 f"{self.embedding_width * 2:,} bytes per image, and captions (number of images not known; set --rows)"
             )
-        product = f"{_count(self.rows, 'image')} × {self.embedding_width} × 2 bytes"
+        product = f"{plural(self.rows, 'image')} × {self.embedding_width} × 2 bytes"
         return f"{_bytes(self.cache_bytes)} of embeddings ({product}), and captions"
 
 
@@ -293,10 +297,6 @@ def _time_fields(train: TrainConfig, rows: int | None, devices: int, rate: float
 def _digits(number: float) -> str:
     """Format with three significant digits, or all before the point; never as a power of ten."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

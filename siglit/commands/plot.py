@@ -21,7 +21,7 @@ class PlotResult:
         return f"{self.path}\n{self.note}" if self.note else self.path
 
 
-def plot(runs: Sequence[str], out: str) -> PlotResult:
+def plot(runs: Sequence[str], out: str = "curves.png") -> PlotResult:
     """Draw the curves of the runs' folders into the PNG `out`.
 
     Raises:

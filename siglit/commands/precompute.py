@@ -165,8 +165,8 @@ def _check_skipped(experiment: Experiment, split: str, cache: EmbeddingCache) ->
         if cache.num_skipped == total and {reason for _, reason in cache.skipped} == {MISSING_FILE}:
             folder, field = _images_folder(getattr(experiment.data, split))
             raise UserError(
-                f"there are no images in {folder}: all {total} files listed in data.{split} are missing, the first is "
-                f"{key!r}; check data.{split}.{field}, then run with --cache.retry_skipped true"
+                f"there are no images in {folder}: data.{split} lists {plural(total, 'file')}, the first is {key!r}, "
+                f"but none exists; check data.{split}.{field}, then run with --cache.retry_skipped true"
             )
         raise UserError(
             f"{cache.num_skipped} of {total} images ({share:.1%}) are unusable, more than data.max_skipped "

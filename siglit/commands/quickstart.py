@@ -108,9 +108,7 @@ def _check_training(experiment: Experiment) -> None:
     check_batch_size(experiment.train)
     check_batch_fits(experiment.train, _TRAIN_IMAGES)
     steps = total_steps(experiment.train, _TRAIN_IMAGES)
-    lr_multiplier(
-        0, experiment.optim, steps, experiment.train.batch_size
-    )  # raises UserError if the schedule is longer than the run
+    lr_multiplier(0, experiment.optim, steps, experiment.train.batch_size)  # raises where the schedule does not fit
 
 
 def _draw(listing: Path, scenes: Iterable[shapes.Scene], seed: tuple[int, int]) -> None:

@@ -28,6 +28,7 @@ from siglit.runs.launch import (
     quiet_lightning,
 )
 from siglit.runtime.signals import Signals, ending_with_first_process, stopping_at_signals
+from siglit.runtime.text import plural
 from siglit.training.callbacks import ExperimentRecord, TrainProgress
 from siglit.training.checkpointing import Stopped
 from siglit.training.data import TrainDataModule, open_data
@@ -60,7 +61,7 @@ class TrainResult:
         names = sorted(name for name in self.metrics if name == "train/loss" or name.startswith("val/"))
         metrics = ", ".join(f"{name} {self.metrics[name]:.4g}" for name in names)
         return (
-            f"trained {self.steps:,} steps on {self.examples_seen:,} pairs in {self.seconds:.0f} s "
+            f"trained {plural(self.steps, 'step')} on {plural(self.examples_seen, 'pair')} in {self.seconds:.0f} s "
             f"({self.examples_per_second:,.0f} pairs/s): {self.checkpoint}\n{metrics}"
         )
 

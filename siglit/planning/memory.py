@@ -49,7 +49,7 @@ class TokenizerPlaceholder:
 
 
 class RandomDataModule(TrainDataModule):
-    """Random pairs of the shapes that the experiment trains on, and an image side with random weights."""
+    """Random pairs of the shapes that the experiment trains on, and an image encoder with random weights."""
 
     def __init__(self, experiment: Experiment):
         """Read the shapes off the architectures; the only file that is read is the tokenizer, if there is one."""

@@ -87,10 +87,10 @@ def explaining_full_disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        kept = exist(folder / "checkpoints")
+        resumable = exist(folder / "checkpoints")
         raise RuntimeError(
             f"{error.filename or folder}: {error.strerror}; free some space, then "
-            + ("add --resume to continue from the last checkpoint, which is intact" if kept else "train again")
+            + ("add --resume to continue from the last checkpoint, which is intact" if resumable else "train again")
         ) from error
 
 

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from siglit.config import TrainConfig
 from siglit.errors import UserError
+from siglit.runtime.text import plural
 
 
 def is_first_process() -> bool:
@@ -88,8 +89,11 @@ def check_batch_fits(train: TrainConfig, images: int) -> None:
         return
     devices = train.devices * train.nodes
     largest = images - images % devices
-    advice = f"lower it to {largest} or less" if largest else f"{devices} devices need at least {devices} images"
-    raise UserError(f"train.batch_size {train.batch_size} is larger than the {images} images of data.train; {advice}")
+    needed = f"data.train needs at least {plural(devices, 'image')}, one per device"
+    raise UserError(
+        f"train.batch_size {train.batch_size} is larger than the {plural(images, 'image')} of data.train; "
+        + (f"lower it to {largest} or less" if largest > 0 else needed)
+    )
 
 
 def check_launched(field: str, nodes: int) -> None:
@@ -126,8 +130,7 @@ def check_slurm_tasks(section: str, devices: int, nodes: int) -> None:
     options = {"--ntasks": tasks, "--ntasks-per-node": per_node, "--nodes": machines}
     actual = " ".join(f"{option} {value}" for option, value in options.items() if value)
     raise UserError(
-        f"SLURM has started the job with {actual}, but "
-        f"{section}.devices is {devices} and {section}.nodes {nodes}, and each device needs one task; start the job "
-        f"with --nodes {nodes} --ntasks-per-node {devices} (not with --ntasks alone), or set {section}.devices and "
-        f"{section}.nodes to match the job"
+        f"SLURM has started the job with {actual}, but {section}.devices is {devices} and {section}.nodes {nodes}, and "
+        f"each device needs one task; start the job with --nodes {nodes} --ntasks-per-node {devices} (not with "
+        f"--ntasks alone), or set {section}.devices and {section}.nodes to match the job"
     )

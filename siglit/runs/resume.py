@@ -140,12 +140,13 @@ def experiment_yaml(experiment: Experiment) -> str:
             if value is not None
         }
 
-    named = replace(experiment, output_dir=None, cache=replace(experiment.cache, path=None)).with_default_folders()
+    experiment = experiment.with_default_folders()
+    default = replace(experiment, output_dir=None, cache=replace(experiment.cache, path=None)).with_default_folders()
     train = replace(experiment.train, resume=False, resume_changed=False)
     tree = values(replace(experiment, train=train))
-    if experiment.output_dir == named.output_dir:
+    if experiment.output_dir == default.output_dir:
         del tree["output_dir"]
-    if experiment.cache.path == named.cache.path:
+    if experiment.cache.path == default.cache.path:
         del tree["cache"]["path"]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 

@@ -121,21 +121,22 @@ def open_trained(experiment: Experiment, split: Literal["train", "val"] | None =
     split = split or experiment.eval.split
     cache = open_cache(experiment, split) if experiment.mode == "locked" else None
     path, state = _read(experiment)
-    about, weights = state["siglit"], state["state_dict"]
-    if about["mode"] != experiment.mode:
+    description, weights = state["siglit"], state["state_dict"]
+    if description["mode"] != experiment.mode:
         raise UserError(
-            f"{path} was trained with mode {about['mode']}, but the experiment has {experiment.mode}; change it back"
+            f"{path} was trained with mode {description['mode']}, but the experiment has {experiment.mode}; change it "
+            "back"
         )
-    tokenizer = _tokenizer(experiment, path, about)
+    tokenizer = _tokenizer(experiment, path, description)
     _check_finite(path, weights)
-    side = _image_side(experiment, path, about, _part(weights, "image_tower."), cache)
+    encoder = _image_encoder(experiment, path, description, _part(weights, "image_tower."), cache)
     if cache is None:
-        cache = _embed(experiment, split, side)
-    head = None if side.head is None else side.head.weight.detach()
+        cache = _embed(experiment, split, encoder)
+    head = None if encoder.head is None else encoder.head.weight.detach()
     return TrainedRun(
         cache=cache,
         image_head=head,
-        tower=_text_tower(path, about, _part(weights, "text_tower.")),
+        tower=_text_tower(path, description, _part(weights, "text_tower.")),
         tokenizer=tokenizer,
         logit_scale=math.exp(weights["log_scale"].item()),
         logit_bias=weights["logit_bias"].item(),
@@ -146,12 +147,12 @@ def open_trained(experiment: Experiment, split: Literal["train", "val"] | None =
     )
 
 
-def _tokenizer(experiment: Experiment, path: str, about: dict[str, Any]) -> Tokenizer:
+def _tokenizer(experiment: Experiment, path: str, description: dict[str, Any]) -> Tokenizer:
     """The experiment's tokenizer, if it is the one that the checkpoint was trained with."""
     config = experiment.tokenizer
     name = tokenizer_path(experiment.folder, config, experiment.text_tower.pretrained)
     tokenizer = load_tokenizer(name, config)
-    if tokenizer.fingerprint != about["tokenizer"]:
+    if tokenizer.fingerprint != description["tokenizer"]:
         raise UserError(
             f"{path} was trained with another tokenizer than {name} of length {config.length}; set tokenizer.path, "
             ".length and .lowercase as they were in training"
@@ -187,7 +188,7 @@ def _part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 
 def _check_finite(path: str, weights: dict[str, torch.Tensor]) -> None:
-    """Refuse a model that has diverged: its metrics would be numbers all the same, and some of them good ones."""
+    """Refuse a model that has diverged: its metrics look like any others, and some of them look good."""
     for name in ("log_scale", "logit_bias"):
         if name not in weights:
             raise UserError(f"{path} has no {name}; train again, or set eval.checkpoint")
@@ -201,10 +202,10 @@ def _check_finite(path: str, weights: dict[str, torch.Tensor]) -> None:
         )
 
 
-def _text_tower(path: str, about: dict[str, Any], weights: dict[str, torch.Tensor]) -> TextTower:
+def _text_tower(path: str, description: dict[str, Any], weights: dict[str, torch.Tensor]) -> TextTower:
     """The text tower with its trained weights, in evaluation mode."""
     try:
-        tower = TextTower(TextTowerConfig(**about["text_tower"]), **about["built_for"])
+        tower = TextTower(TextTowerConfig(**description["text_tower"]), **description["built_for"])
         tower.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -215,51 +216,52 @@ def _text_tower(path: str, about: dict[str, Any], weights: dict[str, torch.Tenso
     return tower.eval()
 
 
-def _image_side(
+def _image_encoder(
     experiment: Experiment,
     path: str,
-    about: dict[str, Any],
+    description: dict[str, Any],
     weights: dict[str, torch.Tensor],
     cache: EmbeddingCache | None,
 ) -> ImageEncoder:
-    """The image side with its trained weights, in evaluation mode; reads no pretrained weights."""
-    if about["image_head"] != experiment.image_tower.head:
+    """The image tower and head with their trained weights, in evaluation mode; reads no pretrained weights."""
+    if description["image_head"] != experiment.image_tower.head:
         raise UserError(
-            f"{path} was trained with image_tower.head {about['image_head']}, but the experiment has "
+            f"{path} was trained with image_tower.head {description['image_head']}, but the experiment has "
             f"{experiment.image_tower.head}; change it back"
         )
     if cache is not None:
-        if about["image_tower"] != cache.fingerprint["image_tower"]:
+        expected, actual = description["image_tower"], cache.fingerprint["image_tower"]
+        if expected != actual:
             raise UserError(
-                f"{path} was trained on embeddings of {_describe_tower(about['image_tower'])}, but {cache.path} holds "
-                f"those of {_describe_tower(cache.fingerprint['image_tower'])}; train again, or set cache.path"
+                f"{path} was trained on embeddings of {_describe_tower(expected)}, but {cache.path} holds those of "
+                f"{_describe_tower(actual)}; train again, or set cache.path"
             )
-        side = ImageEncoder(None, width=cache.dim, head=experiment.image_tower.head)
+        encoder = ImageEncoder(None, width=cache.dim, head=experiment.image_tower.head)
     else:
         tower = ImageTower(replace(experiment.image_tower, pretrained=False, weights=None))
-        side = ImageEncoder(tower, width=tower.embedding_width, head=experiment.image_tower.head)
+        encoder = ImageEncoder(tower, width=tower.embedding_width, head=experiment.image_tower.head)
     try:
-        side.load_state_dict(weights)
+        encoder.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit the image tower of the experiment: {reason}") from error
-    return side.eval()
+    return encoder.eval()
 
 
-def _embed(experiment: Experiment, split: str, side: ImageEncoder) -> EmbeddingCache:
+def _embed(experiment: Experiment, split: str, encoder: ImageEncoder) -> EmbeddingCache:
     """Embed the images of a split with the trained tower, or return the cache that has them already."""
     spec = source_spec(experiment.data, split)
-    assert side.tower is not None
-    weights = side.tower.fingerprint()["weights"]
+    assert encoder.tower is not None
+    weights = encoder.tower.fingerprint()["weights"]
     fabric = Fabric(accelerator=experiment.eval.accelerator, devices=1)
-    side.tower.to(fabric.device)
+    encoder.tower.to(fabric.device)
     source = open_source(spec)
     source_digest = hashlib.blake2b(json.dumps(source.identity(), sort_keys=True).encode(), digest_size=4).hexdigest()
     path = ensure_folder(experiment.folder) / "embeddings" / weights[:16] / f"{split}-{source_digest}"
     try:
         embedded = embed_source(
             fabric,
-            side.tower,
+            encoder.tower,
             source,
             path,
             f"embedding {split}",
@@ -271,7 +273,7 @@ def _embed(experiment: Experiment, split: str, side: ImageEncoder) -> EmbeddingC
         )
     except CacheError as error:
         raise UserError(str(error)) from error
-    side.cpu()
+    encoder.cpu()
     if len(embedded.cache) == 0:
         raise UserError(f"{path} holds no image; check data.{split}")
     return embedded.cache

@@ -60,7 +60,7 @@ class CheckpointSaver(Checkpoint):
     """Saves every so many steps, at the end, and at the end of a step in which a signal came; all ranks together.
 
     For Lightning a step is over once its row is logged and its validation done. Only the hooks around validation run
-    after the row is logged, so every save happens there: a resumed run has all rows up to its step and makes all later
+    after the row is logged, so every save happens there: a resumed run has all rows up to its step, and logs all later
     ones.
     """
 

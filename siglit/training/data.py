@@ -36,7 +36,7 @@ from siglit.runtime import machine
 _logger = logging.getLogger(__name__)
 
 ValidationSample = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""What validation embeds: (I, …) input of the image side, (T, L) token ids, (T,) image of each text."""
+"""What validation embeds: (I, …) inputs of the image encoder, (T, L) token ids, (T,) image of each text."""
 
 
 class TrainDataModule(pl.LightningDataModule, ABC):
@@ -63,7 +63,7 @@ class TrainDataModule(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:
-        """Build the image side for these batches, and the fingerprint of the tower that its embeddings start from."""
+        """Build the image encoder for these batches; also return the fingerprint of the tower that it starts from."""
 
     @override
     def prepare_data(self) -> None:
@@ -140,9 +140,9 @@ class CacheDataModule(TrainDataModule):
 
     @override
     def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:
-        """An image side for the cached rows, with a head if image_tower.head is set."""
-        side = ImageEncoder(None, width=self.train.dim, head=self._experiment.image_tower.head)
-        return side, self.train.fingerprint["image_tower"]
+        """An encoder of the cached rows, with a head if image_tower.head is set."""
+        encoder = ImageEncoder(None, width=self.train.dim, head=self._experiment.image_tower.head)
+        return encoder, self.train.fingerprint["image_tower"]
 
     @override
     def prepare_data(self) -> None:
@@ -209,8 +209,8 @@ class ImageDataModule(TrainDataModule):
         super().__init__(experiment)
         self.train = open_source(experiment.data.train)
         self.val = open_source(experiment.data.val) if experiment.data.val is not None else None
-        self.count = sum(1 for captions in self.train.captions() if captions)
-        self._side: tuple[ImageEncoder, dict[str, Any]] | None = None
+        self.count = sum(1 for captions in self.train.captions() if len(captions) > 0)
+        self._encoder: tuple[ImageEncoder, dict[str, Any]] | None = None
 
     @override
     def captions(self) -> Iterable[str]:
@@ -219,7 +219,7 @@ class ImageDataModule(TrainDataModule):
     @override
     def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:
         """The whole tower with its pretrained weights, or with random ones in mode scratch."""
-        if self._side is None:
+        if self._encoder is None:
             config = self._experiment.image_tower
             if self._experiment.mode == "scratch":
                 config = replace(config, pretrained=False, weights=None)
@@ -229,14 +229,14 @@ class ImageDataModule(TrainDataModule):
                     "of them for the tower to start from, or set mode: scratch"
                 )
             tower = ImageTower(config, trainable=True)
-            side = ImageEncoder(tower, width=tower.embedding_width, head=config.head)
+            encoder = ImageEncoder(tower, width=tower.embedding_width, head=config.head)
             start = tower.fingerprint()
             if self._experiment.mode == "scratch":
                 start = start | {"weights": None}  # random: the seed identifies them
             # The loader's position in a checkpoint counts rows of this listing and of no other.
             identity = start | {"source": self.train.identity()}
-            self._side = side, identity
-        return self._side
+            self._encoder = encoder, identity
+        return self._encoder
 
     @override
     def train_dataloader(self) -> ImageLoader:
@@ -280,9 +280,9 @@ class ImageDataModule(TrainDataModule):
         return np.concatenate(pixels)[:count], self.tokenizer(texts), image_of_text
 
     def _open_loader(self) -> ImageLoader:
-        tower, config = self._tower(), self._experiment.data
+        tower, config = self._image_tower(), self._experiment.data
         decoder = Decoder(
-            # After a random crop the picture is squashed: cropping it again would cut off more.
+            # After a random crop the image is squashed: cropping it again would cut off more.
             tower.transform(squash=config.random_crop is not None),
             image_size=tower.image_size,
             max_pixels=config.max_image_pixels,
@@ -303,12 +303,12 @@ class ImageDataModule(TrainDataModule):
 
     def _val_pixels(self) -> UnitPixels:
         assert self.val is not None
-        tower = self._tower()
+        tower = self._image_tower()
         size = self._experiment.cache.batch_size
         max_pixels = self._experiment.data.max_image_pixels
         return UnitPixels(self.val, self.val.units(size), tower.transform(), size, max_pixels, tower.draft())
 
-    def _tower(self) -> ImageTower:
+    def _image_tower(self) -> ImageTower:
         tower = self.image_encoder()[0].tower
         assert tower is not None
         return tower

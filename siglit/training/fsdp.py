@@ -30,9 +30,9 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
         mesh: the ranks, in one dimension.
     """
     for tensor in chain(module.parameters(), module.buffers()):
-        of_first = tensor.detach().to(mesh.device_type).contiguous()
-        dist.broadcast(of_first, 0)
-        tensor.data.copy_(of_first)
+        first_rank_values = tensor.detach().to(mesh.device_type).contiguous()
+        dist.broadcast(first_rank_values, 0)
+        tensor.data.copy_(first_rank_values)
     for child in module.children():
         _shard_blocks(child, mesh)
         if _has_parameters(child):

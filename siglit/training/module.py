@@ -1,7 +1,7 @@
 """Both towers and the loss as a LightningModule.
 
 Knows the experiment, but neither files nor commands; batches come from `siglit.training.data`. The mode changes the
-image side and the batches, nothing else. Shapes: B pairs per rank, L tokens, D embedding width.
+image encoder and the batches, nothing else. Shapes: B pairs per rank, L tokens, D embedding width.
 """
 
 import logging
@@ -80,7 +80,7 @@ class SigLiT(pl.LightningModule):
                 shard(self, self.device_mesh["data_parallel"])
 
     def build(self, data: TrainDataModule) -> None:
-        """Build the image side of `data`, and a text tower of the same width for its tokenizer."""
+        """Build the image encoder of `data`, and a text tower of the same width for its tokenizer."""
         self.image_tower, identity = data.image_encoder()
         built_for: dict[str, Any] = {
             "vocab_size": data.tokenizer.vocab_size,
@@ -284,7 +284,7 @@ class SigLiT(pl.LightningModule):
 
 
 def _drop_unused(checkpoint: dict[str, Any], unused: list[str]) -> None:
-    """Remove parameters that the towers never read from a checkpoint's optimizer, which once had them in its groups.
+    """Remove parameters that the towers never read from the optimizer of an earlier siglit's checkpoint.
 
     They never had a gradient, so the optimizer has no state of them and never changed them.
     """
@@ -294,12 +294,12 @@ def _drop_unused(checkpoint: dict[str, Any], unused: list[str]) -> None:
     optimizer = checkpoint["optimizer_states"][0]
     groups = []
     for names, group in zip(trainable, optimizer["param_groups"], strict=True):
-        indices = [n for n, name in zip(group["params"], names, strict=True) if name not in unused]
-        if indices:
+        indices = [index for index, name in zip(group["params"], names, strict=True) if name not in unused]
+        if len(indices) > 0:
             groups.append({**group, "params": indices})
     optimizer["param_groups"] = groups
-    read = ([name for name in names if name not in unused] for names in trainable)
-    checkpoint["siglit"]["learning"] = [names for names in read if names]
+    used = ([name for name in names if name not in unused] for names in trainable)
+    checkpoint["siglit"]["learning"] = [names for names in used if len(names) > 0]
 
 
 def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from siglit.config import OptimConfig, TrainConfig, count
 from siglit.errors import UserError
+from siglit.runtime.text import plural
 from siglit.training.lightning_internals import unscale_gradients_before_step
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
@@ -157,13 +158,13 @@ def lr_multiplier(step: int, config: OptimConfig, total_steps: int, batch_size: 
     warmup, cooldown = _ramp("warmup", config, batch_size), _ramp("cooldown", config, batch_size)
     if cooldown and config.schedule == "cosine":
         raise UserError(
-            f"optim.schedule is cosine, which ends at 0 by itself, but the experiment has a cooldown of {cooldown} "
-            "steps; leave the cooldown out, or choose constant or rsqrt"
+            f"optim.schedule is cosine, which ends at 0 by itself, but the experiment has a cooldown of "
+            f"{plural(cooldown, 'step')}; leave the cooldown out, or choose constant or rsqrt"
         )
     if warmup + cooldown > total_steps:
         raise UserError(
-            f"a warm-up of {warmup} steps and a cooldown of {cooldown} do not fit into a training of {total_steps} "
-            "steps; shorten them (optim.warmup_*, optim.cooldown_*), or train longer"
+            f"a warm-up of {plural(warmup, 'step')} and a cooldown of {cooldown:,} do not fit into a training of "
+            f"{plural(total_steps, 'step')}; shorten them (optim.warmup_*, optim.cooldown_*), or train longer"
         )
     multiplier = min(1.0, step / warmup) if warmup else 1.0
     after_warmup = max(0, step - warmup)
@@ -211,8 +212,8 @@ def total_steps(train: TrainConfig, rows: int) -> int:
     # `check_batch_fits` refuses a set that is smaller than one batch, with a better message.
     if rows >= train.batch_size and steps < 1:
         raise UserError(
-            f"the experiment amounts to {steps} training steps of {train.batch_size} pairs; raise train.{given[0]}, "
-            "or lower train.batch_size"
+            f"the experiment amounts to {steps} training steps of {plural(train.batch_size, 'pair')}; raise "
+            f"train.{given[0]}, or lower train.batch_size"
         )
     return steps
 
@@ -253,7 +254,7 @@ def group_table(
             summary.append((listed[group]["name"], str(len(params)), size, *_lr_and_decay(listed[group])))
     everything = [parameter for params in members for parameter in params]
     total = (
-        f"{len(everything)} tensors of {sum(p.numel() for p in everything):,} parameters: weights "
+        f"{plural(len(everything), 'tensor')} of {sum(p.numel() for p in everything):,} parameters: weights "
         f"{sum(p.nbytes for p in everything) / 1e6:,.1f} MB, optimizer state ({config.name}) "
         f"{state_bytes(groups, config) / 1e6:,.1f} MB"
     )

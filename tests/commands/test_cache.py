@@ -22,8 +22,8 @@ def run(capsys, *words):
     """Exit code and the lines of standard output and error."""
     with pytest.raises(SystemExit) as stop:
         main(["cache", *map(str, words)])
-    told = capsys.readouterr()
-    return stop.value.code, told.out.splitlines(), told.err.splitlines()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out.splitlines(), captured.err.splitlines()
 
 
 def damage(cache, shard):
@@ -33,7 +33,7 @@ def damage(cache, shard):
     path.write_bytes(data)
 
 
-def test_info_says_what_is_there(tmp_path, capsys):
+def test_info_describes_the_cache(tmp_path, capsys):
     make(tmp_path / "a", 0, 10)
     code, out, _ = run(capsys, "info", tmp_path / "a")
     assert code == 0
@@ -61,7 +61,7 @@ def test_verify_lists_one_problem_per_line(tmp_path, capsys):
     assert cache.shard_paths[0].exists()
 
 
-def test_repair_deletes_what_precompute_makes_again(cached, capsys):
+def test_repair_deletes_shards_that_precompute_rebuilds(cached, capsys):
     folder = "cache/small/train"
     cache = EmbeddingCache(folder)
     before = {path.name: path.read_bytes() for path in cache.path.iterdir()}
@@ -87,7 +87,7 @@ def test_repair_of_a_damaged_index_keeps_the_shards(tmp_path, capsys):
     assert len(list((tmp_path / "a").iterdir())) == 3
 
 
-def test_repair_does_not_delete_for_a_key_that_would_come_again(tmp_path, capsys):
+def test_repair_deletes_no_shard_for_a_key_that_the_source_repeats(tmp_path, capsys):
     make(tmp_path / "a", 0, 4, source="x")
     make(tmp_path / "b", 3, 4, source="x")
     (tmp_path / "b" / "shard-000000.h5").rename(tmp_path / "a" / "shard-000001.h5")
@@ -256,7 +256,7 @@ def test_a_cache_that_is_not_complete_says_so_and_lists_its_skipped_images(exper
     assert "not complete: it has 4 shards" in out[0]
 
 
-def test_info_tells_the_versions_of_the_making(experiment, capsys):
+def test_info_shows_the_versions_that_wrote_the_cache(experiment, capsys):
     import PIL
     import timm
     import torch

@@ -13,19 +13,19 @@ from tests.conftest import parse
 
 
 def test_the_probe_of_a_locked_tower_needs_its_caches_alone(classed, tmp_path):
-    found = siglit.eval_probe(parse("eval-probe", "--output_dir", str(tmp_path / "new")))
+    result = siglit.eval_probe(parse("eval-probe", "--output_dir", str(tmp_path / "new")))
     written = json.loads((tmp_path / "new/probe.json").read_text())
     train, val = EmbeddingCache("cache/small/train"), EmbeddingCache("cache/small/val")
     rows, test = train.gather(np.arange(40)), val.gather(np.arange(12))
     expected = probe(rows, train.labels, test, val.labels, 4, device=torch.device("cpu"))
     assert written["top1"] == expected.test.top[1]
-    assert written["top1"] > 0.9, "pictures of one colour each"
+    assert written["top1"] > 0.9, "pictures of one color each"
     assert written["l2"] == expected.l2
     assert written["held_out"] == {f"{l2:g}": share for l2, share in expected.held_out.items()}
     assert (written["train_images"], written["images"], written["classes"]) == (40, 12, 4)
     assert "top5" not in written
     assert set(written["provenance"]) == {"cache", "cache_digest", "train_cache", "train_cache_digest"}
-    assert f"{100 * found.top1:.1f}" in str(found)
+    assert f"{100 * result.top1:.1f}" in str(result)
 
 
 def test_a_trained_tower_embeds_both_splits_for_all_three(classed, tmp_path):
@@ -34,25 +34,25 @@ def test_a_trained_tower_embeds_both_splits_for_all_three(classed, tmp_path):
     siglit.train(parse("train", *words))
     for name in ("fewshot", "probe", "zeroshot"):
         evaluate = getattr(siglit, f"eval_{name}")
-        evaluate(parse(f"eval-{name}", *words, "--eval.classes", "colours.json"))
+        evaluate(parse(f"eval-{name}", *words, "--eval.classes", "colors.json"))
     embedded = sorted(path.name.split("-")[0] for path in (tmp_path / "run/embeddings").glob("*/*"))
     assert embedded == ["train", "val"]
-    of = {
+    provenance = {
         kind: json.loads((tmp_path / f"run/{kind}.json").read_text())["provenance"]
         for kind in ("zeroshot", "fewshot", "probe")
     }
-    assert {told["step"] for told in of.values()} == {6}
-    assert len({told["cache_digest"] for told in of.values()}) == 1
-    assert "train_cache_digest" in of["probe"]
+    assert {origin["step"] for origin in provenance.values()} == {6}
+    assert len({origin["cache_digest"] for origin in provenance.values()}) == 1
+    assert "train_cache_digest" in provenance["probe"]
     locked = EmbeddingCache("cache/small/val").gather(np.arange(12))
-    trained = EmbeddingCache(of["probe"]["cache"]).gather(np.arange(12))
+    trained = EmbeddingCache(provenance["probe"]["cache"]).gather(np.arange(12))
     assert not np.allclose(trained, locked, atol=1e-2), "the tower has moved"
     assert trained.shape == locked.shape
-    assert of["probe"]["checkpoint"].endswith("last.ckpt")
+    assert provenance["probe"]["checkpoint"].endswith("last.ckpt")
 
 
 @pytest.mark.parametrize("stage", ["eval_probe", "eval_zeroshot"])
-def test_cuda_in_vain_is_told(classed, stage):
+def test_cuda_on_a_machine_without_is_refused(classed, stage):
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     from siglit.errors import UserError

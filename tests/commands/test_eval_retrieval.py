@@ -1,4 +1,4 @@
-"""eval-retrieval: its figures are those of the trained rows, its index is made once, what cannot be is told early."""
+"""eval-retrieval: metrics are those of the trained rows, the index is built once, bad settings are refused early."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def trained_arrays(experiment):
     return trained, (trained.zimg, ztxt, np.asarray(trained.cache.caption_rows))
 
 
-def test_all_that_can_be_asked_for(run_of):
+def test_all_options_together(run_of):
     """Metrics, folds and the approximate index, from the checkpoint and the cache that are named."""
     result, written = run_of("--eval.folds", "3", "--eval.index", "IVF2,Flat")
     trained, (zimg, ztxt, image_of_text) = trained_arrays(parse("eval-retrieval"))
@@ -69,7 +69,7 @@ def test_all_that_can_be_asked_for(run_of):
     assert max(map(len, table[:5])) <= 100
 
 
-def test_what_is_not_asked_for_is_not_there(run_of):
+def test_what_is_not_requested_is_left_out(run_of):
     _, written = run_of()
     assert not {"folds", "index", "by_language", "label_accuracy"} & set(written)
 
@@ -81,16 +81,16 @@ def test_the_index_is_written_once(run_of, trained_folder):
     open_trained(parse("eval-retrieval"))
     assert not list((trained_folder / "runs/small").glob("*.faiss"))
     run_of()
-    (made,) = (trained_folder / "runs/small").glob("*.faiss")
-    before = made.stat()
+    (index,) = (trained_folder / "runs/small").glob("*.faiss")
+    before = index.stat()
     run_of()
     siglit.search(parse("eval-retrieval"), "a red square")
-    assert list((trained_folder / "runs/small").glob("*.faiss")) == [made]
-    assert (made.stat().st_mtime_ns, made.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
-    whole = made.read_bytes()
-    made.write_bytes(whole[:-100])
+    assert list((trained_folder / "runs/small").glob("*.faiss")) == [index]
+    assert (index.stat().st_mtime_ns, index.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-100])
     siglit.search(parse("eval-retrieval"), "a red square")
-    assert made.read_bytes() == whole  # a damaged one is written again
+    assert index.read_bytes() == whole  # a damaged one is written again
 
 
 def test_another_cache_or_head_has_another_index(run_of, trained_folder):
@@ -110,21 +110,21 @@ def test_another_cache_or_head_has_another_index(run_of, trained_folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--eval.folds", "5"], r"eval\.folds is 5, but 5 does not divide the 12 images of "),
         (["--eval.index", "bogus"], r"eval\.index: .*could not parse index string bogus.*; choose"),
         (["--eval.index", "IVF64,Flat"], r"eval\.index: .*12 images.*should be at least as large as number of clus"),
     ],
 )
-def test_what_cannot_be_is_told_before_the_captions_are_encoded(run_of, monkeypatch, words, told):
+def test_bad_settings_are_refused_before_the_captions_are_encoded(run_of, monkeypatch, words, message):
     monkeypatch.setattr(TrainedRun, "encode_ids", None)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         run_of(*words)
     assert "\n" not in str(error.value)
 
 
-def test_a_fold_without_captions_is_told():
+def test_a_fold_without_captions_is_refused():
     zimg = np.eye(4, dtype=np.float32)
     with pytest.raises(UserError, match=r"eval\.folds is 2, but images 2 to 3 have no text"):
         eval_retrieval._folds(2, (zimg, zimg[:2], np.arange(2)), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""eval-zeroshot: figures are a plain computation's, files are what they say, and what is missing is told."""
+"""eval-zeroshot: metrics equal a plain computation, files are complete, and what is missing is named."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ from siglit.cache import EmbeddingCache
 from siglit.errors import UserError
 from siglit.reporting import fonts
 from siglit.runs.trained import TrainedRun, open_trained
-from tests.conftest import COLOURS, parse
+from tests.conftest import COLORS, parse
 
-NAMED = ("--eval.classes", "colours.json", "--eval.templates", "templates.txt")
+NAMED = ("--eval.classes", "colors.json", "--eval.templates", "templates.txt")
 
 
 @pytest.fixture
@@ -33,32 +33,32 @@ def result(folder, name="zeroshot.json"):
 def test_metrics_equal_a_plain_computation(worded):
     """Also the confusion matrix, in numbers and in a picture."""
     experiment = parse("eval-zeroshot", *NAMED)
-    found = siglit.eval_zeroshot(experiment)
+    evaluated = siglit.eval_zeroshot(experiment)
     trained = open_trained(experiment)
-    prompts = [text.format(name) for name in COLOURS for text in ("a {} square", "picture 3 is {}")]
+    prompts = [text.format(name) for name in COLORS for text in ("a {} square", "picture 3 is {}")]
     with torch.inference_mode():
         texts = F.normalize(trained.tower(torch.from_numpy(trained.tokenizer(prompts)).long()), dim=1)
     classes = F.normalize(texts.reshape(4, 2, -1).mean(1), dim=1)
     cache = EmbeddingCache("cache/small/val")
     images = F.normalize(torch.from_numpy(cache.gather(np.arange(12))).float(), dim=1)
-    taken, labels = (images @ classes.T).argmax(1).numpy(), np.arange(40, 52) % 4
+    predicted, labels = (images @ classes.T).argmax(1).numpy(), np.arange(40, 52) % 4
     written = result(worded)
-    assert written["top1"] == found.top1 == pytest.approx((taken == labels).mean())
-    assert written["top1"] > 0.5, "the run has learnt its colours"
+    assert written["top1"] == evaluated.top1 == pytest.approx((predicted == labels).mean())
+    assert written["top1"] > 0.5, "the run has learned its colors"
     assert "top5" not in written
-    assert written["per_class"] == {n: (taken[labels == c] == c).mean() for c, n in enumerate(COLOURS)}
+    assert written["per_class"] == {n: (predicted[labels == c] == c).mean() for c, n in enumerate(COLORS)}
     assert written["mean_per_class"] == pytest.approx(written["top1"]), "each class has three images"
-    assert (written["images"], written["classes"]) == (12, list(COLOURS))
+    assert (written["images"], written["classes"]) == (12, list(COLORS))
     assert written["templates"] == ["a {} square", "picture 3 is {}"]
     assert written["provenance"] == trained.origin()
     expected = np.zeros((4, 4), np.int64)
-    np.add.at(expected, (labels, taken), 1)
+    np.add.at(expected, (labels, predicted), 1)
     counts = np.load(worded / "runs/small/zeroshot.npy", allow_pickle=False)
     np.testing.assert_array_equal(counts, expected)
     with Image.open(worded / "runs/small/zeroshot.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
-    text = str(found)
-    assert f"{100 * found.top1:.1f}" in text
+    text = str(evaluated)
+    assert f"{100 * evaluated.top1:.1f}" in text
     assert "runs/small/zeroshot.png" in text
     assert not list((worded / "runs/small").glob("*.tmp"))
 
@@ -66,20 +66,20 @@ def test_metrics_equal_a_plain_computation(worded):
 def test_names_in_turn_and_split_and_name_of_the_set(worded):
     """Several names of a class, more names than classes, and results beside the others."""
     (worded / "more.json").write_text(json.dumps(["red", ["green", "lime"], "blue", "grey", "grey", "pink"]))
-    words = ["--eval.classes", "more.json", "--eval.split", "train", "--eval.name", "colours"]
-    found = siglit.eval_zeroshot(parse("eval-zeroshot", *words))
-    written = result(worded, "zeroshot-colours-train.json")
+    words = ["--eval.classes", "more.json", "--eval.split", "train", "--eval.name", "colors"]
+    evaluated = siglit.eval_zeroshot(parse("eval-zeroshot", *words))
+    written = result(worded, "zeroshot-colors-train.json")
     assert written["classes"][1] == ["green", "lime"]
     assert list(written["per_class"]) == ["red", "green", "blue", "grey (3)", "grey (4)", "pink"]
     assert written["per_class"]["pink"] is None
-    assert "2 of 6 classes have no image; check eval.classes" in str(found)
+    assert "2 of 6 classes have no image; check eval.classes" in str(evaluated)
     assert written["images"] == 40
     assert 0 <= written["top1"] <= written["top5"] <= 1
-    assert written["per_class"]["grey (3)"] == 0, "two classes of one name tie, and neither is right"
-    assert "grey (3)" in str(found)
+    assert written["per_class"]["grey (3)"] == 0, "two classes of one name tie, and neither is correct"
+    assert "grey (3)" in str(evaluated)
 
 
-def test_without_matplotlib_all_but_the_picture_is_there(worded, monkeypatch):
+def test_without_matplotlib_only_the_picture_is_missing(worded, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = str(siglit.eval_zeroshot(parse("eval-zeroshot", *NAMED, "--eval.name", "blind")))
     assert "pip install 'siglit[plots]'" in text
@@ -95,7 +95,7 @@ def test_without_matplotlib_all_but_the_picture_is_there(worded, monkeypatch):
         (["red", "green", "blue"], (), r"has 3 names, but labels of cache/small/val go up to 3; give 4 names"),
         (["red"], (), "has 1 name, but"),
         (["red", 2], (), "class 1 is 2"),
-        (list(COLOURS), ("--eval.templates", "nope.txt"), "eval.templates is nope.txt"),
+        (list(COLORS), ("--eval.templates", "nope.txt"), "eval.templates is nope.txt"),
     ],
 )
 def test_what_is_missing_is_named(classed, tmp_path, names, words, message):
@@ -106,13 +106,13 @@ def test_what_is_missing_is_named(classed, tmp_path, names, words, message):
         siglit.eval_zeroshot(parse("eval-zeroshot", *given, *words))
 
 
-def test_a_cache_without_labels_is_told(classed, tmp_path):
+def test_a_cache_without_labels_is_refused(classed, tmp_path):
     (tmp_path / "plain.csv").write_text("filepath,title\nimages/0040.png,a red square\n")
     (tmp_path / "plain.yaml").write_text(
         f"data: {{val: {{format: csv, path: {tmp_path}/plain.csv, images: {classed}}}}}\n"
         f"cache: {{path: {tmp_path}/cache, splits: [val]}}\n"
     )
-    words = ("-c", str(tmp_path / "plain.yaml"), "--eval.classes", "colours.json", "--eval.name", "plain")
+    words = ("-c", str(tmp_path / "plain.yaml"), "--eval.classes", "colors.json", "--eval.name", "plain")
     siglit.precompute(parse("precompute", *words))
     with pytest.raises(UserError, match=r"has no labels to evaluate with; set data.val.label_column"):
         siglit.eval_zeroshot(parse("eval-zeroshot", *words))
@@ -149,10 +149,10 @@ def test_canonical_prompts_are_what_is_encoded(worded, monkeypatch):
     """Names stand in the result as they were given, and the result says what was done to them."""
     (worded / "loud.json").write_text(json.dumps(["RED, crimson", "Green.", "b_l_u_e", "grey"]))
     (worded / "loud.txt").write_text("A {}-square!\n")
-    seen = []
+    encoded = []
 
     def encode(self, texts, **options):
-        seen.append(texts)
+        encoded.append(texts)
         return encode_text(self, texts, **options)
 
     encode_text = TrainedRun.encode_text
@@ -160,14 +160,14 @@ def test_canonical_prompts_are_what_is_encoded(worded, monkeypatch):
     words = ["--eval.classes", "loud.json", "--eval.templates", "loud.txt", "--eval.name", "loud"]
     experiment = parse("eval-zeroshot", *words, "--eval.canonicalize", "true")
     siglit.eval_zeroshot(experiment)
-    assert seen[0] == ["a redsquare", "a greensquare", "a b l u esquare", "a greysquare"]
+    assert encoded[0] == ["a redsquare", "a greensquare", "a b l u esquare", "a greysquare"]
     written = result(worded, "zeroshot-loud.json")
     assert written["canonicalize"] is True
     assert written["classes"] == ["RED, crimson", "Green.", "b_l_u_e", "grey"]
     assert written["templates"] == ["A {}-square!"]
     siglit.eval_zeroshot(parse("eval-zeroshot", *words))
     assert result(worded, "zeroshot-loud.json")["canonicalize"] is False
-    assert not np.array_equal(seen[1], seen[0])
+    assert not np.array_equal(encoded[1], encoded[0])
 
 
 def test_names_that_cannot_be_drawn_are_reported_and_are_in_the_result(worded, recwarn, monkeypatch):
@@ -175,10 +175,10 @@ def test_names_that_cannot_be_drawn_are_reported_and_are_in_the_result(worded, r
     monkeypatch.setattr(fonts, "_missing_letters", lambda font, letters: letters & set("柴犬"))
     names = ["柴犬", "$a_$b", "blue\n sky", "grey"]
     (worded / "odd.json").write_text(json.dumps(names))
-    found = siglit.eval_zeroshot(parse("eval-zeroshot", "--eval.classes", "odd.json", "--eval.name", "odd"))
+    evaluated = siglit.eval_zeroshot(parse("eval-zeroshot", "--eval.classes", "odd.json", "--eval.name", "odd"))
     written = result(worded, "zeroshot-odd.json")
     assert written["classes"] == names
     assert list(written["per_class"]) == ["柴犬", "$a_$b", "blue sky", "grey"]
-    *_, last = str(found).splitlines()
+    *_, last = str(evaluated).splitlines()
     assert last.endswith("zeroshot-odd.png; no installed font has 柴犬: names with these letters are shown as numbers")
     assert not recwarn.list

@@ -118,7 +118,7 @@ def test_predicted_peak_is_within_15_percent_of_the_measured_one(small, words):
 
 
 def test_counts_are_those_of_the_real_module(small):
-    """Parameters, and the state after a real optimiser step, of a module with numbers."""
+    """Parameters, and the state after a real optimizer step, of a module with numbers."""
     import torch
 
     from siglit.planning.memory import RandomDataModule, estimate_memory
@@ -162,6 +162,12 @@ def test_command_measures_here_and_leaves_plan_json(small, tmp_path):
     assert plan["device_hours"] == pytest.approx(1280 / plan["examples_per_second"] / 3600)
     assert plan["days"] == pytest.approx(plan["device_hours"] / 2 / 24)
     assert plan["cache_bytes"] == 5000 * 96 * 2
+
+
+def test_a_warm_up_of_many_steps_is_measured_like_any_other(small):
+    """The schedule must fit into the run that is planned, not into the few steps that are timed."""
+    plan = siglit.plan(parse("plan", "--optim.warmup_steps", "20000", "--train.steps", "50000", config=str(small)))
+    assert plan.throughput.pairs >= 4
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(small, tmp_path):

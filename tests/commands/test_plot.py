@@ -1,4 +1,4 @@
-"""The picture of curves: what is drawn, in which colours, and what is told where it cannot be."""
+"""The picture of curves: what is drawn, in which colors, and the message where nothing can be drawn."""
 
 import sys
 
@@ -34,7 +34,7 @@ def b(tmp_path):
     return make_run(tmp_path / "b", "0,0,7,0.1,,,")
 
 
-def told(capsys, *words):
+def error_line(capsys, *words):
     """The one line on standard error of a command that is refused."""
     with pytest.raises(SystemExit) as stop:
         main(["plot", *words])
@@ -53,11 +53,11 @@ def test_a_row_that_is_still_being_written_is_left_out(tmp_path):
     assert curves.read_metrics_csv(tmp_path / "a")["train/lr"] == [(1, 0.1)]
 
 
-def test_curves_count_steps_from_one_and_skip_what_is_no_number(a, tmp_path):
-    found = curves.read_metrics_csv(tmp_path / "a")
-    assert found["train/loss"] == [(1, 9), (3, 8)]
-    assert found["train/lr"] == [(1, 0.1), (2, 0.2), (3, 0.3)]
-    assert found["val/text_to_image/R@1"] == [(2, 0.25)]
+def test_curves_count_steps_from_one_and_skip_non_numbers(a, tmp_path):
+    columns = curves.read_metrics_csv(tmp_path / "a")
+    assert columns["train/loss"] == [(1, 9), (3, 8)]
+    assert columns["train/lr"] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert columns["val/text_to_image/R@1"] == [(2, 0.25)]
 
 
 def test_only_panels_with_data_are_drawn(a, b, tmp_path):
@@ -68,7 +68,7 @@ def test_only_panels_with_data_are_drawn(a, b, tmp_path):
     assert titles(curves.draw_curves({"b": curves.read_metrics_csv(tmp_path / "b")})) == ["loss", "learning rate"]
 
 
-def test_a_run_has_one_colour_and_a_column_one_dash(a, b, tmp_path):
+def test_a_run_has_one_color_and_a_column_one_dash(a, b, tmp_path):
     drawn = curves.draw_curves(
         {"a": curves.read_metrics_csv(tmp_path / "a"), "b": curves.read_metrics_csv(tmp_path / "b")}
     )
@@ -83,7 +83,7 @@ def test_a_run_has_one_colour_and_a_column_one_dash(a, b, tmp_path):
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["a", "b"]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(a, tmp_path):
+def test_runs_of_one_name_are_distinguished_by_their_folders(a, tmp_path):
     other = make_run(tmp_path / "other" / "a", "0,0,7,0.1,,,")
     assert plot._names([a, other]) == [a, other]
     assert plot._names([a]) == ["a"]
@@ -114,21 +114,21 @@ def test_the_command_writes_a_readable_png_and_says_where(a, b, tmp_path, capsys
         ("step,other", ["0,1"], "none of the columns"),
     ],
 )
-def test_a_file_that_is_none_of_curves_is_named(tmp_path, capsys, header, lines, text):
+def test_a_file_without_curves_is_named(tmp_path, capsys, header, lines, text):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.csv").write_bytes("\n".join([header, *lines]).encode(errors="surrogateescape"))
-    line = told(capsys, str(folder))
+    line = error_line(capsys, str(folder))
     assert text in line
     assert "run" in line
 
 
 def test_a_folder_without_curves_is_named(tmp_path, capsys):
-    assert f"{tmp_path}/metrics.csv does not exist" in told(capsys, str(tmp_path))
+    assert f"{tmp_path}/metrics.csv does not exist" in error_line(capsys, str(tmp_path))
 
 
 def test_another_format_than_png_is_refused(a, capsys):
-    assert "curves.pdf" in told(capsys, a, "--out", "curves.pdf")
+    assert "curves.pdf" in error_line(capsys, a, "--out", "curves.pdf")
 
 
 def test_few_classes_are_named_and_many_are_not():
@@ -201,7 +201,7 @@ def test_any_name_is_drawn_or_has_a_number(plain_fonts, tmp_path, recwarn, caplo
     assert not caplog.records
 
 
-def test_what_no_font_has_is_said(plain_fonts, tmp_path):
+def test_letters_that_no_font_has_are_reported(plain_fonts, tmp_path):
     """In the command's answer; of so many classes that they are numbered anyway nothing is said."""
     run = make_run(tmp_path / "柴犬", "0,0,9,0.1,5,4,")
     text = str(siglit.plot([run], str(tmp_path / "curves.png")))
@@ -220,13 +220,13 @@ def test_a_font_that_has_the_letters_is_chosen(plain_fonts, tmp_path, recwarn, c
     for number, point in enumerate([(0, 0), (500, 700), (900, 0)]):
         (pen.lineTo if number else pen.moveTo)(point)
     pen.closePath()
-    made = (
+    font_files = (
         ("A Sans Gone", "柴犬", 400),
         ("A Sans Light", "柴犬", 300),
         ("Small Gothic", "柴", 400),
         ("Tiny", "犬柴", 400),
     )
-    for family, letters, weight in made:
+    for family, letters, weight in font_files:
         font = FontBuilder(1000)
         names = [".notdef", *(f"uni{ord(letter):04X}" for letter in letters)]
         font.setupGlyphOrder(names)
@@ -250,17 +250,17 @@ def test_a_font_that_has_the_letters_is_chosen(plain_fonts, tmp_path, recwarn, c
 
 def test_values_beyond_any_axis_are_left_out(tmp_path, recwarn):
     make_run(tmp_path / "a", "0,0,1e308,0.1,1e308,-1e308,", "0,1,1e99,-1e99,1e-320,4,")
-    found = curves.read_metrics_csv(tmp_path / "a")
-    assert found["train/loss"] == [(2, 1e99)]
-    curves.save_png(curves.draw_curves({"a": found}), tmp_path / "curves.png")
+    columns = curves.read_metrics_csv(tmp_path / "a")
+    assert columns["train/loss"] == [(2, 1e99)]
+    curves.save_png(curves.draw_curves({"a": columns}), tmp_path / "curves.png")
     assert not recwarn.list
 
 
 def test_a_table_saved_by_a_spreadsheet_is_read_and_columns_of_other_letters_are_not_drawn(tmp_path, recwarn):
     (tmp_path / "metrics.csv").write_text("\ufeffstep,train/柴犬/grad_norm,train/grad_norm\n0,1,2\n", encoding="utf-8")
-    found = curves.read_metrics_csv(tmp_path)
-    assert set(found) == {"train/柴犬/grad_norm", "train/grad_norm"}
-    drawn = curves.draw_curves({"a": found})
+    columns = curves.read_metrics_csv(tmp_path)
+    assert set(columns) == {"train/柴犬/grad_norm", "train/grad_norm"}
+    drawn = curves.draw_curves({"a": columns})
     curves.save_png(drawn, tmp_path / "curves.png")
     assert len(drawn.axes[0].lines) == 1
     assert not recwarn.list

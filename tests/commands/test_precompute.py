@@ -115,16 +115,16 @@ def test_bad_images_are_skipped_listed_and_shift_no_other(experiment, project):
     (project / "images/0011.png").unlink()
     whole = (project / "images/0012.png").read_bytes()
     (project / "images/0012.png").write_bytes(whole[: len(whole) // 2])
-    told = siglit.precompute(parse("precompute", "--cache.path", "bad", "--data.max_skipped", "0.2"))
+    result = siglit.precompute(parse("precompute", "--cache.path", "bad", "--data.max_skipped", "0.2"))
     bad = {f"images/{n:04d}.png" for n in (3, 10, 11, 12)}
     assert rows_by_key("bad/train") == {k: v for k, v in good.items() if k not in bad}
     assert {key for key, _ in EmbeddingCache("bad/train").skipped} == bad
-    assert told.splits["train"].skipped == 4
+    assert result.splits["train"].skipped == 4
     with pytest.raises(UserError, match=r"4 of 40 images \(10.0%\).*data.max_skipped"):
         siglit.precompute(parse("precompute", "--cache.path", "bad2"))
 
 
-def test_retry_makes_only_the_shards_with_skipped_images_again(experiment, project):
+def test_retry_rebuilds_only_the_shards_with_skipped_images(experiment, project):
     siglit.precompute(parse("precompute", "--cache.path", "whole"))
     mended = {n: (project / f"images/{n:04d}.png").read_bytes() for n in (3, 4, 20)}
     for number in mended:
@@ -135,8 +135,8 @@ def test_retry_makes_only_the_shards_with_skipped_images_again(experiment, proje
         (project / f"images/{number:04d}.png").write_bytes(mended[number])
     before = {p.name: p.stat().st_mtime_ns for p in (project / "bad/train").iterdir()}
     assert siglit.precompute(parse("precompute", *words)).splits["train"].encoded_now == 0
-    told = siglit.precompute(parse("precompute", *words, "--cache.retry_skipped", "true")).splits["train"]
-    assert (told.encoded_now, told.skipped) == (8 + 7, 1)
+    result = siglit.precompute(parse("precompute", *words, "--cache.retry_skipped", "true")).splits["train"]
+    assert (result.encoded_now, result.skipped) == (8 + 7, 1)
     after = {p.name: p.stat().st_mtime_ns for p in (project / "bad/train").iterdir()}
     assert {name for name in before if before[name] != after[name]} == {
         "index.json",
@@ -162,7 +162,7 @@ def test_rows_do_not_depend_on_workers_batches_or_processes(project, monkeypatch
     """Equal by key to within float16 rounding: 1 or 4 workers, 1 or 2 processes, batches of 1 or 64."""
     monkeypatch.chdir(project)
     kinds = [("1", "1", "1"), ("4", "1", "64"), ("1", "2", "64"), ("4", "2", "1")]
-    found = []
+    caches = []
     for number, (workers, devices, batch) in enumerate(kinds):
         words = ["--cache.path", str(number), "--cache.shard_size", "16", "--cache.batch_size", batch]
         words += ["--data.workers", workers, "--cache.devices", devices]
@@ -170,12 +170,12 @@ def test_rows_do_not_depend_on_workers_batches_or_processes(project, monkeypatch
             siglit.precompute(parse("precompute", *words))
         else:
             run_siglit("precompute", "-c", "experiment.yaml", *words, cwd=project, check=0)
-        found.append(rows_by_key(f"{number}/train"))
-    for rows in found[1:]:
-        assert rows.keys() == found[0].keys()
+        caches.append(rows_by_key(f"{number}/train"))
+    for rows in caches[1:]:
+        assert rows.keys() == caches[0].keys()
         for key, (row, captions) in rows.items():
-            expected, wanted_captions = found[0][key]
-            assert captions == wanted_captions
+            expected, expected_captions = caches[0][key]
+            assert captions == expected_captions
             got, expected = np.frombuffer(row, np.float16), np.frombuffer(expected, np.float16)
             assert (np.abs(got - expected) <= np.spacing(np.maximum(np.abs(got), np.abs(expected)))).all()
 
@@ -208,7 +208,7 @@ def test_only_the_requested_splits_are_embedded(experiment, project):
     (project / "later.csv").rename(project / "train.csv")
     siglit.precompute(parse("precompute", "--cache.splits", "[train]"))
     figures = json.loads((project / "runs/small/summary.json").read_text())["precompute"]
-    assert {split: told["rows"] for split, told in figures.items()} == {"val": 12, "train": 40}
+    assert {split: saved["rows"] for split, saved in figures.items()} == {"val": 12, "train": 40}
     with pytest.raises(UserError, match=r"cache.splits is \[val\], but data.val is not set"):
         siglit.precompute(parse("precompute", "--cache.splits", "[val]", "--data.val", "null"))
 
@@ -303,7 +303,7 @@ def test_a_row_that_float16_cannot_hold_is_a_skipped_image(experiment, project, 
 
 
 def test_a_key_in_two_tars_ends_the_run_at_the_second(experiment, project):
-    """Also where an earlier run committed the first; once the tar is as it should be, the run goes on."""
+    """Also where an earlier run committed the first; once the tar is fixed, the run completes."""
 
     def write_tar(number, *keys):
         with tarfile.open(project / f"{number}.tar", "w") as tar:
@@ -315,16 +315,16 @@ def test_a_key_in_two_tars_ends_the_run_at_the_second(experiment, project):
     for number, keys in enumerate(["ab", "c", "da"]):
         write_tar(number, *keys)
     words = ["--data.train.format", "webdataset", "--data.train.path", "[012].tar", "--cache.splits", "[train]"]
-    asked = parse("precompute", *words, "--data.workers", "0")
+    experiment = parse("precompute", *words, "--data.workers", "0")
     for _ in range(2):
         with pytest.raises(CacheError, match=r"'a' is in row 0 of shard-000000\.h5 and in row 1 of shard-000002\.h5"):
-            siglit.precompute(asked)
+            siglit.precompute(experiment)
         assert sorted(path.name for path in Path("cache/small/train").glob("*")) == [
             "shard-000000.h5",
             "shard-000001.h5",
         ]
     write_tar(2, *"de")
-    assert siglit.precompute(asked).splits["train"].encoded_now == 2
+    assert siglit.precompute(experiment).splits["train"].encoded_now == 2
     assert list(EmbeddingCache("cache/small/train").keys) == list("abcde")
 
 
@@ -333,8 +333,8 @@ def test_where_all_images_are_missing_the_folder_is_named(experiment, project):
     with pytest.raises(UserError) as refused:
         siglit.precompute(parse("precompute", *words))
     assert str(refused.value) == (
-        f"there are no images in {project / 'nowhere'}: all 40 files listed in data.train are missing, the first is "
-        "'images/0000.png'; check data.train.images, then run with --cache.retry_skipped true"
+        f"there are no images in {project / 'nowhere'}: data.train lists 40 files, the first is 'images/0000.png', but "
+        "none exists; check data.train.images, then run with --cache.retry_skipped true"
     )
     siglit.precompute(parse("precompute", *words[2:], "--cache.retry_skipped", "true"))
     assert len(EmbeddingCache("cache/small/train")) == 40

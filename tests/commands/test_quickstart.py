@@ -64,7 +64,7 @@ def test_quickstart_from_the_wheel(wheel, tmp_path):
     assert str(ROOT) not in (folder / "experiment.yaml").read_text()
     again = quickstart(wheel, tmp_path, *FEW_STEPS)
     assert again.returncode == 0, again.stderr
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-P", "-m", "siglit", "search", "a red circle", "-c", "runs/quickstart/experiment.yaml"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(wheel)},
@@ -72,10 +72,10 @@ def test_quickstart_from_the_wheel(wheel, tmp_path):
         text=True,
         check=True,
     )
-    assert "val/0" in found.stdout
+    assert "val/0" in done.stdout
 
 
-def test_quickstart_leaves_figures_and_a_picture(tmp_path, monkeypatch):
+def test_quickstart_writes_results_and_a_picture(tmp_path, monkeypatch):
     """All of its way, on a few images and in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage, "_TRAIN_IMAGES", 300)
@@ -86,7 +86,7 @@ def test_quickstart_leaves_figures_and_a_picture(tmp_path, monkeypatch):
         assert picture.size[0] > 800
 
 
-def test_what_somebody_has_is_not_overwritten(tmp_path):
+def test_existing_files_are_not_overwritten(tmp_path):
     """Weights that are there stay as they are, and a set of another format gets no images drawn into it."""
     weights = tmp_path / "mine.safetensors"
     weights.write_bytes(b"mine")

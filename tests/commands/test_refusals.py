@@ -43,7 +43,7 @@ class TestFolders:
         assert folders(project) == ["images"]
 
     @pytest.mark.parametrize("error", [UserError("no"), CacheError("no"), OSError(28, "full"), RuntimeError("bug")])
-    def test_what_was_there_or_holds_a_file_stays(self, error, base, monkeypatch):
+    def test_existing_folders_and_folders_with_files_stay(self, error, base, monkeypatch):
         (base / "runs/small/mine").mkdir(parents=True)
         (base / "cache").mkdir()
 
@@ -76,10 +76,10 @@ class TestFolders:
     [
         (("--train.nodes", "2"), "train.nodes is 2, but quickstart runs on one machine"),
         (("--cache.nodes", "2"), "cache.nodes is 2, but quickstart runs on one machine"),
-        (("--train.batch_size", "9000"), "train.batch_size 9000 is larger than the 8000 images of data.train"),
+        (("--train.batch_size", "9000"), "train.batch_size 9000 is larger than the 8,000 images of data.train"),
         (("--train.devices", "7"), "cannot be shared evenly by 7 devices"),
         (("--mode", "scratch"), "mode is scratch, but quickstart runs locked training"),
-        (("--optim.warmup_steps", "999999"), "a warm-up of 999999 steps"),
+        (("--optim.warmup_steps", "999999"), "a warm-up of 999,999 steps"),
         (("--train.steps", "3", "--train.epochs", "2"), "say how long to train"),
     ],
 )
@@ -96,11 +96,11 @@ class TestPlan:
         """Whether the number of images is given or counted."""
         words, images = (["--rows", "30"], 30) if command == "rows" else ([], 40)
         options = ["--train.batch_size", "64", "--train.steps", "null", "--train.epochs", "3"]
-        told = fails(capsys, "plan", "-c", "experiment.yaml", *options, *words)
-        assert f"train.batch_size 64 is larger than the {images} images of data.train; lower it to {images}" in told
+        error = fails(capsys, "plan", "-c", "experiment.yaml", *options, *words)
+        assert f"train.batch_size 64 is larger than the {images} images of data.train; lower it to {images}" in error
 
     @pytest.mark.parametrize(
-        ("seconds", "told"),
+        ("seconds", "expected"),
         [
             (0.3, "0.3 s"),
             (23.24, "23.2 s"),
@@ -113,18 +113,18 @@ class TestPlan:
             (3081.2 * 86_400, "3,081 days"),
         ],
     )
-    def test_time_has_a_unit_that_fits(self, seconds, told):
-        assert plan._duration(seconds) == told
+    def test_time_has_a_unit_that_fits(self, seconds, expected):
+        assert plan._duration(seconds) == expected
 
-    def test_a_short_training_is_told_in_seconds(self, experiment, capsys):
-        told = str(siglit.plan(experiment, rows=400, examples_per_second=4))
-        assert re.search(r"^time +about 24 s on 1 device$", told, re.MULTILINE)
+    def test_the_time_of_a_short_training_is_in_seconds(self, experiment, capsys):
+        expected = str(siglit.plan(experiment, rows=400, examples_per_second=4))
+        assert re.search(r"^time +about 24 s on 1 device$", expected, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     "content", [b"garbage", b"", b"PK\x03\x04 cut off", {"weights": 1}, {"siglit": {"mode": 1}}, 3]
 )
-def test_garbage_for_a_checkpoint_is_told_in_our_words(content, experiment, project, monkeypatch):
+def test_garbage_for_a_checkpoint_is_refused_by_name(content, experiment, project, monkeypatch):
     monkeypatch.setattr(trained, "open_cache", lambda *_: None)
     path = project / "garbage.ckpt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -133,7 +133,7 @@ def test_garbage_for_a_checkpoint_is_told_in_our_words(content, experiment, proj
         siglit.eval_retrieval(parse("eval-retrieval", "--eval.checkpoint", "garbage.ckpt"))
 
 
-def test_a_checkpoint_that_may_not_be_read_is_told_as_that(experiment, project, monkeypatch, capsys):
+def test_a_checkpoint_without_read_permission_is_reported_as_that(experiment, project, monkeypatch, capsys):
     monkeypatch.setattr(trained, "open_cache", lambda *_: None)
     (project / "mine.ckpt").write_bytes(b"")
 

@@ -90,7 +90,7 @@ def write(run, stem, value):
 
 
 def fill(run):
-    """Results of the evaluations that the tiny run has not made itself."""
+    """Results of the evaluations that were not run on the tiny run."""
     retrieval = json.loads((run / "retrieval.json").read_text())
     write(run, "retrieval-xm", retrieval | {"by_language": BY_LANGUAGE})
     write(run, "zeroshot-tiny", ZEROSHOT)
@@ -199,7 +199,7 @@ def test_a_run_that_has_just_begun_has_no_curves(run):
     assert any("no rows yet" in data for data in outline.texts)
 
 
-def test_where_there_is_no_run_it_is_said(run):
+def test_a_folder_without_a_run_is_refused(run):
     with pytest.raises(UserError, match="there is no run in runs/none; run `siglit train`"):
         page("--output_dir", "runs/none")
     assert not (run.parent / "none").exists()

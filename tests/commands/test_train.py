@@ -1,4 +1,4 @@
-"""Training: two devices are one, a resumed run goes on, and what does not fit is said before anything is lost."""
+"""Training: two devices train like one, a run can be resumed, and what does not fit is refused before work is lost."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from siglit.models.image_tower import ImageEncoder
 from siglit.models.text_tower import TextTower
 from siglit.runs.launch import check_slurm_tasks
 from siglit.runs.trained import open_trained
-from siglit.training import module as lightning_module
+from siglit.training import module as training_module
 from siglit.training.callbacks import TrainProgress
 from siglit.training.module import SigLiT
 from tests.conftest import parse, run_siglit
@@ -38,11 +38,11 @@ def losses(folder):
         return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")}
 
 
-def test_training_learns_and_leaves_what_it_promises(cached, project):
+def test_training_lowers_the_loss_and_writes_its_files(cached, project):
     result = siglit.train(parse("train", "--train.steps", "60", "--train.val_every", "30"))
     folder = project / "runs/small"
-    seen = losses(folder)
-    assert seen[59] < 0.5 * seen[1]
+    curve = losses(folder)
+    assert curve[59] < 0.5 * curve[1]
     assert result.steps == 60
     assert result.examples_seen == 960
     assert {"train/loss", "val/text_to_image/R@1", "val/image_to_text/R@10"} <= set(result.metrics)
@@ -92,16 +92,16 @@ def test_two_devices_train_like_one(project):
 
 
 def test_only_steps_that_are_logged_are_summed_up(cached, monkeypatch):
-    asked = []
-    real = lightning_module.sigmoid_loss
-    told = lambda *a, **k: (asked.append(k["statistics"] is not None), real(*a, **k))[1]  # noqa: E731
-    monkeypatch.setattr(lightning_module, "sigmoid_loss", told)
+    requested = []
+    real = training_module.sigmoid_loss
+    recorded = lambda *a, **k: (requested.append(k["statistics"] is not None), real(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(training_module, "sigmoid_loss", recorded)
     siglit.train(cached)
-    assert asked == [False, True] * 3
+    assert requested == [False, True] * 3
 
 
 def gradients(experiment, batch):
-    """{name: gradient} of one step of the module in float64, without a trainer's optimiser."""
+    """{name: gradient} of one step of the module in float64, without a trainer's optimizer."""
     torch.manual_seed(0)
     module = SigLiT(experiment, 100)
     module.image_tower = ImageEncoder(None, width=16, head=None)
@@ -147,12 +147,12 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(project, monkeypatc
 def test_a_shared_caption_is_a_negative_unless_it_is_to_be_left_out(project, monkeypatch, batch):
     """Rows 2 and 5 have the same text; `drop` removes just their two pairs from the gradient of the bias."""
     monkeypatch.chdir(project)
-    found = {}
+    grads = {}
     for treatment in ("negative", "drop", "positive"):
-        found[treatment] = gradients(parse("train", "--loss.ambiguous", treatment), batch)["logit_bias"] * 12
-    removed = found["negative"] - found["drop"]
+        grads[treatment] = gradients(parse("train", "--loss.ambiguous", treatment), batch)["logit_bias"] * 12
+    removed = grads["negative"] - grads["drop"]
     assert 0 < removed < 2
-    torch.testing.assert_close(found["positive"], found["negative"] - 2)
+    torch.testing.assert_close(grads["positive"], grads["negative"] - 2)
 
 
 def test_gradients_of_several_batches_are_not_added_up(cached, monkeypatch):
@@ -214,12 +214,12 @@ def test_a_resumed_run_equals_an_undisturbed_one(cached, project, monkeypatch):
     assert losses(project / "runs/broken") == losses(project / "runs/whole")
 
 
-def test_the_shuffle_is_chosen_once_said_once_and_kept(cached, project, monkeypatch, capsys):
+def test_the_shuffle_is_chosen_once_logged_once_and_kept(cached, project, monkeypatch, capsys):
     """Too little memory: blocks. More of it when the run is resumed: still blocks."""
     monkeypatch.setattr(shuffle, "free_memory", lambda: 7000)
     siglit.train(parse("train", "--train.steps", "3", "--train.val_every", "1"))
-    said = [line for line in capsys.readouterr().err.splitlines() if "shuffling" in line]
-    assert said == ["shuffling blocks (train.shuffle auto; 0.00 GB of embeddings, 0.0 GB of memory free)"]
+    messages = [line for line in capsys.readouterr().err.splitlines() if "shuffling" in line]
+    assert messages == ["shuffling blocks (train.shuffle auto; 0.00 GB of embeddings, 0.0 GB of memory free)"]
     monkeypatch.undo()
     monkeypatch.chdir(project)
     siglit.train(parse("train", "--train.steps", "6", "--train.val_every", "1", *RESUMED))
@@ -241,12 +241,12 @@ def test_a_run_is_not_resumed_as_another(trained):
 
 
 @pytest.mark.parametrize(
-    "asked", [("--optim.lr", "0.3"), ("--optim.weight_decay", "0.3"), ("--optim.betas", "[0.1, 0.2]")]
+    "changed", [("--optim.lr", "0.3"), ("--optim.weight_decay", "0.3"), ("--optim.betas", "[0.1, 0.2]")]
 )
-def test_a_resumed_run_takes_the_rate_that_is_asked_for_now(cached, project, asked):
-    """As one does after a loss that is not finite: the weights move otherwise than under the checkpoint's numbers."""
+def test_a_resumed_run_uses_the_new_hyperparameters(cached, project, changed):
+    """Needed after a loss that is not finite: the weights then move otherwise than with the checkpoint's values."""
     usual = ["--optim.schedule", "constant", "--train.val_every", "3"]
-    for folder, words in (("same", []), ("other", asked)):
+    for folder, words in (("same", []), ("other", changed)):
         siglit.train(parse("train", *usual, "--output_dir", folder, "--train.steps", "3"))
         siglit.train(parse("train", *usual, *words, "--output_dir", folder, *RESUMED))
     same, other = weights(project / "same"), weights(project / "other")
@@ -254,7 +254,7 @@ def test_a_resumed_run_takes_the_rate_that_is_asked_for_now(cached, project, ask
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--optim.name", "lion"], "optimizer adamw, but the experiment has lion"),
         (["--optim.name", "adafactor"], "optimizer adamw, but the experiment has adafactor"),
@@ -263,8 +263,8 @@ def test_a_resumed_run_takes_the_rate_that_is_asked_for_now(cached, project, ask
         (["--tokenizer.length", "9"], "built_for.length 8, but the experiment has 9"),
     ],
 )
-def test_momentum_is_not_taken_for_what_it_is_not(trained, words, told):
-    with pytest.raises(UserError, match=f"cannot resume.*{told}") as error:
+def test_a_checkpoint_of_another_optimizer_or_model_is_refused(trained, words, message):
+    with pytest.raises(UserError, match=f"cannot resume.*{message}") as error:
         siglit.train(parse("train", *RESUMED, "--train.steps", "8", *words))
     assert len(str(error.value)) < 300
 
@@ -280,7 +280,7 @@ def test_training_on_another_towers_cache_names_the_field(cached):
 
 
 def test_training_on_other_weights_is_noticed(cached, project, tower_weights):
-    """The weights file is compared by content where it is there, and not asked for where it is not."""
+    """The weights file is compared by content where it exists, and not needed where it does not."""
     other = project / "other.safetensors"
     other.write_bytes(tower_weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match="weights_file"):
@@ -289,7 +289,7 @@ def test_training_on_other_weights_is_noticed(cached, project, tower_weights):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--train.batch_size", "64"], "train.batch_size 64 is larger than the 40 images of data.train"),
         (["--train.epochs", "2"], "one of train.steps, train.examples and train.epochs"),
@@ -299,12 +299,12 @@ def test_training_on_other_weights_is_noticed(cached, project, tower_weights):
         (["--train.loggers", "[wandb]"], r"pip install 'siglit\[wandb\]'"),
     ],
 )
-def test_settings_that_cannot_work_are_told(cached, words, told):
-    with pytest.raises(UserError, match=told):
+def test_settings_that_cannot_work_are_refused(cached, words, message):
+    with pytest.raises(UserError, match=message):
         siglit.train(parse("train", *words))
 
 
-def test_the_tokenizer_of_other_settings_is_not_taken(trained):
+def test_the_tokenizer_of_other_settings_is_refused(trained):
     with pytest.raises(UserError, match="vocab_size 320"):
         siglit.train(parse("train", *RESUMED, "--tokenizer.vocab_size", "330"))
 
@@ -348,17 +348,17 @@ def test_search_finds_what_was_trained(cached, project):
         siglit.search(experiment, "  ")
 
 
-def test_languages_are_told_apart(tmp_path, monkeypatch, tower_weights, project):
+def test_languages_are_distinguished(tmp_path, monkeypatch, tower_weights, project):
     """An XM3600 set gives a table by language with the average."""
     monkeypatch.chdir(project)
     names = ("red", "green", "blue", "grey")
     german = dict(zip(names, ("rot", "grün", "blau", "grau"), strict=True))
     with (project / "captions.jsonl").open("w") as file:
         for n in range(40):
-            colour = names[n % 4]
-            record = {"image/key": f"{n:04d}", "image/locale": "en", "en": {"caption": [f"{colour} {n}"]}}
+            color = names[n % 4]
+            record = {"image/key": f"{n:04d}", "image/locale": "en", "en": {"caption": [f"{color} {n}"]}}
             if n < 30:
-                record["de"] = {"caption": [f"{german[colour]} {n}"]}
+                record["de"] = {"caption": [f"{german[color]} {n}"]}
             file.write(json.dumps(record) + "\n")
     words = ["--data.train.format", "xm3600", "--data.train.path", "captions.jsonl", "--eval.split", "train"]
     experiment = parse("train", *words, "--data.val", "null")
@@ -372,7 +372,7 @@ def test_languages_are_told_apart(tmp_path, monkeypatch, tower_weights, project)
     assert "average" in str(result)
 
 
-def test_a_locked_run_is_not_gone_on_with_on_another_cache(cached, project):
+def test_a_locked_run_is_not_resumed_on_another_cache(cached, project):
     """Of the same tower and as many images: only the digest tells them apart. A cache that was moved is the same."""
     siglit.train(parse("train", "--train.steps", "2"))
     images = project / "images"
@@ -387,7 +387,7 @@ def test_a_locked_run_is_not_gone_on_with_on_another_cache(cached, project):
     assert siglit.train(parse("train", *words, "--cache.path", "cache/moved")).steps == 4
 
 
-def test_a_checkpoint_that_does_not_record_its_cache_is_gone_on_with(cached, project, capsys):
+def test_a_checkpoint_that_does_not_record_its_cache_is_resumed(cached, project, capsys):
     siglit.train(parse("train", "--train.steps", "2"))
     path = project / "runs/small/checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
@@ -396,8 +396,8 @@ def test_a_checkpoint_that_does_not_record_its_cache_is_gone_on_with(cached, pro
     assert len(loader.pop("cache.digest")) == 32
     torch.save(checkpoint, path)
     assert siglit.train(parse("train", "--train.steps", "4", *RESUMED)).steps == 4
-    told = "the checkpoint does not record the cache it was trained on; assuming that it is cache/small/train\n"
-    assert told in capsys.readouterr().err
+    message = "the checkpoint does not record the cache it was trained on; assuming that it is cache/small/train\n"
+    assert message in capsys.readouterr().err
 
 
 def test_the_last_line_of_progress_shows_the_last_validation(cached, project, capsys, monkeypatch):
@@ -417,7 +417,7 @@ SLURM = {"SLURM_JOB_NAME": "job", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SL
 
 
 @pytest.mark.parametrize(
-    ("tasks", "words", "told"),
+    ("tasks", "words", "message"),
     [
         (
             {"NTASKS": "2"},
@@ -429,11 +429,11 @@ SLURM = {"SLURM_JOB_NAME": "job", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SL
         ({"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2"}, [], "--nodes 2, but train.devices is 1 and train.no"),
     ],
 )
-def test_tasks_of_slurm_that_do_not_fit_the_devices_are_refused(experiment, monkeypatch, tasks, words, told):
+def test_tasks_of_slurm_that_do_not_fit_the_devices_are_refused(experiment, monkeypatch, tasks, words, message):
     """Before anything is read: there is no cache yet."""
     for name, value in {**SLURM, **{f"SLURM_{k}": v for k, v in tasks.items()}}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         siglit.train(parse("train", *words))
     assert re.search(r"start the job with --nodes \d --ntasks-per-node \d", str(error.value))
     assert "\n" not in str(error.value)
@@ -445,7 +445,7 @@ def test_one_task_of_slurm_for_one_device_trains(cached, monkeypatch):
     assert siglit.train(cached).steps == 6
 
 
-def test_a_batch_larger_than_the_data_is_said_before_the_schedule(cached):
+def test_a_batch_larger_than_the_data_is_refused_before_the_schedule(cached):
     """It comes to no step of an epoch, into which no warm-up fits."""
     words = ["--train.steps", "null", "--train.epochs", "3", "--train.batch_size", "64"]
     for stage in (siglit.train, siglit.dry_run):
@@ -453,7 +453,7 @@ def test_a_batch_larger_than_the_data_is_said_before_the_schedule(cached):
             stage(parse("train", *words))
 
 
-def test_what_torchrun_starts_within_a_job_of_slurm_trains(cached, monkeypatch):
+def test_torchrun_within_a_slurm_job_trains(cached, monkeypatch):
     """One task of SLURM for each machine, whose torchrun starts a rank for each device."""
     torchrun = {"TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
     for name, value in {**SLURM, **torchrun, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}.items():

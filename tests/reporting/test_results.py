@@ -37,7 +37,7 @@ def results(classed_run, tmp_path_factory):
         shutil.copy("runs/small/tokenizer.json", folder)
         words = ("--output_dir", str(folder))
         siglit.eval_retrieval(parse("eval-retrieval", *words, "--eval.folds", "2", "--eval.index", "Flat"))
-        siglit.eval_zeroshot(parse("eval-zeroshot", *words, "--eval.classes", "colours.json"))
+        siglit.eval_zeroshot(parse("eval-zeroshot", *words, "--eval.classes", "colors.json"))
         siglit.eval_fewshot(parse("eval-fewshot", *words, "--eval.shots", "[1]", "--eval.seeds", "2"))
         siglit.eval_probe(parse("eval-probe", *words))
         siglit.eval_logits(parse("eval-logits", *words))

@@ -14,7 +14,7 @@ from siglit.runs.launch import check_batch_fits
     [
         (TrainConfig(batch_size=401), 400, "lower it to 400 or less"),
         (TrainConfig(batch_size=512, devices=4, nodes=4), 410, "lower it to 400 or less"),
-        (TrainConfig(batch_size=16, devices=8), 7, "8 devices need at least 8 images"),
+        (TrainConfig(batch_size=16, devices=8), 7, "data.train needs at least 8 images, one per device"),
     ],
 )
 def test_a_batch_larger_than_the_data_is_refused(train, images, advice):

@@ -1,4 +1,4 @@
-"""A cache is the one that the experiment asks for: reduced decoding and weights are compared, versions are not."""
+"""Whether a cache matches the experiment: reduced decoding and weights are compared, versions are not."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ TRAIN = ("--cache.splits", "[train]", "--data.workers", "0")
 
 
 def change_index(change):
-    """Change the fingerprint in index.json, as if another siglit had made the cache."""
+    """Change the fingerprint in index.json, as if another siglit had written the cache."""
     path = Path("cache/small/train/index.json")
     index = json.loads(path.read_text())
     change(index["fingerprint"]["image_tower"])
@@ -37,7 +37,7 @@ def test_training_and_evaluation_compare_how_jpegs_were_decoded(experiment):
 
 
 def test_weights_of_a_file_are_not_those_of_the_name(experiment):
-    """A cache that was made of a weights file is none for an experiment that names no file, and the other way round."""
+    """A cache made with a weights file does not match an experiment without one, and the other way round."""
     siglit.precompute(parse("precompute", *TRAIN))
     named = replace(experiment, image_tower=replace(experiment.image_tower, weights=None))
     with pytest.raises(UserError, match=r"image_tower\.weights_file is '\w{32}', expected None"):

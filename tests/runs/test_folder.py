@@ -47,7 +47,7 @@ class TestTokenizer:
             train_tokenizer(experiment)
 
     def test_the_default_case_is_the_case_that_was_written(self, tmp_path):
-        """A tokenizer that was trained with lower case named is the one that the default asks for."""
+        """A tokenizer trained with lowercase set to true matches the default."""
         small = TokenizerConfig(vocab_size=300)
         path = ensure(experiment_of(tmp_path, tokenizer=replace(small, lowercase=True)), ["a red dog"])
         assert ensure(experiment_of(tmp_path, tokenizer=small), ["another"]) == path
@@ -56,7 +56,7 @@ class TestTokenizer:
 
 
 class ThreeRows:
-    """As much of a cache as an evaluation asks of it."""
+    """The part of a cache that an evaluation uses."""
 
     fingerprint, path, dim, digest = {"image_tower": {"model": "vit"}}, "cache", 20, "0" * 32
 
@@ -108,7 +108,7 @@ def test_a_run_is_loaded_without_the_weights_it_started_from(tmp_path, monkeypat
     assert torch.equal(text.tower(ids), tower.eval()(ids))
 
 
-def test_a_vocabulary_that_came_out_smaller_is_said_and_recorded(tmp_path, capsys):
+def test_a_vocabulary_that_came_out_smaller_is_reported_and_recorded(tmp_path, capsys):
     """Once, where it is trained; a note of an earlier version, which has no such key, is as good."""
     experiment = experiment_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=32_000))
     path = ensure(experiment, ["a red circle", "a blue square"])
@@ -117,14 +117,14 @@ def test_a_vocabulary_that_came_out_smaller_is_said_and_recorded(tmp_path, capsy
         f"{path} has {pieces:,} pieces, fewer than tokenizer.vocab_size 32,000: the captions do not support more\n"
     )
     note = tmp_path / "run" / "tokenizer.json"
-    said = json.loads(note.read_text())
-    assert (said["vocab_size"], said.pop("actual_vocab_size")) == (32_000, pieces)
-    note.write_text(json.dumps(said))
+    saved = json.loads(note.read_text())
+    assert (saved["vocab_size"], saved.pop("actual_vocab_size")) == (32_000, pieces)
+    note.write_text(json.dumps(saved))
     assert ensure(experiment, []) == path
     assert capsys.readouterr().err == ""
 
 
-def test_a_vocabulary_as_large_as_it_should_be_is_not_spoken_of(tmp_path, capsys):
+def test_a_vocabulary_of_the_requested_size_is_not_mentioned(tmp_path, capsys):
     experiment = experiment_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=275))
     ensure(experiment, ["a red circle and a blue square"])
     assert json.loads((tmp_path / "run" / "tokenizer.json").read_text())["actual_vocab_size"] == 275

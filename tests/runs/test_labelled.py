@@ -11,7 +11,7 @@ from siglit.runs.labelled import open_splits
 
 
 def cache(labels, path="cache/x", classes=None, tower="vit"):
-    """As much of a cache as is asked of it."""
+    """The part of a cache that is used."""
     source = {"format": "class_folders"} | ({"classes": classes} if classes else {})
     return SimpleNamespace(
         labels=None if labels is None else np.array(labels, np.int64),
@@ -36,7 +36,7 @@ def test_classes_are_numbered_through_and_images_without_one_left_out(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("train", "val", "told"),
+    ("train", "val", "message"),
     [
         (cache([0, 1]), cache(None), r"has no labels to evaluate with; set data.val.label_column"),
         (cache([-1, -1]), cache([0, 1]), r"has no labels to evaluate with; set data.train.label_column"),
@@ -46,8 +46,8 @@ def test_classes_are_numbered_through_and_images_without_one_left_out(monkeypatc
         (cache([0, 1], classes=["a", "c"]), cache([0, 1], classes=["a", "b"]), "different class folders.*'b'"),
     ],
 )
-def test_splits_that_do_not_fit_each_other(monkeypatch, train, val, told):
-    with pytest.raises(UserError, match=told):
+def test_splits_that_do_not_fit_each_other(monkeypatch, train, val, message):
+    with pytest.raises(UserError, match=message):
         opened(monkeypatch, train, val)
 
 

@@ -42,27 +42,29 @@ def assert_equal(folder, whole):
 @pytest.mark.slow
 def test_two_restarts_with_other_numbers_of_processes_give_the_same_cache(project, whole):
     """4 processes are killed amid their work, then 3 are, and 1 finishes."""
-    there = 0
-    for devices, wanted in ((4, 8), (3, 24)):
+    before = 0
+    for devices, shards in ((4, 8), (3, 24)):
         process = start(project, "killed", "--cache.devices", str(devices))
-        wait_until_committed(project / "killed", wanted, process)
+        wait_until_committed(project / "killed", shards, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        assert there < committed(project / "killed") < committed(whole)
-        there = committed(project / "killed")
-    told = siglit.precompute(parse("precompute", "--cache.path", "killed"))
-    assert sum(split.encoded_now for split in told.splits.values()) == committed(whole) - 2 - there
+        assert before < committed(project / "killed") < committed(whole)
+        before = committed(project / "killed")
+    result = siglit.precompute(parse("precompute", "--cache.path", "killed"))
+    assert sum(split.encoded_now for split in result.splits.values()) == committed(whole) - 2 - before
     assert_equal(project / "killed", whole)
 
 
 @pytest.mark.slow
 def test_two_nodes_of_two_processes_give_the_same_cache(project, whole):
-    """Launched as in cache/README.md, on shards of which some are there: 4 processes go on where 1 stopped."""
+    """Launched as in cache/README.md, where some shards are committed: 4 processes continue where 1 stopped."""
     siglit.precompute(parse("precompute", "--cache.path", "four"))
     for name in ("index.json", *(f"shard-{number:06d}.h5" for number in range(1, 40, 3))):
         (project / "four/train" / name).unlink()
-    told = on_two_nodes(project, 2, "precompute", "--cache.path", "four", "--cache.nodes", "2", "--cache.devices", "2")
-    assert "train: 40 rows in four/train, 13 encoded now" in told
+    output = on_two_nodes(
+        project, 2, "precompute", "--cache.path", "four", "--cache.nodes", "2", "--cache.devices", "2"
+    )
+    assert "train: 40 rows in four/train, 13 encoded now" in output
     assert_equal(project / "four", whole)
 
 
@@ -70,8 +72,8 @@ def test_two_nodes_of_two_processes_give_the_same_cache(project, whole):
 def test_two_nodes_train_like_one_process(project, whole):
     words = ["--cache.path", "whole", "--train.steps", "6", "--train.log_every", "1"]
     alone = siglit.train(parse("train", *words, "--output_dir", "runs/one"))
-    told = on_two_nodes(project, 1, "train", *words, "--output_dir", "runs/two", "--train.nodes", "2")
-    assert "6 steps" in told
+    output = on_two_nodes(project, 1, "train", *words, "--output_dir", "runs/two", "--train.nodes", "2")
+    assert "6 steps" in output
     for step in zip(losses(project / "runs/one"), losses(project / "runs/two"), strict=True):
         assert step[1] == pytest.approx(step[0], rel=1e-4)
     assert alone.steps == len(losses(project / "runs/two")) == 6
@@ -80,7 +82,7 @@ def test_two_nodes_train_like_one_process(project, whole):
 @pytest.mark.parametrize(
     ("stage", "command", "field"), [(siglit.precompute, "precompute", "cache"), (siglit.train, "train", "train")]
 )
-def test_machines_that_nobody_introduced_are_refused(project, monkeypatch, stage, command, field):
+def test_several_machines_without_a_launcher_are_refused(project, monkeypatch, stage, command, field):
     monkeypatch.chdir(project)
     monkeypatch.delenv("MASTER_ADDR", raising=False)  # Lightning leaves it after a run of several processes
     with pytest.raises(UserError, match=rf"^{field}.nodes is 2, but .*torchrun --nnodes 2"):
@@ -114,9 +116,9 @@ def on_two_nodes(project, devices, *words):
         for node in range(2)
     ]
     try:
-        told = [node.communicate(timeout=120)[0] for node in nodes]
+        outputs = [node.communicate(timeout=120)[0] for node in nodes]
     finally:
         for node in nodes:
             node.terminate()  # the launcher takes its own with it
-    assert [node.returncode for node in nodes] == [0, 0], told
-    return told[0]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    return outputs[0]

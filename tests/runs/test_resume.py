@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -19,7 +19,7 @@ import yaml
 import siglit
 from siglit.cli import main
 from siglit.commands import train as training
-from siglit.config import Experiment
+from siglit.config import DataConfig, Experiment, ImageTowerConfig, OptimConfig, SourceSpec, TrainConfig
 from siglit.errors import UserError
 from siglit.runs import folder, resume
 from siglit.training.module import SigLiT
@@ -28,7 +28,7 @@ from tests.conftest import parse
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, prepared):
-    """A project with caches and a run of three steps that the command made; each test works in a copy."""
+    """A project with caches and a run of three steps by the command; each test works in a copy."""
     folder = shutil.copytree(prepared, tmp_path_factory.mktemp("resuming") / "copy")
     shutil.rmtree(folder / "runs")
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +53,7 @@ def command(*words):
 
 
 def content(folder):
-    """{file: bytes} of what a run leaves."""
+    """{file: bytes} of a run's folder."""
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -72,7 +72,7 @@ def test_a_change_of_the_curve_is_listed_and_refused(run, capsys):
 
 
 def test_a_change_that_is_accepted_keeps_the_earlier_experiment(run, capsys):
-    """Twice; and what differs no more is not listed again."""
+    """Twice; a field that no longer differs is not listed again."""
     first = (run / "experiment.yaml").read_bytes()
     changed = ["--resume", "--train.resume_changed", "true", "--optim.lr", "5e-4", "--train.steps", "5"]
     assert command(*changed) == 0
@@ -88,8 +88,8 @@ def test_a_change_that_is_accepted_keeps_the_earlier_experiment(run, capsys):
     assert not list(run.rglob("*.tmp*"))
 
 
-def test_the_same_experiment_is_resumed_without_a_word(run, capsys, monkeypatch):
-    """By hand, and where SLURM has started it again without --resume."""
+def test_the_same_experiment_is_resumed_without_a_message(run, capsys, monkeypatch):
+    """By hand, and where SLURM restarts it without --resume."""
     before = content(run)
     assert command("--train.steps", "3", "--resume") == 0
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -103,8 +103,8 @@ def test_other_names_and_places_are_listed_only(run, capsys):
     run.rename("runs/renamed")
     words = ["--train.steps", "3", "--resume", "--name", "renamed", "--cache.path", "cache/small"]
     assert command(*words, "--train.val_every", "1") == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "resuming" in line]
-    assert told == [
+    messages = [line for line in capsys.readouterr().err.splitlines() if "resuming" in line]
+    assert messages == [
         "resuming with name: small → renamed",
         "resuming with output_dir: runs/small → runs/renamed",
         "resuming with train.val_every: 3 → 1",
@@ -142,17 +142,17 @@ def test_an_older_run_is_compared_with_its_file(run, capsys):
     assert "resuming with train.steps: 3 → 5, which changes the training curve" in capsys.readouterr().err
 
 
-def test_a_record_that_is_not_yaml_is_told(run, capsys):
+def test_a_record_that_is_not_yaml_is_refused(run, capsys):
     forget(run)
     (run / "experiment.yaml").write_text("name: [unclosed\n")
     assert command("--train.steps", "3", "--resume") == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1
-    assert "runs/small/experiment.yaml is not YAML" in told[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "runs/small/experiment.yaml is not YAML" in lines[0]
 
 
 def test_an_edited_record_is_compared_with_what_was_trained(run, capsys):
-    """Going on from the run's own file, which is the most natural one to edit."""
+    """Resumed with the run's own file, which is the most natural one to edit."""
     path = run / "experiment.yaml"
     path.write_text(path.read_text().replace("lr: 0.003", "lr: 0.3"))
     with pytest.raises(SystemExit) as stop:
@@ -162,24 +162,38 @@ def test_an_edited_record_is_compared_with_what_was_trained(run, capsys):
 
 
 def test_a_change_is_accepted_once(run):
-    """Not by whoever takes up the file that the accepted run left."""
+    """Not by the file that the accepted run wrote."""
     assert command("--resume", "--train.resume_changed", "true", "--train.steps", "5") == 0
     kept = yaml.safe_load((run / "experiment.yaml").read_text())["train"]
     assert (kept["resume"], kept["resume_changed"]) == (False, False)
 
 
-def test_a_run_that_had_come_to_its_end_is_not_described_as_another(run):
+def test_the_record_of_a_complete_run_is_kept(run):
     before = (run / "experiment.yaml").read_bytes()
     assert command("--resume", "--train.resume_changed", "true", "--train.steps", "3", "--optim.lr", "9") == 0
     assert (run / "experiment.yaml").read_bytes() == before
 
 
-def test_a_file_of_somebodys_own_is_kept(run):
+def test_a_hand_written_experiment_file_is_kept(run):
     """A hand-written experiment may lie where the run's results go."""
     (run.parent / "new").mkdir()
     (run.parent / "new/experiment.yaml").write_text("# mine\n")
     assert command("--train.steps", "1", "--output_dir", "runs/new", "--optim.warmup_steps", "0") == 0
     assert (run.parent / "new/experiment.1.yaml").read_text() == "# mine\n"
+
+
+def test_a_record_reads_back_as_the_experiment(tmp_path):
+    """Every field of an experiment from Python, whose folder may be a Path; how the run began is left out."""
+    experiment = Experiment(
+        data=DataConfig(train=SourceSpec("csv", "a.csv", fold="0-8/10"), corrupt=["text"], corrupt_share=0.5),
+        image_tower=ImageTowerConfig(model_args={"depth": 2, "img_size": [32, 32]}, mean=[0.5, 0.4, 0.3]),
+        output_dir=tmp_path / "run",
+        optim=OptimConfig(lr=1e-5, betas=(0.8, 0.9)),
+        train=TrainConfig(examples="200M", resume=True, resume_changed=True),
+    )
+    resume.write_record(tmp_path, experiment)
+    started = replace(experiment, train=TrainConfig(examples="200M"))
+    assert siglit.load_experiment(tmp_path / "experiment.yaml") == started.with_default_folders()
 
 
 def test_all_ranks_are_refused_together(run, monkeypatch):
@@ -193,8 +207,8 @@ def test_all_ranks_are_refused_together(run, monkeypatch):
 def test_other_images_change_the_curve_where_images_are_decoded():
     for mode, changes in (("locked", False), ("unlocked", True), ("scratch", True)):
         now = {"mode": mode, "data": {"train": {"images": "b"}}}
-        (found,) = resume.differences({**now, "data": {"train": {"images": "a"}}}, now)
-        assert found.changes_curve == changes, mode
+        (difference,) = resume.differences({**now, "data": {"train": {"images": "a"}}}, now)
+        assert difference.changes_curve == changes, mode
 
 
 def test_counts_are_compared_by_what_they_mean():
@@ -202,15 +216,15 @@ def test_counts_are_compared_by_what_they_mean():
 
 
 def test_a_field_that_was_unset_is_compared():
-    """The command writes no null: what is not there was not set, unless it is newer than the file."""
+    """Unset fields are not written: a missing field was unset, unless it is newer than the file."""
     earlier = {"data": {"train": {"format": "csv", "path": "a.csv"}}, "train": {"steps": 3}}
     now = {
         "data": {"train": {"format": "csv", "path": "b.csv", "fold": "0/2"}, "val": {"format": "csv", "path": "v.csv"}},
         "image_tower": {"model_args": {"depth": 2}},
         "train": {"epochs": 2.0, "resume": True},
     }
-    found = {difference.field: difference.changes_curve for difference in resume.differences(earlier, now)}
-    assert found == {
+    changes = {difference.field: difference.changes_curve for difference in resume.differences(earlier, now)}
+    assert changes == {
         "data.train.path": False,
         "data.train.fold": True,
         "data.val.format": False,
@@ -232,7 +246,7 @@ def test_every_exception_is_a_field():
                     yield from names(kind, f"{prefix}{field.name}.")
 
     known = set(names(Experiment))
-    assert {name for several in resume._SAME_CURVE.values() for name in several} <= known
+    assert {name for names_of_reason in resume._SAME_CURVE.values() for name in names_of_reason} <= known
     assert set(resume._NOT_COMPARED) <= known
     for name in ("seed", "optim.lr", "train.steps", "train.batch_size", "data.random_crop", "loss.negatives"):
         assert resume.Difference(name, 1, 2).changes_curve, name
@@ -249,15 +263,15 @@ with exclusive(Path(sys.argv[1])):
 
 
 def test_a_second_training_in_a_run_folder_is_refused(run, capsys):
-    """It changes nothing there; once the first is gone, even by kill -9, the folder is free."""
+    """Nothing changes there; once the first process ends, even by kill -9, the folder is free."""
     first = subprocess.Popen([sys.executable, "-c", LOCK, str(run)], stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "held\n"
         before = content(run)
         words = ["--train.steps", "5", "--resume", "--train.resume_changed", "true"]
         assert command(*words) == 2
-        (told,) = capsys.readouterr().err.splitlines()
-        assert f"runs/small is being written by host {os.uname().nodename}, process {first.pid}" in told
+        (message,) = capsys.readouterr().err.splitlines()
+        assert f"runs/small is being written by host {os.uname().nodename}, process {first.pid}" in message
         assert content(run) == before
     finally:
         first.send_signal(signal.SIGKILL)
@@ -266,7 +280,7 @@ def test_a_second_training_in_a_run_folder_is_refused(run, capsys):
 
 
 def test_the_folder_is_held_from_before_the_first_file_to_after_the_last(run, monkeypatch):
-    """Tried from within: by what looks for checkpoints, by a step and by what writes the summary."""
+    """Tried from within: while looking for checkpoints, in a step, and while writing the summary."""
     tried = []
 
     def trying(real):
@@ -317,18 +331,18 @@ def files_of_at_most(size):
 
 
 @pytest.mark.parametrize(("name", "more"), [("checkpoints/last.ckpt", -100), ("metrics.csv", 10)])
-def test_a_full_disk_is_said_in_one_line_and_the_earlier_checkpoint_stays(run, capsys, monkeypatch, name, more):
+def test_a_full_disk_is_reported_in_one_line_and_the_earlier_checkpoint_stays(run, capsys, monkeypatch, name, more):
     monkeypatch.setattr(resume, "write_record", lambda *_: None)  # the record is larger than this metrics.csv
     last = (run / "checkpoints/last.ckpt").read_bytes()
     words = ["--train.steps", "5", "--resume", "--train.resume_changed", "true"]
     with files_of_at_most((run / name).stat().st_size + more):
         assert command(*words) == 1
-    said = capsys.readouterr().err
-    assert said.splitlines()[-1] == (
+    stderr = capsys.readouterr().err
+    assert stderr.splitlines()[-1] == (
         f"siglit: RuntimeError: runs/small/{name}: File too large; free some space, then add --resume to continue "
         "from the last checkpoint, which is intact (add --debug for the traceback)"
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     assert (run / "checkpoints/last.ckpt").read_bytes() == last
     assert not list(run.rglob("*.tmp*"))
     assert command(*words) == 0

@@ -1,4 +1,4 @@
-"""A checkpoint that gives no model is refused by name, before any figure is computed with it."""
+"""A checkpoint without a usable model is refused by name, before any metric is computed with it."""
 
 import math
 import shutil
@@ -14,7 +14,7 @@ from tests.conftest import parse
 
 @pytest.fixture
 def state(classed_run, tmp_path, monkeypatch):
-    """The checkpoint of a copy of the run, in which the test works; what a test changes in it is to be saved."""
+    """The checkpoint of a copy of the run, in which the test works; `save` writes it with the test's changes."""
     shutil.copytree(classed_run, tmp_path / "copy", ignore=shutil.ignore_patterns("images"))
     monkeypatch.chdir(tmp_path / "copy")
     return torch.load("runs/small/checkpoints/last.ckpt", map_location="cpu", weights_only=True)
@@ -28,7 +28,7 @@ def save(state):
 @pytest.mark.parametrize("part", ["text_tower.", "logit_bias", "log_scale"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_model_that_has_diverged_is_refused(state, part, value):
-    """Its texts are NaN, and a ranking by them has figures like any other."""
+    """Its texts are NaN, and a ranking by them has metrics like any other."""
     name = next(name for name in state["state_dict"] if name.startswith(part))
     state["state_dict"][name].view(-1)[0] = value
     with pytest.raises(UserError, match=rf"other.ckpt has weights that are not finite \({name}\).*metrics.csv"):
@@ -50,11 +50,11 @@ def test_what_is_not_the_text_tower_is_named(state):
         open_trained(save(state))
 
 
-def test_probabilities_of_a_large_scale_are_told_without_a_warning(state):
+def test_probabilities_of_a_large_scale_raise_no_warning(state):
     """A float32 exp overflows from 88 on, and the paper's own t of 117 goes beyond."""
     state["state_dict"]["log_scale"].fill_(math.log(2000.0))
     state["state_dict"]["logit_bias"].fill_(-1000.0)
-    found = siglit.search(save(state), "a red square")
-    for score, probability in zip(found.scores, found.probabilities, strict=True):
+    result = siglit.search(save(state), "a red square")
+    for score, probability in zip(result.scores, result.probabilities, strict=True):
         assert probability == pytest.approx(1 / (1 + math.exp(-min(700, 2000 * score - 1000))) if score > 0.2 else 0.0)
-    assert min(found.probabilities) < 1e-30
+    assert min(result.probabilities) < 1e-30

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, whenever the process is killed and whatever becomes of the bytes."""
+"""Checkpoint files: whole or absent, whenever the process is killed and however the bytes are damaged."""
 
 import os
 import random
@@ -36,14 +36,14 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, monke
     """Killed before or after each call that changes the folder; the next start finds step 2 or 3 and tidies up."""
     for step in (1, 2):
         write(tmp_path, step)
-    made = 0
+    done = 0
 
     def counted(real):
         def call(*words, **options):
-            nonlocal made
-            if made == calls:
+            nonlocal done
+            if done == calls:
                 os._exit(9)
-            made += 1
+            done += 1
             return real(*words, **options)
 
         return call
@@ -56,8 +56,8 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, monke
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 9
-    found = newest(tmp_path)
-    assert steps_taken(found) == (3 if calls == 4 else 2)
+    path = newest(tmp_path)
+    assert steps_taken(path) == (3 if calls == 4 else 2)
     assert prepare(tmp_path) == tmp_path / "last.ckpt"
     assert steps_taken(tmp_path / "last.ckpt") == (3 if calls == 4 else 2)
     assert not list(tmp_path.glob("*.tmp"))
@@ -87,14 +87,14 @@ def test_any_damage_to_the_content_is_noticed(tmp_path):
     assert noticed > 100
 
 
-def test_the_one_before_takes_the_place_of_a_damaged_one(tmp_path, capsys):
-    """The next save then does not push the good one out; one line says what was used."""
+def test_the_previous_checkpoint_replaces_a_damaged_last_one(tmp_path, capsys):
+    """The next save does not overwrite the good one; one line says which one is used."""
     for step in (1, 2):
         write(tmp_path, step)
     (tmp_path / "last.ckpt").write_bytes(b"PK\x03\x04")
     assert newest(tmp_path) == tmp_path / "previous.ckpt"
-    told = f"{tmp_path}/last.ckpt is damaged; previous.ckpt, the checkpoint before it, is used\n"
-    assert capsys.readouterr().err == told
+    message = f"{tmp_path}/last.ckpt is damaged; previous.ckpt, the checkpoint before it, is used\n"
+    assert capsys.readouterr().err == message
     prepare(tmp_path)
     assert steps(tmp_path) == {"last.ckpt": 1}
     write(tmp_path, 2)
@@ -104,9 +104,9 @@ def test_the_one_before_takes_the_place_of_a_damaged_one(tmp_path, capsys):
 def test_where_all_are_damaged_nothing_is_changed(tmp_path):
     for name in ("last.ckpt", "previous.ckpt"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UserError, match=r"last.ckpt and .*previous.ckpt are damaged and there is no other") as told:
+    with pytest.raises(UserError, match=r"last.ckpt and .*previous.ckpt are damaged and there is no other") as error:
         prepare(tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert len(list(tmp_path.iterdir())) == 2
     (tmp_path / "previous.ckpt").unlink()
     with pytest.raises(UserError, match=r"last.ckpt is damaged"):

@@ -1,4 +1,4 @@
-"""What siglit relies on in Lightning: each test fails where Lightning changes what one function reaches into."""
+"""What siglit relies on in Lightning: each test fails when Lightning changes what one function relies on."""
 
 import copy
 
@@ -115,7 +115,7 @@ def test_the_action_comes_before_each_batch():
     assert events == ["action", "batch"] * 3
 
 
-def test_validation_runs_after_the_step_that_asks_for_it():
+def test_validation_runs_after_the_step_that_requests_it():
     validated = []
 
     class Ask(pl.Callback):

@@ -34,8 +34,8 @@ def test_columns_may_come_later(tmp_path):
     ]
 
 
-def test_rows_after_the_step_to_go_on_from_are_dropped(tmp_path):
-    """They are made again; a row that a kill tore is one of them, whatever its step now looks like."""
+def test_rows_after_the_step_to_resume_from_are_dropped(tmp_path):
+    """They are logged again; a row that a kill cut short is dropped too, whatever its step looks like now."""
     path = tmp_path / "metrics.csv"
     log(MetricsTable(path), *range(13))
     path.write_bytes(path.read_bytes().rstrip() + b"\r\n1")
@@ -47,7 +47,7 @@ def test_rows_after_the_step_to_go_on_from_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("write", [lambda t: t.keep_first(2), lambda t: log(t, 2, val=1)])
-def test_a_kill_while_the_table_is_written_anew_loses_no_row(tmp_path, monkeypatch, write):
+def test_a_kill_while_the_table_is_rewritten_loses_no_row(tmp_path, monkeypatch, write):
     path = tmp_path / "metrics.csv"
     table = MetricsTable(path)
     log(table, 0, 1)

@@ -14,7 +14,7 @@ from siglit.runs.trained import open_trained
 from tests.commands.test_train import losses, weights
 from tests.conftest import parse, run_siglit
 
-LEARNT = ("unlocked", "scratch")
+TRAINED_MODES = ("unlocked", "scratch")
 
 
 def image_weights(folder):
@@ -22,16 +22,16 @@ def image_weights(folder):
     return {k.removeprefix(prefix): v for k, v in weights(folder).items() if k.startswith(prefix)}
 
 
-@pytest.mark.parametrize("mode", LEARNT)
+@pytest.mark.parametrize("mode", TRAINED_MODES)
 def test_a_trained_image_tower_is_what_is_evaluated(experiment, project, mode):
     """The rows that eval-retrieval searches in are the trained tower's, embedded once for each checkpoint."""
     experiment = parse("train", "--mode", mode, "--train.steps", "40")
     result = siglit.train(experiment)
     folder = project / "runs/small"
-    seen = losses(folder)
-    assert seen[39] < 0.7 * seen[1]
+    curve = losses(folder)
+    assert curve[39] < 0.7 * curve[1]
     assert result.metrics["val/text_to_image/R@1"] > 0
-    found = siglit.eval_retrieval(experiment)
+    evaluated = siglit.eval_retrieval(experiment)
     assert json.loads((folder / "retrieval.json").read_text())["images"] == 12
     trained = open_trained(experiment)
     tower = ImageTower(experiment.image_tower)
@@ -44,7 +44,7 @@ def test_a_trained_image_tower_is_what_is_evaluated(experiment, project, mode):
     with torch.inference_mode():
         rows = tower.eval()(pixels).numpy()
     np.testing.assert_allclose(cache.gather(np.arange(12)), rows, atol=2e-3)
-    assert found.metrics["text_to_image/R@1"] == pytest.approx(result.metrics["val/text_to_image/R@1"], abs=0.1)
+    assert evaluated.metrics["text_to_image/R@1"] == pytest.approx(result.metrics["val/text_to_image/R@1"], abs=0.1)
     assert siglit.search(experiment, "a red square").keys
     assert len(list((folder / "embeddings").iterdir())) == 1
 
@@ -53,7 +53,7 @@ def test_unlocked_starts_from_the_weights_and_scratch_does_not(experiment, proje
     from safetensors.torch import load_file
 
     start = load_file(tower_weights)["patch_embed.proj.weight"]
-    for mode in LEARNT:
+    for mode in TRAINED_MODES:
         siglit.train(
             parse(
                 "train",
@@ -69,8 +69,8 @@ def test_unlocked_starts_from_the_weights_and_scratch_does_not(experiment, proje
                 "0",
             )
         )
-        found = image_weights(project / "runs" / mode)["backbone.patch_embed.proj.weight"]
-        assert torch.equal(found, start) == (mode == "unlocked")
+        actual = image_weights(project / "runs" / mode)["backbone.patch_embed.proj.weight"]
+        assert torch.equal(actual, start) == (mode == "unlocked")
 
 
 @pytest.mark.slow
@@ -97,13 +97,13 @@ def test_a_head_on_locked_rows_is_trained_and_evaluated(cached, project):
     rows = torch.from_numpy(trained.cache.gather(np.arange(12))).float()
     expected = torch.nn.functional.normalize(rows @ head.T, dim=1)
     np.testing.assert_allclose(trained.zimg, expected.numpy(), atol=1e-6)
-    found = siglit.eval_retrieval(cached).metrics
-    assert found["text_to_image/R@1"] == pytest.approx(result.metrics["val/text_to_image/R@1"])
+    metrics = siglit.eval_retrieval(cached).metrics
+    assert metrics["text_to_image/R@1"] == pytest.approx(result.metrics["val/text_to_image/R@1"])
     with pytest.raises(UserError, match=r"image_tower.head 24"):
         siglit.eval_retrieval(parse("eval-retrieval"))
 
 
-def test_what_does_not_fit_a_mode_is_told(experiment, project):
+def test_what_does_not_fit_a_mode_is_refused(experiment, project):
     with pytest.raises(UserError, match="nothing to precompute"):
         siglit.precompute(parse("precompute", "--mode", "scratch"))
     words = ["--image_tower.pretrained", "false", "--image_tower.weights", "null"]
@@ -131,15 +131,15 @@ def test_noise_images_reach_training_on_a_cache(cached, project):
         siglit.train(parse("train", *words, *random, "--output_dir", "runs/other"))
 
 
-@pytest.mark.parametrize("mode", LEARNT)
+@pytest.mark.parametrize("mode", TRAINED_MODES)
 @pytest.mark.parametrize("listing", ["images/0040.png,", "train.csv,not an image"])
-def test_held_out_data_without_a_usable_pair_is_told(experiment, project, mode, listing):
+def test_held_out_data_without_a_usable_pair_is_refused(experiment, project, mode, listing):
     (project / "val.csv").write_text(f"filepath,title\n{listing}\n")
     with pytest.raises(UserError, match="val.csv has no usable image with a caption"):
         siglit.train(parse("train", "--mode", mode))
 
 
-def test_a_changed_listing_is_not_gone_on_with(experiment, project):
+def test_a_run_is_not_resumed_with_a_changed_listing(experiment, project):
     words = ["--mode", "unlocked", "--train.val_every", "3"]
     siglit.train(parse("train", *words))
     listing = (project / "train.csv").read_text()
@@ -150,7 +150,7 @@ def test_a_changed_listing_is_not_gone_on_with(experiment, project):
         )
 
 
-def test_images_that_cannot_be_used_are_told_of(experiment, project, capsys):
+def test_unusable_images_are_reported(experiment, project, capsys):
     (project / "images" / "0003.png").write_bytes(b"no image")
     siglit.train(parse("train", "--mode", "unlocked", "--data.max_skipped", "0.5"))
     assert "could not be used and were replaced by others: " in capsys.readouterr().err
@@ -159,6 +159,6 @@ def test_images_that_cannot_be_used_are_told_of(experiment, project, capsys):
 def test_a_run_is_evaluated_on_another_set_without_losing_the_first(experiment, project):
     siglit.train(parse("train", "--mode", "unlocked"))
     siglit.eval_retrieval(parse("eval-retrieval", "--mode", "unlocked"))
-    found = siglit.eval_retrieval(parse("eval-retrieval", "--mode", "unlocked", "--data.val.path", "train.csv"))
-    assert found.images == 40
+    evaluated = siglit.eval_retrieval(parse("eval-retrieval", "--mode", "unlocked", "--data.val.path", "train.csv"))
+    assert evaluated.images == 40
     assert len(list((project / "runs/small/embeddings").glob("*/val-*"))) == 2

@@ -293,7 +293,7 @@ def test_a_bad_cache_ends_the_command_with_one_line_and_no_bad_checkpoint(poison
 
 
 @pytest.mark.slow
-def test_two_devices_have_the_figures_of_one_and_stop_together(poisoned):
+def test_two_devices_have_the_metrics_of_one_and_stop_together(poisoned):
     words = ["--train.log_every", "1", "--data.val", "null"]
     with pytest.raises(RuntimeError, match="the loss is nan at step 2, .* and 13 more; "):
         siglit.train(parse("train", *words, "--output_dir", "runs/1"))

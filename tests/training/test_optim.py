@@ -1,4 +1,4 @@
-"""Groups and optimizers step as big_vision does; schedules and durations are what their formulas say."""
+"""Groups and optimizers step as big_vision does; schedules and durations follow their formulas."""
 
 import math
 
@@ -89,8 +89,8 @@ def test_pretrained_parameters_have_their_multiplier_and_decay_only_if_decay_pre
 
 def test_weight_decay_is_the_papers_whatever_the_learning_rate_and_the_multiplier():
     groups = parameter_groups(Model(), OptimConfig(lr=2e-3, weight_decay=0.1, decay_pretrained=True), MULTIPLIERS)
-    found = {group["name"]: (group["lr"], group["lr"] * group["weight_decay"]) for group in groups}
-    assert found == {
+    actual = {group["name"]: (group["lr"], group["lr"] * group["weight_decay"]) for group in groups}
+    assert actual == {
         "kernels": (2e-3, pytest.approx(0.1)),
         "no decay": (2e-3, 0),
         "pretrained kernels ×0.1": (pytest.approx(2e-4), pytest.approx(0.1)),
@@ -135,7 +135,7 @@ def bert():
     [
         # q, k, v, out, fc1 and fc2 of three layers, and the head.
         (tower(), 3 * 6 + 1),
-        # The table of a bottleneck is none, the map behind it is.
+        # The table of a bottleneck does not decay, its projection does.
         (nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 8, bias=False)), 1),
         # qkv, proj, fc1, fc2, the patches' projection, and q, kv, proj, fc1, fc2 of the MAP head.
         (vit(), 4 + 1 + 5),
@@ -152,8 +152,8 @@ def test_in_real_towers_the_matrices_decay_and_every_parameter_has_one_group(mod
     assert all(name.endswith("weight") for name in groups["kernels"])
     tables = {name for name, _ in model.named_parameters() if "embedding" in name or "wte" in name or "norm" in name}
     assert not groups["kernels"] & tables
-    found = [p for group in parameter_groups(model, OptimConfig(), {}) for p in group["params"]]
-    assert sorted(map(id, found)) == sorted(map(id, model.parameters()))
+    members = [p for group in parameter_groups(model, OptimConfig(), {}) for p in group["params"]]
+    assert sorted(map(id, members)) == sorted(map(id, model.parameters()))
 
 
 class Lion:
@@ -290,15 +290,15 @@ def test_lightning_clips_for_every_optimizer_in_mixed_precision(name, precision)
 @pytest.mark.parametrize("name", ["lion", "adamw", "adafactor"])
 def test_state_bytes_are_those_of_the_state_after_a_step(name):
     model, config = Model(), OptimConfig(name=name)
-    told = state_bytes(parameter_groups(model, config, MULTIPLIERS), config)
+    counted = state_bytes(parameter_groups(model, config, MULTIPLIERS), config)
     optimizer = build_optimizer(model, config, MULTIPLIERS)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     kept = [value for state in optimizer.state.values() for value in state.values()]
-    assert told == sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    assert counted == sum(tensor.numel() * tensor.element_size() for tensor in kept)
     trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    assert told / trained == pytest.approx({"lion": 1, "adamw": 2, "adafactor": 1.1}[name], abs=0.1)
+    assert counted / trained == pytest.approx({"lion": 1, "adamw": 2, "adafactor": 1.1}[name], abs=0.1)
 
 
 def values(total, batch_size=8, **config):
@@ -306,27 +306,27 @@ def values(total, batch_size=8, **config):
 
 
 def test_cosine_rises_in_a_line_and_falls_to_zero():
-    found = values(50, warmup_steps=10)
-    assert found[:11] == pytest.approx([step / 10 for step in range(11)])
-    assert found[10:] == pytest.approx([(1 + math.cos(math.pi * done / 40)) / 2 for done in range(41)])
-    assert (found[0], found[10], found[30], found[50]) == pytest.approx((0, 1, 0.5, 0))
+    multipliers = values(50, warmup_steps=10)
+    assert multipliers[:11] == pytest.approx([step / 10 for step in range(11)])
+    assert multipliers[10:] == pytest.approx([(1 + math.cos(math.pi * done / 40)) / 2 for done in range(41)])
+    assert (multipliers[0], multipliers[10], multipliers[30], multipliers[50]) == pytest.approx((0, 1, 0.5, 0))
     assert lr_multiplier(70, OptimConfig(warmup_steps=10), 50, 8) == pytest.approx(0)
 
 
 def test_constant_stays_at_the_peak_until_it_cools_down():
     assert values(10, schedule="constant") == [1] * 11
-    found = values(10, schedule="constant", warmup_steps=2, cooldown_steps=4)
-    assert found == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    multipliers = values(10, schedule="constant", warmup_steps=2, cooldown_steps=4)
+    assert multipliers == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
 def test_rsqrt_falls_from_the_end_of_the_warm_up_and_cools_down_on_top():
     """At three timescales after the warm-up it is half the peak; big_vision's warm-up is a plain line."""
     config = {"schedule": "rsqrt", "timescale_steps": 4, "warmup_steps": 2}
-    found = values(20, **config, cooldown_steps=4)
-    assert found[:3] == [0, 0.5, 1]
-    assert (found[6], found[14]) == pytest.approx((1 / math.sqrt(2), 1 / 2))
-    assert (found[17], found[18]) == pytest.approx((0.75 / math.sqrt(4.75), 0.5 / math.sqrt(5)))
-    assert found[20] == 0
+    multipliers = values(20, **config, cooldown_steps=4)
+    assert multipliers[:3] == [0, 0.5, 1]
+    assert (multipliers[6], multipliers[14]) == pytest.approx((1 / math.sqrt(2), 1 / 2))
+    assert (multipliers[17], multipliers[18]) == pytest.approx((0.75 / math.sqrt(4.75), 0.5 / math.sqrt(5)))
+    assert multipliers[20] == 0
     assert values(20, **config)[20] == pytest.approx(1 / math.sqrt(5.5))
 
 
@@ -345,7 +345,7 @@ def test_ramps_in_examples_equal_those_in_steps():
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({"warmup_steps": 2, "warmup_examples": "1K"}, "warmup_steps is 2 and optim.warmup_examples 1K"),
         (
@@ -359,8 +359,8 @@ def test_ramps_in_examples_equal_those_in_steps():
         ({"schedule": "constant", "warmup_steps": 6, "cooldown_steps": 5}, "cooldown of 5 do not fit"),
     ],
 )
-def test_schedules_that_contradict_themselves_are_refused_in_one_line(config, told):
-    with pytest.raises(UserError, match=told) as error:
+def test_schedules_that_contradict_themselves_are_refused_in_one_line(config, message):
+    with pytest.raises(UserError, match=message) as error:
         lr_multiplier(0, OptimConfig(**config), 10, 8)
     assert "\n" not in str(error.value)
 
@@ -376,12 +376,12 @@ def test_schedules_that_contradict_themselves_are_refused_in_one_line(config, to
         ({"epochs": 2.5}, 7),
     ],
 )
-def test_durations_come_to_steps_and_drop_what_does_not_fill_a_batch(config, steps):
+def test_durations_are_whole_steps_without_the_last_partial_batch(config, steps):
     assert total_steps(TrainConfig(batch_size=32, **config), rows=100) == steps
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({}, "not none of them"),
         ({"steps": 2, "examples": "1K"}, "not train.steps and train.examples"),
@@ -390,8 +390,8 @@ def test_durations_come_to_steps_and_drop_what_does_not_fill_a_batch(config, ste
         ({"epochs": 0.2}, "0 training steps of 32 pairs; raise train.epochs"),
     ],
 )
-def test_durations_without_a_meaning_are_refused_in_one_line(config, told):
-    with pytest.raises(UserError, match=told) as error:
+def test_durations_without_a_meaning_are_refused_in_one_line(config, message):
+    with pytest.raises(UserError, match=message) as error:
         total_steps(TrainConfig(batch_size=32, **config), rows=100)
     assert "\n" not in str(error.value)
 

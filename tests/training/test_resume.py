@@ -29,7 +29,7 @@ WORDS = [
     *("--tokenizer.path", "tokenizer.model", "--train.steps", "7"),
     *("--train.log_every", "2", "--train.val_every", "3"),
 ]
-"""Two steps a pass; rows, checkpoints and passes end at different steps."""
+"""Two steps per epoch; rows, checkpoints and epochs end at different steps."""
 
 DRIVER = """
 import os, signal, subprocess, time
@@ -39,7 +39,7 @@ real = SigLiT.training_step
 def step(self, batch, number):
     at = self.trainer.global_step + 1
     if os.environ["STEP"] == str(at) and os.environ.get("LOCAL_RANK", "0") == "0":
-        if os.environ["GROUP"]:  # by another process: a worker obeys its parent in a way of its own
+        if os.environ["GROUP"]:  # from another process: workers handle a signal from their parent differently
             subprocess.run(["kill", "-" + os.environ["NUMBER"], "--", str(-os.getpgrp())])
             time.sleep(0.5)
         else:
@@ -57,7 +57,7 @@ main()
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, prepared):
-    """The project with caches and a tokenizer; all runs of this file are made in it."""
+    """The project with caches and a tokenizer, in which this file trains all its runs."""
     folder = shutil.copytree(prepared, tmp_path_factory.mktemp("resume") / "copy")
     shutil.copy(folder / "runs/small/tokenizer.model", folder / "tokenizer.model")
     (folder / "driver.py").write_text(DRIVER)
@@ -68,13 +68,13 @@ def place(tmp_path_factory, prepared):
 def whole(place):
     """A function that returns the folder of an undisturbed run, made once."""
 
-    def made(mode="locked", devices=1):
+    def finished_run(mode="locked", devices=1):
         name = f"whole-{mode}-{devices}"
         if not (place / "runs" / name).exists():
             run_siglit("train", "-c", "experiment.yaml", *words(name, mode, devices), cwd=place, check=0)
         return place / "runs" / name
 
-    return made
+    return finished_run
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def here(place, monkeypatch):
 
 @pytest.fixture
 def folder(place):
-    """A run's folder that is not there yet."""
+    """Folder of a run that does not exist yet."""
     path = place / "runs" / "stopped"
     shutil.rmtree(path, ignore_errors=True)
     return path
@@ -123,7 +123,7 @@ def assert_equal(folder, whole):
 
 
 def start(place, name, devices=1, step=0, number=0, *more, mode="locked", group=""):
-    """Begin training in a session of its own; see DRIVER."""
+    """Start training in a separate session; see DRIVER."""
     return subprocess.Popen(
         [sys.executable, "driver.py", "train", "-c", "experiment.yaml", *words(name, mode, devices), *more],
         cwd=place,
@@ -150,7 +150,7 @@ def steps_begun(place):
 
 
 def at_step(monkeypatch, step, act):
-    """Have `act` called in one training step."""
+    """Call `act` in one training step."""
     real = SigLiT.training_step
 
     def called(self, batch, number):
@@ -166,7 +166,7 @@ class PowerCutError(RuntimeError):
 
 
 def cut_off_in_step(step):
-    """Train until something that nobody catches happens."""
+    """Train until an exception that nothing catches."""
 
     def cut():
         raise PowerCutError
@@ -216,8 +216,8 @@ def test_a_signal_to_the_first_process_saves_and_stops_all(place, folder, whole,
     process = start(place, "stopped", devices, 4, number)
     _, err = process.communicate(timeout=240)
     assert process.returncode == code, err
-    told = [line for line in err.splitlines() if "stopped" in line]
-    assert told == ["stopped at step 4 of 7; add --resume to continue"], err
+    messages = [line for line in err.splitlines() if "stopped" in line]
+    assert messages == ["stopped at step 4 of 7; add --resume to continue"], err
     assert "Traceback" not in err
     assert gone(process.pid, 8)
     assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 4
@@ -242,7 +242,7 @@ def test_a_signal_to_all_processes_finds_the_workers_at_work_until_the_step_is_s
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["", "all"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_who_was_stopped_is_gone_at_once_also_with_workers_at_work(place, folder, number, group):
+def test_a_stopped_run_ends_at_once_even_with_busy_workers(place, folder, number, group):
     """In the middle of a pass, where the workers have batches in hand."""
     process = start(place, "stopped", 1, 4, number, "--train.batch_size", "4", mode="unlocked", group=group)
     while process.poll() is None and not (folder / "checkpoints/last.ckpt").exists():
@@ -277,7 +277,7 @@ def test_killed_at_random_moments(place, folder, whole, mode):
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
 def test_a_damaged_checkpoint_is_passed_over(how, folder, whole, capsys):
-    """Training goes on from the one before and comes to the same end; evaluation takes the one before as well."""
+    """Training resumes from the previous one and ends the same; evaluation uses the previous one too."""
     cut_off_in_step(7)
     last = folder / "checkpoints/last.ckpt"
     content = bytearray(last.read_bytes())
@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_passed_over(how, folder, whole, capsys):
     assert_equal(folder, whole())
 
 
-def test_two_damaged_checkpoints_are_told_in_one_line(place, folder):
+def test_two_damaged_checkpoints_are_reported_in_one_line(place, folder):
     (folder / "checkpoints").mkdir(parents=True)
     for name in ("last.ckpt", "previous.ckpt"):
         (folder / "checkpoints" / name).write_bytes(b"torn")
@@ -307,23 +307,23 @@ def test_weights_that_are_not_finite_are_never_saved(step, folder, monkeypatch):
     """Not at the checkpoint that is due, not at the end, not when a signal comes."""
     real = SigLiT.optimizer_step
 
-    def spoiled(self, *given, **options):
+    def corrupted(self, *given, **options):
         real(self, *given, **options)
         if self.trainer.global_step + 1 == step:
             self.log_scale.data.fill_(float("nan"))
             if step == 4:
                 signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(SigLiT, "optimizer_step", spoiled)
+    monkeypatch.setattr(SigLiT, "optimizer_step", corrupted)
     with pytest.raises(RuntimeError, match=f"no longer finite after step {step}.*last good checkpoint is .*last.ckpt"):
         siglit.train(experiment("stopped"))
-    found = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
-    assert found == ({"last.ckpt": 6, "previous.ckpt": 3} if step == 7 else {"last.ckpt": 3})
+    saved = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
+    assert saved == ({"last.ckpt": 6, "previous.ckpt": 3} if step == 7 else {"last.ckpt": 3})
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_before_the_first_step_ends_at_once(number, kind, folder, whole, monkeypatch):
-    """With the exit code of the signal; the checkpoint that was there stays."""
+    """With the exit code of the signal; the existing checkpoint stays."""
     shutil.copytree(whole(), folder)
     before = (folder / "checkpoints/last.ckpt").read_bytes()
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
@@ -346,7 +346,7 @@ def test_a_second_signal_ends_at_once(folder, monkeypatch):
     assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 3
 
 
-def test_what_slurm_starts_again_resumes_by_itself(folder, whole, monkeypatch):
+def test_a_run_restarted_by_slurm_resumes_by_itself(folder, whole, monkeypatch):
     cut_off_in_step(5)
     with pytest.raises(UserError, match="--resume"):
         siglit.train(experiment("stopped"))
@@ -364,7 +364,7 @@ def test_there_need_not_be_a_checkpoint_to_resume_from(folder, whole, capsys):
     assert_equal(folder, whole())
 
 
-def test_without_held_out_data_checkpoints_are_made_all_the_same(folder):
+def test_checkpoints_are_saved_without_held_out_data_too(folder):
     siglit.train(experiment("stopped", "locked", "--data.val", "null"))
-    found = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
-    assert found == {"last.ckpt": 7, "previous.ckpt": 6}
+    saved = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
+    assert saved == {"last.ckpt": 7, "previous.ckpt": 6}

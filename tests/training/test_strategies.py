@@ -47,7 +47,7 @@ SigLiT.build = astray
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tower_weights):
-    """The project with caches and a tokenizer; all runs of this file are made in it."""
+    """The project with caches and a tokenizer, in which this file trains all its runs."""
     folder = make_project(tmp_path_factory.mktemp("strategies"), tower_weights)
     # Half of the held-out images share a caption, so that equal shares of captions are not equally many to embed.
     listing = (folder / "val.csv").read_text()
@@ -75,19 +75,19 @@ def words(name, mode):
 def plain(place):
     """A function that returns the folder of an undisturbed run of one process, made once."""
 
-    def made(mode):
+    def finished_run(mode):
         if not (place / f"runs/plain-{mode}").exists():
             siglit.train(parse("train", *words(f"plain-{mode}", mode)))
         return place / f"runs/plain-{mode}"
 
-    return made
+    return finished_run
 
 
 @pytest.fixture(scope="module")
 def sharded(place):
     """The same with FSDP2 on two."""
 
-    def made(mode):
+    def finished_run(mode):
         if not (place / f"runs/sharded-{mode}").exists():
             process = start(place, f"sharded-{mode}", 2, 0, 0, *words(f"sharded-{mode}", mode), *FSDP2)
             _, err = process.communicate(timeout=240)
@@ -95,11 +95,11 @@ def sharded(place):
             assert "Warning" not in err
         return place / f"runs/sharded-{mode}"
 
-    return made
+    return finished_run
 
 
 def assert_close(folder, other):
-    """The same weights, optimiser state and metrics but for rounding."""
+    """The same weights, optimizer state and metrics but for rounding."""
     one, two = (torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (folder, other))
     assert one["state_dict"].keys() == two["state_dict"].keys()
     assert one["optimizer_states"][0]["param_groups"] == two["optimizer_states"][0]["param_groups"]
@@ -126,14 +126,14 @@ def test_two_sharded_devices_train_like_one(mode, plain, sharded):
 @pytest.mark.slow
 def test_a_sharded_run_evaluates(plain, sharded):
     one, two = (
-        siglit.eval_retrieval(parse("eval-retrieval", *words(made("unlocked").name, "unlocked")))
-        for made in (plain, sharded)
+        siglit.eval_retrieval(parse("eval-retrieval", *words(finished_run("unlocked").name, "unlocked")))
+        for finished_run in (plain, sharded)
     )
     assert two.metrics == pytest.approx(one.metrics)
 
 
 @pytest.mark.slow
-def test_a_sharded_run_stopped_amid_a_pass_goes_on_exactly_or_unsharded(place, plain, sharded):
+def test_a_sharded_run_stopped_within_an_epoch_resumes_exactly_or_unsharded(place, plain, sharded):
     """With FSDP2 bit for bit; in one process, and from one process's checkpoint, but for rounding."""
     process = start(place, "stopped", 2, 5, signal.SIGTERM, *words("stopped", "unlocked"), *FSDP2)
     _, err = process.communicate(timeout=240)
@@ -147,7 +147,7 @@ def test_a_sharded_run_stopped_amid_a_pass_goes_on_exactly_or_unsharded(place, p
 
 
 @pytest.mark.slow
-def test_a_plain_run_goes_on_sharded(place, plain):
+def test_a_plain_run_resumes_sharded(place, plain):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
@@ -161,7 +161,7 @@ def test_one_device_has_nothing_to_share(plain):
     assert_equal(plain("locked").parent / "single", plain("locked"))
 
 
-def test_what_cannot_be_sharded_is_told():
+def test_what_cannot_be_sharded_is_refused():
     with pytest.raises(UserError, match="no 16-mixed"):
         siglit.train(parse("train", *words("half", "locked"), *FSDP2, "--train.precision", "16-mixed"))
 
@@ -187,22 +187,22 @@ def test_compiled_towers_train_like_plain_ones(place, eager):
     folder = place / "runs/compiled"
     assert weights(folder).keys() == weights(eager).keys()
     assert losses(folder) == pytest.approx(losses(eager), rel=1e-4)
-    found = siglit.eval_retrieval(tiny("eval-retrieval", "compiled")).metrics
-    assert found == pytest.approx(siglit.eval_retrieval(tiny("eval-retrieval", "eager")).metrics)
+    metrics = siglit.eval_retrieval(tiny("eval-retrieval", "compiled")).metrics
+    assert metrics == pytest.approx(siglit.eval_retrieval(tiny("eval-retrieval", "eager")).metrics)
 
 
 def test_in_bfloat16_the_logits_are_float32(place, eager, monkeypatch):
     """And so are the weights that are kept."""
-    seen = []
+    dtypes = []
 
     def watched(own, visiting):
-        found = real(own, visiting)
-        seen.append((own.dtype, found.dtype))
-        return found
+        logits = real(own, visiting)
+        dtypes.append((own.dtype, logits.dtype))
+        return logits
 
     real = sigmoid.cosines
     monkeypatch.setattr(sigmoid, "cosines", watched)
     siglit.train(tiny("train", "bf16", "--train.precision", "bf16-mixed"))
-    assert set(seen) == {(torch.bfloat16, torch.float32)}
+    assert set(dtypes) == {(torch.bfloat16, torch.float32)}
     assert losses(place / "runs/bf16") == pytest.approx(losses(eager), rel=2e-2)
     assert {w.dtype for w in weights(place / "runs/bf16").values() if w.is_floating_point()} == {torch.float32}
