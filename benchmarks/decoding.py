@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks.common import interleaved, parser, picture, ratio, report
-from siglit.data.images import decode_image
+from siglit.data.decode_image import decode_image
 
 SIZES = ((640, 480), (1600, 1200))
 

@@ -20,7 +20,7 @@ import siglit
 from benchmarks.common import interleaved, parser, picture, ratio, report
 from siglit import embedding
 from siglit.config import CacheConfig, DataConfig, Experiment, ImageTowerConfig, SourceSpec
-from siglit.data.decoding import UnitPixels, pixel_batches
+from siglit.data.decode_workers import UnitPixels, pixel_batches
 from siglit.data.sources import open_source
 from siglit.models.image_tower import ImageTower
 

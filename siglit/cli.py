@@ -91,10 +91,10 @@ def _call(name: str, words: list[str]) -> Any:
             return command.load()(**arguments)
     from siglit.parsing.arguments import parse_command
 
-    mode = next((flag for flag in command.modes if flag in words), None)
+    mode = next((flag for flag in command.alternatives if flag in words), None)
     experiment, flags = parse_command(name, [word for word in words if word != mode])
     with _removing_empty_folders([experiment.output_dir, experiment.cache.path]):
-        return (command.modes[mode] if mode else command).load()(experiment, **flags)
+        return (command.alternatives[mode] if mode else command).load()(experiment, **flags)
 
 
 def _groups() -> set[str]:

@@ -27,7 +27,7 @@ from siglit.cache import (
     write_shard,
 )
 from siglit.config import CacheConfig
-from siglit.data.decoding import PixelBatch, UnitPixels, pixel_batches
+from siglit.data.decode_workers import PixelBatch, UnitPixels, pixel_batches
 from siglit.data.sources.samples import Sample, Source, Unit
 from siglit.models.image_tower import ImageTower
 from siglit.runtime import machine
@@ -102,7 +102,7 @@ def embed_source(
     begin = time.monotonic()
     images = sum(u.stop - u.start for u in own) or None  # unknown where units are tars
     title += f" (1 of {fabric.world_size} devices)" if fabric.world_size > 1 else ""
-    with Meter(title, images, "images", quiet=not fabric.is_global_zero) as meter:
+    with Meter(title, images, "images", quiet=len(own) == 0 or not fabric.is_global_zero) as meter:
         if len(own) > 0:
             with closing(pixel_batches(pixels, workers, pin_memory=fabric.device.type == "cuda")) as batches:
                 _write_shards(batches, encoder, path, fingerprint, meter)

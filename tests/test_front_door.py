@@ -56,7 +56,7 @@ def test_every_command_has_a_function_of_its_name():
     for name, command in COMMANDS.items():
         function = command.function.partition(":")[2]
         assert function == name.replace("-", "_").replace(" ", "_")
-        for entry in (command, *command.modes.values()):
+        for entry in (command, *command.alternatives.values()):
             assert getattr(siglit, entry.function.partition(":")[2]) is entry.load()
 
 

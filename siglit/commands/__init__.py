@@ -2,6 +2,7 @@
 
 Imports no command: `siglit --help` lists them without torch. A command's function takes an `Experiment` (or folders),
 raises UserError or CacheError on bad input, and returns a result dataclass; `str(result)` is what the command prints.
+A new command needs a file here, an entry in COMMANDS, and its function's name in `siglit/__init__.py`.
 """
 
 import importlib
@@ -38,7 +39,7 @@ class Command:
     """Options in addition to the experiment's fields; keyword arguments of the function."""
     shorthands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """{flag: the option and value that it stands for}."""
-    modes: Mapping[str, "Command"] = field(default_factory=dict)
+    alternatives: Mapping[str, "Command"] = field(default_factory=dict)
     """{flag: the command that runs in place of this one}."""
     folders: Flags | None = None
     """Arguments of a command that takes folders instead of an experiment."""
@@ -74,7 +75,7 @@ COMMANDS: dict[str, Command] = {
         "train:train",
         reads=(*_TRAINING, "cache", "eval.batch_size"),
         shorthands={"--resume": ("--train.resume", "true")},
-        modes={"--dry-run": Command("show parameter groups and schedule without training", "dry_run:dry_run")},
+        alternatives={"--dry-run": Command("show parameter groups and schedule without training", "dry_run:dry_run")},
     ),
     "plan": Command(
         "estimate memory, time and disk of a training run",

@@ -50,7 +50,7 @@ def dry_run(experiment: Experiment) -> DryRun:
     module.build(data)
     groups = parameter_groups(module, optim, module.multipliers())
     table = group_table(groups, module.named_parameters(), optim)
-    shown = {0, *(round(steps * share) for share in (0.01, 0.1, 0.5, 0.9)), steps - 1}
+    shown = {min(round(steps * share), steps - 1) for share in (0, 0.01, 0.1, 0.5, 0.9, 1)}
     learning_rates = ", ".join(
         f"{step:,}: {optim.lr * lr_multiplier(step, optim, steps, train.batch_size):.3g}" for step in sorted(shown)
     )

@@ -3,6 +3,7 @@
 Knows the run's files; `siglit.evaluation.zeroshot` defines the metric.
 """
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from siglit.runs.launch import choose_device
 from siglit.runs.trained import open_trained
 from siglit.runtime.files import atomic_write, write_json
 from siglit.runtime.text import plural
+
+_logger = logging.getLogger(__name__)
 
 _HARDEST = 10
 
@@ -93,7 +96,14 @@ def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
     if experiment.eval.canonicalize:
         wording = prompts.canonical(names, templates, experiment.eval.classes or str(trained.cache.path))
     texts, class_of_prompt = prompts.prompts(*wording)
-    ztxt = trained.encode_text(texts, device=device)
+    ids = trained.tokenizer(texts)
+    cut = len(set(texts)) - len(np.unique(ids, axis=0))
+    if cut > 0:
+        _logger.warning(
+            f"{cut} of {plural(len(set(texts)), 'prompt')} become equal to others when they are cut off at "
+            f"tokenizer.length {experiment.tokenizer.length}: their classes cannot be told apart"
+        )
+    ztxt = trained.encode_ids(ids, device=device)
     classified = zeroshot.classify(trained.zimg, zeroshot.class_embeddings(ztxt, class_of_prompt, len(names)), labels)
     unique = _unique_names(names)
     result = ZeroshotResult(

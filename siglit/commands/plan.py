@@ -111,18 +111,19 @@ class Plan:
 
     def _peak(self) -> str:
         if self.device.startswith("CPU"):
-            return f"{_bytes(self.peak_bytes)} of tensors; malloc may take up to as much again"
+            return f"{_bytes(self.peak_bytes)} of tensors; the process may use up to twice as much"
         if self.memory_gib is None:
             return f"{_bytes(self.peak_bytes)} (memory of the device not known; set --gpu-memory)"
         verdict = "fits" if self.fits else "DOES NOT FIT"
-        return f"{_bytes(self.peak_bytes)} of {self.memory_gib:,.0f} GiB: {verdict} (at most {_USABLE:.0%} is used)"
+        return f"{_bytes(self.peak_bytes)} of {_digits(self.memory_gib)} GiB: {verdict} (at most {_USABLE:.0%} is used)"
 
     def _micro_batch(self) -> str:
         requested = self.requested_micro_batch_size
         if self.memory_gib is None:
-            return f"{requested:,}, as requested" if requested else "none requested"
+            return f"{requested:,}, as requested" if requested else "not set"
         if self.micro_batch_size is None:
-            return "even one pair does not fit; try train.strategy fsdp2, or a smaller tower"
+            advice = "try train.strategy fsdp2, or a smaller tower" if self.devices > 1 else "try a smaller tower"
+            return f"even one pair does not fit; {advice}"
         if self.micro_batch_size >= self.pairs_per_device:
             return "not needed: all pairs of a device fit in one pass"
         advice = f"requested: {requested:,}" if requested else f"set train.micro_batch_size: {self.micro_batch_size}"
@@ -217,7 +218,7 @@ class _Device:
 
     def __str__(self) -> str:
         name = "CUDA device" if self.type == "cuda" else "CPU process"
-        return name if self.memory_gib is None else f"{name} of {self.memory_gib:,.0f} GiB"
+        return name if self.memory_gib is None else f"{name} of {_digits(self.memory_gib)} GiB"
 
 
 def _choose_device(train: TrainConfig, gpu_memory: float | None) -> _Device:

@@ -14,7 +14,7 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 
 from siglit.cache import EmbeddingCache, exclusive
 from siglit.config import CacheConfig, Experiment, SourceSpec
-from siglit.data.decoding import MISSING_FILE
+from siglit.data.decode_workers import MISSING_FILE
 from siglit.data.sources import open_source
 from siglit.data.sources.samples import Source
 from siglit.embedding import embed_source

@@ -58,8 +58,11 @@ class TrainResult:
 
     def __str__(self) -> str:
         """Two lines: steps, speed and checkpoint; loss and validation metrics."""
-        names = sorted(name for name in self.metrics if name == "train/loss" or name.startswith("val/"))
-        metrics = ", ".join(f"{name} {self.metrics[name]:.4g}" for name in names)
+        recalls = {name: value for name, value in self.metrics.items() if name.startswith("val/")}
+        by_depth = sorted(recalls, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2])))
+        shown = [f"train/loss {self.metrics['train/loss']:.4g}"] if "train/loss" in self.metrics else []
+        shown += [f"{name} {100 * recalls[name]:.1f} %" for name in by_depth]
+        metrics = ", ".join(shown)
         return (
             f"trained {plural(self.steps, 'step')} on {plural(self.examples_seen, 'pair')} in {self.seconds:.0f} s "
             f"({self.examples_per_second:,.0f} pairs/s): {self.checkpoint}\n{metrics}"
@@ -129,7 +132,9 @@ def _run(experiment: Experiment, data: TrainDataModule, steps: int, folder: Path
         record.write(trainer)  # of a run that was complete already, but has lost its experiment.yaml
     progress = next(c for c in trainer.callbacks if isinstance(c, TrainProgress))  # type: ignore[attr-defined]
     earlier = read_run_summary(folder).get("train")
-    if progress.first_step in (None, taken) and earlier:  # no step was left to take
+    if progress.first_step in (None, taken) and earlier:
+        if trainer.is_global_zero:
+            _logger.info(f"the run is complete: it has taken its {plural(taken, 'step')}; its earlier result follows")
         return TrainResult(**earlier)
     result = TrainResult(
         steps=taken,

@@ -15,9 +15,9 @@ import torch
 from typing_extensions import override
 
 from siglit.data.corruption import Corruption, noise_pixels
-from siglit.data.decoding import DecodedSamples, Decoder, SampleJob, sample_pool
+from siglit.data.decode_image import BadImage
+from siglit.data.decode_workers import DecodedSamples, Decoder, SampleJob, sample_pool
 from siglit.data.epoch_loader import Batch, EpochLoader, image_ids, row_hash
-from siglit.data.images import BadImage
 from siglit.data.order import WindowOrder
 from siglit.data.prefetch import Prefetched
 from siglit.data.random_hash import choose_captions

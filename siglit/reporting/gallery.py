@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from siglit.config import Experiment, SourceSpec
-from siglit.data.images import BadImage, decode_image
+from siglit.data.decode_image import BadImage, decode_image
 from siglit.data.sources import open_source
 from siglit.errors import UserError
 from siglit.runs.trained import TrainedRun

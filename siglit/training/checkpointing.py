@@ -1,7 +1,8 @@
 """Checkpoints that a kill cannot harm: when they are written, and how.
 
 A run's folder `checkpoints` holds `last.ckpt` and `previous.ckpt`, the one before. Knows Lightning's trainer, but not
-what is in a checkpoint: module and loader write that.
+what a checkpoint holds: that is `SigLiT.on_save_checkpoint` (module.py) and `EpochLoader.state_dict`, beside
+Lightning's own entries.
 """
 
 from pathlib import Path

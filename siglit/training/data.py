@@ -19,7 +19,7 @@ from typing_extensions import override
 from siglit.config import Experiment
 from siglit.data.cache_loader import CacheLoader
 from siglit.data.corruption import corruption_of, noise_pool
-from siglit.data.decoding import Decoder, UnitPixels, pixel_batches
+from siglit.data.decode_workers import Decoder, UnitPixels, pixel_batches
 from siglit.data.image_loader import ImageLoader
 from siglit.data.shuffle import choose_image_shuffle, choose_shuffle
 from siglit.data.sources import open_source

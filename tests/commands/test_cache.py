@@ -200,7 +200,7 @@ def test_an_imported_cache_is_known_by_its_model_alone(experiment, tmp_path, cap
     run(capsys, "import", "cache/small/val", "--embeddings", tmp_path / "x.h5", "--model", "vit_tiny_patch16_224")
     run(capsys, "import", "cache/small/train", "--embeddings", tmp_path / "x.h5", "--model", "other")
     assert len(open_cache(experiment, "val")) == 2
-    with pytest.raises(UserError, match=r"image_tower\.model: 'other' here"):
+    with pytest.raises(UserError, match=r"image_tower\.model is 'other'"):
         open_cache(experiment, "train")
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from siglit.config import ImageTowerConfig, SourceSpec
 from siglit.data import image_loader
 from siglit.data.corruption import Corruption
-from siglit.data.decoding import Decoder, UnitPixels, pixel_batches
+from siglit.data.decode_workers import Decoder, UnitPixels, pixel_batches
 from siglit.data.image_loader import ImageLoader
 from siglit.data.sources import open_source
 from siglit.errors import UserError
@@ -625,8 +625,8 @@ import multiprocessing
 import numpy as np
 import torch
 from siglit.config import SourceSpec
-from siglit.data import decoding, worker_pool
-from siglit.data.decoding import Decoder
+from siglit.data import decode_workers, worker_pool
+from siglit.data.decode_workers import Decoder
 from siglit.data.image_loader import ImageLoader
 from siglit.data.sources import open_source
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from siglit.config import SourceSpec
-from siglit.data.decoding import UnitPixels, pixel_batches
+from siglit.data.decode_workers import UnitPixels, pixel_batches
 from siglit.data.sources import open_source, tar_source
 from siglit.embedding import _units_of_rank
 from tests.data.test_image_loader import COUNT, loader, png, small, to_pixels, write_parquet, write_webdataset

@@ -10,7 +10,7 @@ from PIL import Image
 
 from siglit.config import SourceSpec, TokenizerConfig
 from siglit.data import prompts
-from siglit.data.decoding import UnitPixels, pixel_batches
+from siglit.data.decode_workers import UnitPixels, pixel_batches
 from siglit.data.sources import open_source, source_identity
 from siglit.data.sources.samples import FilePart, read_part
 from siglit.errors import UserError
@@ -20,7 +20,7 @@ from siglit.models.tokenizer import load_tokenizer
 from siglit.runtime import files
 from siglit.runtime.files import read_regular
 from tests.conftest import parse
-from tests.data.test_decoding import to_pixels
+from tests.data.test_decode_workers import to_pixels
 from tests.models.test_image_tower import VIT, replace
 
 LINE = r"(a device|a named pipe|a folder), not a regular file"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from siglit.data.images import IMAGE_EXTENSIONS
+from siglit.data.decode_image import IMAGE_EXTENSIONS
 from siglit.data.sources.columns import Columns
 from siglit.data.sources.listings import Row
 from siglit.errors import UserError

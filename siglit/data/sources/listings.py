@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from siglit.data.images import IMAGE_EXTENSIONS
+from siglit.data.decode_image import IMAGE_EXTENSIONS
 from siglit.data.sources.columns import Columns, not_blank, string_list
 from siglit.data.sources.texts import decode_text, json_object
 from siglit.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any
 from typing_extensions import override
 
 from siglit.config import SourceSpec
-from siglit.data.images import IMAGE_EXTENSIONS
+from siglit.data.decode_image import IMAGE_EXTENSIONS
 from siglit.data.sources.columns import parse_label
 from siglit.data.sources.options import Fold, columns_of, identity_of
 from siglit.data.sources.samples import SAMPLE_BYTES, FilePart, Sample, Source, Unit, check_unique, read_part

@@ -7,7 +7,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from siglit.data.images import IMAGE_EXTENSIONS
+from siglit.data.decode_image import IMAGE_EXTENSIONS
 from siglit.data.sources.samples import read_part
 from siglit.errors import UserError
 

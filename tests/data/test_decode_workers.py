@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from siglit.data.decoding import Decoder, PixelBatch, UnitPixels, pixel_batches
+from siglit.data.decode_workers import Decoder, PixelBatch, UnitPixels, pixel_batches
 from siglit.data.sources.samples import FilePart, Sample, Unit
 from siglit.errors import UserError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from siglit.data.images import BadImage, decode_image
+from siglit.data.decode_image import BadImage, decode_image
 
 LIMIT = 1_000_000
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from siglit.data.images import BadImage, decode_image
+from siglit.data.decode_image import BadImage, decode_image
 from siglit.data.prefetch import Prefetched
 from siglit.data.sources.samples import Sample, Source, Unit
 from siglit.data.worker_pool import WorkerPool
