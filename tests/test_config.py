@@ -1,12 +1,16 @@
 """Numbers that cannot mean anything are refused by name before any work; so are files that say two things."""
 
 import json
+from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 
 import siglit
+from siglit.config import COUNTS, Experiment
 from siglit.errors import UserError
 from siglit.parsing.arguments import parse_command
+from siglit.parsing.fields import section_of
 from siglit.runs.folder import read_run_summary
 from tests.conftest import parse, run_siglit
 
@@ -51,6 +55,20 @@ from tests.conftest import parse, run_siglit
 def test_a_number_out_of_range_is_named(experiment, words):
     with pytest.raises(UserError, match=f"^{words[0]} is .* must be"):
         parse("train", f"--{words[0]}", words[1])
+
+
+def test_every_number_has_a_bound():
+    def unbounded(section, prefix=""):
+        kinds = get_type_hints(section)
+        for entry in fields(section):
+            name, kind = prefix + entry.name, kinds[entry.name]
+            inner = section_of(kind)
+            if inner is not None:
+                yield from unbounded(inner, f"{name}.")
+            elif {int, float} & {kind, *get_args(kind)} and "bound" not in entry.metadata and name not in COUNTS:
+                yield name
+
+    assert list(unbounded(Experiment)) == ["eval.paper"]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,8 @@ def load_experiment(path: str | os.PathLike[str], **overrides: Any) -> Experimen
             words.append(f"--{name}={plain if isinstance(plain, str) else json.dumps(plain, default=os.fspath)}")
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"{name} is a {type(value).__name__} ({error}); give strings, numbers, booleans, None, lists or dicts"
+                f"{name} has the type {type(value).__name__} ({error}); use strings, numbers, booleans, None, lists or "
+                "dicts"
             ) from error
     return parse_command("train", words)[0]
 

@@ -1,6 +1,6 @@
-"""What `siglit report` reads is held against its shape: every file of another shape is named in one line.
+"""`siglit report` checks what it reads against a schema, and names each malformed file in one line.
 
-The shapes are made from real results: each field in turn is missing, or of every other type.
+The malformed files are real results in which each field in turn is missing, or of every other type.
 """
 
 import copy
@@ -181,7 +181,7 @@ def test_what_the_commands_write_matches_the_schema(results):
         ("retrieval", ("folds", "text_to_image/R@1"), "x", "folds: text_to_image/R@1 is 'x'"),
         ("logits", ("edges", 0), math.nan, "edges are not finite"),
         ("logits", ("edges", 0), 1000, "edges are not finite and ascending"),
-        ("logits", ("edges",), [0.0, 1.0], "do not have one entry less than edges"),
+        ("logits", ("edges",), [0.0, 1.0], "do not have one entry fewer than edges"),
         ("logits", ("ece",), None, "calibration is given, but ece is missing"),
         ("logits", ("nearest", 0, "caption"), 7, r"nearest\[0\]: caption is 7, but a string"),
         ("summary", ("train", "metrics"), [], r"train: metrics is \[\], but an object is expected; remove it"),
