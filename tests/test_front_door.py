@@ -68,7 +68,7 @@ def test_every_command_has_a_function_of_its_name():
             assert getattr(siglit, entry.function.partition(":")[2]) is entry.load()
 
 
-def test_type_checkers_see_the_names_that_are_there_at_run_time():
+def test_type_checkers_see_the_public_names():
     tree = ast.parse((ROOT / "siglit/__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
@@ -140,7 +140,7 @@ def test_load_experiment_takes_python_values(experiment, overrides, section, fie
         ({"resume": True}, "^resume is not a field"),
     ],
 )
-def test_load_experiment_refuses_what_is_no_field_or_value(experiment, capsys, overrides, message):
+def test_load_experiment_refuses_unknown_fields_and_invalid_values(experiment, capsys, overrides, message):
     with pytest.raises(siglit.UserError, match=message):
         siglit.load_experiment("experiment.yaml", **overrides)
     assert capsys.readouterr().out == ""
