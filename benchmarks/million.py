@@ -74,7 +74,7 @@ def main() -> None:
     options.add_argument("--dim", type=int, default=128, help="embedding width D")
     options.add_argument("--length", type=int, default=16, help="tokens of a caption L")
     options.add_argument("--micro-batch", type=int, default=1024, help="captions that the tower sees at once")
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the embeddings in the loss")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the embeddings")
     options.add_argument("--folder", help="where to write the cache; default: the system's temporary folder")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
