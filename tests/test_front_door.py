@@ -138,6 +138,7 @@ def test_load_experiment_takes_python_values(experiment, overrides, section, fie
         ({"print_config": "x"}, "^print_config is not a field"),
         ({"config": "other.yaml"}, "^config is not a field"),
         ({"resume": True}, "^resume is not a field"),
+        ({"image_tower.model_args.depth=3": 4}, "^image_tower.model_args.depth=3 is not a field"),
     ],
 )
 def test_load_experiment_refuses_unknown_fields_and_invalid_values(experiment, capsys, overrides, message):

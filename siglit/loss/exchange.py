@@ -44,7 +44,7 @@ def disagreement(description: str, failed: bool, group: dist.ProcessGroup | None
     """Compare what all ranks are about to do, so that they fail together instead of waiting for each other.
 
     Args:
-        description: everything that must be the same on every rank, in words; the problem if this rank has failed.
+        description: everything that must be the same on every rank, as text; the problem if this rank has failed.
         failed: this rank cannot take part.
         group: the ranks.
         device: where the group's tensors live.

@@ -24,7 +24,7 @@ NEED_LABELS = ("zeroshot", "fewshot", "probe")
 _DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 _MAX_BARS = 40
 _SCALES = (10, 20, 50, 100)
-"""Percent that a full bar may stand for; the smallest that fits the longest bar is used."""
+"""Percent at the end of a bar chart's scale; the smallest that holds the longest bar is used."""
 
 Row = dict[str, Any]
 """group, name, value (formatted), chance (a fraction, or None), and keys that eval.paper may use for the metric."""
@@ -162,7 +162,7 @@ def bars(title: str, values: list[tuple[str, Any]], average: float | None) -> di
     """Fractions as bars, best first; of more than 40 only the 20 best and the 20 worst.
 
     Returns:
-        {"title", "average" (percent or None), "end" (percent that a full bar stands for), "rows": [{"name", "percent"}
+        {"title", "average" (percent or None), "end" (percent of a full bar), "rows": [{"name", "percent"}
         or {"left_out": number of bars}]}.
     """
     known = sorted(((name, v) for name, v in values if _is_number(v)), key=lambda item: -item[1])
