@@ -1,10 +1,10 @@
 """What `loss.ambiguous` does where captions repeat: t, b, accuracy and calibration after the same training.
 
     siglit precompute -c configs/examples/cifar10.yaml
-    python -m benchmarks.ambiguous -c configs/examples/cifar10.yaml --json ambiguous.json
+    python -m benchmarks.ambiguous -c configs/examples/cifar10.yaml --set train.steps=400 --json ambiguous.json
 
-Trains once for each treatment. On the held-out cache every image then meets every distinct caption: the probability
-σ(t x·y + b) that the model gives a pair is set against how often such pairs match, by class.
+Trains once for each treatment. Then every image of the held-out cache is paired with every distinct caption, and the
+probability σ(t x·y + b) that the model gives a pair is compared with how often such pairs match, by class.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import torch
 import siglit
 from benchmarks.common import parser, report
 from siglit.data.tokens import token_ids
-from siglit.parsing.arguments import parse_command
 from siglit.runs.trained import open_trained
 
 TREATMENTS = ("negative", "drop", "positive")
@@ -29,8 +28,9 @@ def main() -> None:
         "-c", "--config", required=True, help="experiment whose captions repeat and whose rows have labels"
     )
     options.add_argument("--folder", default="runs/ambiguous", help="where the runs go")
-    args, words = options.parse_known_args()
-    figures = {treatment: measure(args, treatment, words) for treatment in TREATMENTS}
+    options.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields in place of the file's")
+    args = options.parse_args()
+    figures = {treatment: measure(args, treatment) for treatment in TREATMENTS}
     names = {
         "t": "t",
         "b": "b",
@@ -47,11 +47,12 @@ def main() -> None:
     report(f"ambiguous pairs in {args.config}", table, figures, args.json)
 
 
-def measure(args: argparse.Namespace, treatment: str, words: list[str]) -> dict[str, float]:
-    """Train with one treatment; figures of the held-out split."""
+def measure(args: argparse.Namespace, treatment: str) -> dict[str, float]:
+    """Train with one treatment; return the metrics of the held-out split."""
     torch.set_num_threads(args.threads)
-    chosen = ["--loss.ambiguous", treatment, "--output_dir", str(Path(args.folder) / treatment)]
-    experiment = parse_command("train", ["-c", args.config, *chosen, *words])[0]
+    overrides = dict(assignment.split("=", 1) for assignment in args.set)
+    overrides |= {"loss.ambiguous": treatment, "output_dir": str(Path(args.folder) / treatment)}
+    experiment = siglit.load_experiment(args.config, **overrides)
     siglit.train(experiment)
     accuracy = siglit.eval_retrieval(experiment).label_accuracy
     trained = open_trained(experiment)

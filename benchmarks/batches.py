@@ -3,7 +3,7 @@
     python -m benchmarks.batches --json batches.json
 
 A step is forward and backward of the tower and the sigmoid loss, without an optimizer. "Making" a batch is timed with
-nothing else going on, so it bounds what the thread can take from the step; "waiting" is what is left of it in `next`.
+nothing else going on, so it bounds what the thread can take from the step; "waiting" is the time that `next` takes.
 """
 
 import argparse

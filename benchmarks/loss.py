@@ -60,7 +60,7 @@ def times(args: argparse.Namespace, dtype: str, unlocked: bool, figures: dict[st
     pairs = Pairs.draw(args.n, args.dim, dtype, unlocked, args.device)
     runs = contenders(pairs)
     _agree(pairs, runs, dtype)
-    waited = {name: (lambda run=run: _synchronised(run, args.device)) for name, run in runs.items()}
+    waited = {name: (lambda run=run: _synchronized(run, args.device)) for name, run in runs.items()}
     seconds = interleaved(waited, args.repeats)
     name = f"n = {args.n:,}, {dtype}, {'both sides' if unlocked else 'locked'}"
     best = min((peer for peer in PEERS if peer in seconds), key=lambda peer: statistics.median(seconds[peer]))
@@ -163,7 +163,7 @@ def _one_pair(args: argparse.Namespace) -> Pairs:
     return Pairs.draw(1, 1, args.dtype[0], False, "cpu")
 
 
-def _synchronised(run: Any, device: str) -> None:
+def _synchronized(run: Any, device: str) -> None:
     run()
     if device == "cuda":
         torch.cuda.synchronize()

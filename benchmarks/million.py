@@ -74,7 +74,7 @@ def main() -> None:
     options.add_argument("--dim", type=int, default=128, help="embedding width D")
     options.add_argument("--length", type=int, default=16, help="tokens of a caption L")
     options.add_argument("--micro-batch", type=int, default=1024, help="captions that the tower sees at once")
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that the loss is given")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the embeddings")
     options.add_argument("--folder", help="where to write the cache; default: the system's temporary folder")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
@@ -166,10 +166,10 @@ def step(cache: EmbeddingCache, args: argparse.Namespace) -> tuple[Parts, float]
 @contextlib.contextmanager
 def advanced_by_tile(meter: Meter) -> Iterator[None]:
     """Advance the meter by the pairs of each tile, as the sigmoid loss itself reports no progress."""
-    cut = sigmoid.tiles
+    original = sigmoid.tiles
 
-    def counted(*given: Any) -> Iterator[tuple[slice, slice]]:
-        for rows, columns in cut(*given):
+    def counted(*arguments: Any) -> Iterator[tuple[slice, slice]]:
+        for rows, columns in original(*arguments):
             yield rows, columns
             meter.advance((rows.stop - rows.start) * (columns.stop - columns.start))
 

@@ -9,10 +9,10 @@ How the contenders are comparable:
 
 - **siglit** is a whole run of the stage, Lightning, batches from the cache, loss, clipping, optimizer and metrics.csv
   included (a row every 10 steps, or every turn where a turn has fewer). It runs through the whole measurement, and the
-  others take their turns between two of its steps. The first turn counts for nobody. Its rare parts are left out for
-  what they are: tokenising, validation and checkpoints.
+  others take their turns between two of its steps. The first turn is not counted. What a run does rarely is left out:
+  tokenizing, validation and checkpoints.
 - **tower**: the bare tower is a copy of the one in training, forward and backward on fixed random tokens. A batch
-  that does not fit in memory goes in micro-batches, whose activations siglit makes again in backward: one forward
+  that does not fit in memory goes in micro-batches, whose activations siglit recomputes in backward: one forward
   pass more. So there are two bare towers then: one that recomputes the same micro-batches, which shows what siglit
   adds to a step, and one that goes forward and backward through each at once, which is what the step would cost if
   the batch fitted. `--micro-batch 0` takes the batch at once: nothing is recomputed anywhere. Loss and optimizer are
@@ -23,8 +23,8 @@ How the contenders are comparable:
   would come on top. Both recompute the text tower, or neither; its images need no gradient.
 - **sail**: the same step, a plain loop around siglit's tower, loss and optimizer, on batches of either kind. A turn
   begins with a batch in hand and the workers running. Memory is what belongs to the processes alone after a pass
-  (anonymous pages, those that processes share counted once): what N rows take more than N / 2, for a row. Rows of the
-  cache are pages of a file, which the kernel can drop, and which all processes of a machine share.
+  (anonymous pages, those that processes share counted once): the difference between N and N / 2 rows, per row. Rows of
+  the cache are pages of a file, which the kernel can drop, and which all processes of a machine share.
 
 Model FLOP/s count the tower's forward pass three times and the loss's two products, whatever is recomputed. The hours
 of four devices are projected: tower and loss are shared out, the optimizer is not, and no exchange is counted.

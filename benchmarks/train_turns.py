@@ -41,7 +41,7 @@ _LOG_EVERY = TrainConfig.log_every
 
 
 class _AllTurnsTaken(BaseException):
-    """Leaves the run; no Exception, for it is no error that a handler should see."""
+    """Ends the run; not an Exception, so that no handler of errors catches it."""
 
 
 def in_turns(
@@ -53,7 +53,7 @@ def in_turns(
     first turn of all does not count.
 
     Args:
-        experiment: what to train; the run is left once all turns are taken.
+        experiment: what to train; the run ends once all turns are taken.
         make: called once, with the module in training, for those that are timed beside it, by name.
         steps: of a turn of the run.
         repeats: turns.
@@ -66,9 +66,9 @@ def in_turns(
     taken, begun = 0, 0.0
     own = SigLiT.on_train_batch_end
 
-    def after_step(module: SigLiT, *given: Any) -> None:
+    def after_step(module: SigLiT, *arguments: Any) -> None:
         nonlocal taken, begun
-        own(module, *given)
+        own(module, *arguments)
         taken += 1
         turn, rest = divmod(taken, steps)
         if rest:
@@ -105,7 +105,7 @@ def _now() -> float:
 
 
 def recipe(folder: Path, args: argparse.Namespace, *, size: str, cache: EmbeddingCache, optimizer: str) -> Experiment:
-    """Write down a locked training on the cache with a text tower of that size."""
+    """Return the experiment of a locked training on the cache with a text tower of this size."""
     cuda = args.device == "cuda"
     return Experiment(
         data=DataConfig(train=SourceSpec(format="csv", path="unused: the cache is imported")),
@@ -123,7 +123,7 @@ def recipe(folder: Path, args: argparse.Namespace, *, size: str, cache: Embeddin
             accelerator=args.device,
             compile=cuda,
             precision="bf16-mixed" if cuda else "32-true",
-            # A turn of fewer steps would else have no logging in it at all.
+            # Otherwise a turn of fewer steps would include no logging.
             log_every=min(_LOG_EVERY, args.steps),
             val_every=0,
         ),
@@ -133,7 +133,7 @@ def recipe(folder: Path, args: argparse.Namespace, *, size: str, cache: Embeddin
 def write_cache(folder: Path, args: argparse.Namespace, *, dim: int, count: int) -> EmbeddingCache:
     """Write `count` random rows with captions of random words, and the tokenizer that makes a token of each word.
 
-    What an earlier call has written is taken as it is.
+    Files that an earlier call has written are reused.
     """
     cache, rng = folder / f"cache-{count}-{dim}" / "train", np.random.default_rng(0)
     if cache.exists():

@@ -95,7 +95,8 @@ class DataConfig:
     max_skipped: float = field(default=0.01, metadata=_SHARE)
     """precompute fails if a larger share of images is unusable (or has an embedding beyond float16), 0.0–1.0."""
     max_image_pixels: int = field(default=178_956_970, metadata=_ONE_OR_MORE)
-    """Images with more pixels than this are skipped as decompression bombs; default and maximum: Pillow's limit."""
+    """Images with more pixels than this are skipped as decompression bombs; default: Pillow's own limit, which this
+    cannot raise."""
     random_crop: float | None = field(default=None, metadata=_POSITIVE_SHARE)
     """Unlocked and scratch: train on random crops that keep at least this share of the area, 0.0–1.0; default: none."""
     random_flip: bool = False

@@ -1,12 +1,16 @@
-"""Numbers that cannot mean anything are refused by name before any work; so are files that say two things."""
+"""Values out of bounds are refused by name before any work; so are contradictions between fields or files."""
 
 import json
+from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 
 import siglit
+from siglit.config import COUNTS, Experiment
 from siglit.errors import UserError
 from siglit.parsing.arguments import parse_command
+from siglit.parsing.fields import section_of
 from siglit.runs.folder import read_run_summary
 from tests.conftest import parse, run_siglit
 
@@ -48,9 +52,23 @@ from tests.conftest import parse, run_siglit
         ("cache.splits", "[]"),
     ],
 )
-def test_a_number_out_of_range_is_named(experiment, words):
+def test_a_value_out_of_bounds_is_named(experiment, words):
     with pytest.raises(UserError, match=f"^{words[0]} is .* must be"):
         parse("train", f"--{words[0]}", words[1])
+
+
+def test_every_number_has_a_bound():
+    def unbounded(section, prefix=""):
+        kinds = get_type_hints(section)
+        for entry in fields(section):
+            name, kind = prefix + entry.name, kinds[entry.name]
+            inner = section_of(kind)
+            if inner is not None:
+                yield from unbounded(inner, f"{name}.")
+            elif {int, float} & {kind, *get_args(kind)} and "bound" not in entry.metadata and name not in COUNTS:
+                yield name
+
+    assert list(unbounded(Experiment)) == ["eval.paper"]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +86,7 @@ def test_corruption_without_a_share_is_refused(experiment, words):
 
 
 @pytest.mark.parametrize("words", [("--data.random_crop", "0.5"), ("--data.random_flip", "true")])
-def test_augmenting_what_is_locked_is_refused(experiment, words):
+def test_augmentation_with_a_locked_tower_is_refused(experiment, words):
     with pytest.raises(UserError, match=r"mode locked takes .* from the cache; leave them out, or set mode"):
         parse("train", *words)
     assert parse("train", *words, "--mode", "unlocked").mode == "unlocked"
@@ -114,7 +132,7 @@ def test_search_takes_several_words(experiment):
 
 
 @pytest.mark.parametrize("query", [" ", "\udcff"])
-def test_what_is_no_text_is_not_searched_for(experiment, query):
+def test_an_invalid_query_is_refused(experiment, query):
     with pytest.raises(UserError, match="the query is"):
         siglit.search(parse("eval-retrieval"), query)
 
@@ -131,7 +149,7 @@ def test_cuda_is_refused_where_there_is_none(experiment, monkeypatch, stage):
 
 
 def test_training_notices_that_the_captions_changed(cached, project):
-    """The cache is of the CSV as it was; where there is no CSV at all, the cache is trusted."""
+    """The cache holds the captions of the unchanged CSV; if there is no CSV, the cache is trusted."""
     write(project / "train.csv", "images/0000.png,another caption\n")
     with pytest.raises(UserError, match="source"):
         siglit.train(cached)
@@ -148,8 +166,8 @@ def test_too_many_bad_images_leave_a_cache_that_is_not_complete(experiment, proj
     assert siglit.precompute(parse("precompute", "--data.max_skipped", "0.1")).splits["train"].encoded_now == 0
 
 
-def test_figures_of_a_finished_run_are_kept(experiment, project):
-    """Repeating a finished precompute or train changes no figure in summary.json."""
+def test_results_of_a_finished_run_are_kept(experiment, project):
+    """Repeating a finished precompute or train changes no value in summary.json."""
     siglit.precompute(experiment)
     result = siglit.train(experiment)
     before = read_run_summary(experiment.folder)
@@ -167,7 +185,7 @@ def test_a_refused_train_leaves_the_record_of_the_real_one(cached, project):
     assert (project / "runs/small/experiment.yaml").read_text() == record
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(cached):
+def test_a_nan_loss_stops_the_run(cached):
     with pytest.raises(RuntimeError, match="the loss is nan at step"):
         siglit.train(parse("train", "--optim.lr", "1e9", "--optim.clip", "0", "--train.steps", "40"))
 

@@ -1,4 +1,4 @@
-"""Every file of configs/evaluation can be laid over an experiment, and its lists are whole."""
+"""Every file of configs/evaluation can follow an experiment file, and its class names and prompts are complete."""
 
 import json
 
@@ -13,8 +13,8 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "pets": 37, "imagenet": 1000}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_set_is_laid_over_an_experiment(project, monkeypatch, path):
-    """It changes the data and the cache, and leaves the run and its towers as they are."""
+def test_an_evaluation_config_keeps_the_run_and_its_towers(project, monkeypatch, path):
+    """It changes the data and the cache alone."""
     monkeypatch.chdir(project)
     text = (project / "experiment.yaml").read_text()
     (project / "experiment.yaml").write_text(text.replace("val.csv}", "val.csv, separator: ',', fold: 9/10}"))
@@ -32,19 +32,19 @@ def test_a_set_is_laid_over_an_experiment(project, monkeypatch, path):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_names_and_templates_are_there(monkeypatch, tmp_path, name):
+def test_class_names_and_templates_are_complete(monkeypatch, tmp_path, name):
     """Wherever the command is run."""
     monkeypatch.chdir(tmp_path)
-    asked = parse("eval-zeroshot", config=str(FOLDER / f"{name}.yaml")).eval
-    if asked.classes.startswith("open_clip:"):
+    config = parse("eval-zeroshot", config=str(FOLDER / f"{name}.yaml")).eval
+    if config.classes.startswith("open_clip:"):
         pytest.importorskip("open_clip")
-    names = class_names(asked.classes)
+    names = class_names(config.classes)
     assert len({name for of in names for name in of}) >= CLASSES[name] - 2, "open_clip has two names twice"
     assert len(names) == CLASSES[name]
-    assert templates(asked.templates)
+    assert templates(config.templates)
 
 
-def test_classes_stand_in_the_order_of_their_labels():
+def test_classes_are_in_the_order_of_their_labels():
     """CIFAR's and the pets' labels follow the alphabet, whatever the case."""
     for path in (ROOT / "siglit/assets/classes").glob("*.json"):
         names = [name.lower().replace(" ", "_") for name in json.loads(path.read_text())]
@@ -53,7 +53,7 @@ def test_classes_stand_in_the_order_of_their_labels():
 
 def test_prompts_are_canonical_where_classes_are_named_and_nowhere_else(project, monkeypatch):
     monkeypatch.chdir(project)
-    found = {path.stem: parse("eval-zeroshot", "-c", str(path)).eval.canonicalize for path in FILES}
-    assert found == {name: name in CLASSES for name in found}
-    assert set(CLASSES) < set(found)
+    canonical = {path.stem: parse("eval-zeroshot", "-c", str(path)).eval.canonicalize for path in FILES}
+    assert canonical == {name: name in CLASSES for name in canonical}
+    assert set(CLASSES) < set(canonical)
     assert parse("eval-zeroshot").eval.canonicalize is False

@@ -12,8 +12,11 @@ from siglit.commands import COMMANDS
 from tests.conftest import ROOT
 
 SCRIPT = """
+import torch
+
 import siglit
 from siglit import Experiment, train
+from siglit.loss import softmax_loss
 
 
 def evaluate(path: str) -> float:
@@ -27,6 +30,11 @@ def evaluate(path: str) -> float:
         return siglit.eval_retrieval(experiment).metrics["image_to_text/R@1"]
     except (siglit.UserError, siglit.CacheError):
         return rows + loss + len(names) + sound + width
+
+
+def losses(zimg: torch.Tensor, ztxt: torch.Tensor) -> list[torch.Tensor]:
+    first = siglit.sigmoid_loss(zimg, ztxt, 10.0, -10.0, exchange="shift")
+    return [first, softmax_loss(zimg, ztxt, 10.0, chunk_size=64)]
 """
 
 
@@ -60,7 +68,7 @@ def test_every_command_has_a_function_of_its_name():
             assert getattr(siglit, entry.function.partition(":")[2]) is entry.load()
 
 
-def test_type_checkers_see_the_names_that_are_there_at_run_time():
+def test_type_checkers_see_the_public_names():
     tree = ast.parse((ROOT / "siglit/__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
@@ -70,8 +78,9 @@ def test_type_checkers_see_the_names_that_are_there_at_run_time():
 
 @pytest.mark.slow
 def test_a_users_script_passes_mypy_strict(tmp_path):
-    """And a wrong use of a result does not."""
-    for text, passes in ((SCRIPT, True), (SCRIPT.replace("rows: int", "rows: str"), False)):
+    """A wrong type of a result or of an argument does not."""
+    wrong = [("rows: int", "rows: str"), ('exchange="shift"', 'exchange="ring"'), ("chunk_size=64", 'chunk_size="64"')]
+    for text, passes in ((SCRIPT, True), *((SCRIPT.replace(*change), False) for change in wrong)):
         (tmp_path / "script.py").write_text(text)
         command = ["mypy", "--strict", "--follow-imports=silent", "--config-file=", "script.py"]
         done = subprocess.run(
@@ -121,7 +130,7 @@ def test_load_experiment_takes_python_values(experiment, overrides, section, fie
         ({"optim": {"lrr": 1}}, "optim.lrr is not a field"),
         ({"optim": 3}, "^optim is 3, but it must be a mapping"),
         ({"seed": [1]}, "^seed is .*, but it must be a whole number"),
-        ({"seed": object()}, "^seed is a object"),
+        ({"seed": object()}, "^seed has the type object "),
         ({"image_tower.model_args": {"x": {"class_path": "os.system"}}}, "holds class_path"),
         ({"help": True}, "^help is not a field"),
         ({"help-all": True}, "^help-all is not a field"),
@@ -129,9 +138,10 @@ def test_load_experiment_takes_python_values(experiment, overrides, section, fie
         ({"print_config": "x"}, "^print_config is not a field"),
         ({"config": "other.yaml"}, "^config is not a field"),
         ({"resume": True}, "^resume is not a field"),
+        ({"image_tower.model_args.depth=3": 4}, "^image_tower.model_args.depth=3 is not a field"),
     ],
 )
-def test_load_experiment_refuses_what_is_no_field_or_value(experiment, capsys, overrides, message):
+def test_load_experiment_refuses_unknown_fields_and_invalid_values(experiment, capsys, overrides, message):
     with pytest.raises(siglit.UserError, match=message):
         siglit.load_experiment("experiment.yaml", **overrides)
     assert capsys.readouterr().out == ""

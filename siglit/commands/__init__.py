@@ -80,7 +80,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "estimate memory, time and disk of a training run",
         "plan:plan",
-        reads=(*_TRAINING, "cache.path"),
+        reads=(*_TRAINING, "cache.path", "cache.shard_size"),
         flags={
             "--devices": {"type": int, "help": "devices that share the batch; default: train.devices × train.nodes"},
             "--gpu-memory": {"type": float, "help": "GiB of each device; default: as this machine's GPU"},

@@ -48,7 +48,7 @@ class ApproximateIndex:
     on_cpu: Any
     """The same on the CPU; the same object where there are no GPUs."""
     seconds: float
-    """Time that training it and adding all images took when it was index."""
+    """Time that training it and adding all images took when it was built."""
     path: Path
     """Its file."""
 
@@ -74,9 +74,9 @@ class IndexComparison:
     ms_per_query: float
     """The same per text, milliseconds."""
     nprobe: int | None
-    """Lists searched by default; None of an index without an inverted file."""
+    """Lists searched by default; None for an index without an inverted file."""
     sweep: list[NprobeResult]
-    """Results of searching more lists; empty of an index without an inverted file."""
+    """Results of searching more lists; empty for an index without an inverted file."""
     file: str
     """Path of the index."""
 
@@ -150,7 +150,7 @@ def build(zimg: np.ndarray, factory: str, path: Path) -> ApproximateIndex:
     Args:
         zimg: (N, D) float32 unit rows.
         factory: such as "HNSW32" or "IVF4096,PQ64"; https://github.com/facebookresearch/faiss/wiki/The-index-factory.
-        path: file of the index; an existing one is replaced. A JSON file beside it says how it was index.
+        path: file of the index; an existing one is replaced. A JSON file beside it says how it was built.
 
     Raises:
         ValueError: faiss does not know this index, or cannot build it over these images.

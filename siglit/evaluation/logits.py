@@ -186,7 +186,7 @@ class _Histogram:
 
     @property
     def mean(self) -> float | None:
-        """Mean logit; None of none."""
+        """Mean logit; None if no logit was counted."""
         total = self._count.sum().item()
         return self._sum.item() / total if total != 0 else None
 
@@ -284,7 +284,7 @@ def _bars(counts: np.ndarray, low: int, wide: int, bars: int) -> list[int]:
 
 
 def _calibration(positives: _Histogram, negatives: _Histogram, share: float) -> list[ReliabilityBin]:
-    """Merge fine bins to reliability bins with a twentieth of the positives each."""
+    """Merge fine bins into reliability bins with a twentieth of the positives each."""
     occupied = np.flatnonzero(positives.count + negatives.count)
     cumulated = positives.count.cumsum()
     full = cumulated[-1] * np.arange(1, _RELIABILITY_BINS) / _RELIABILITY_BINS

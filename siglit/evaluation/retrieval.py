@@ -35,8 +35,8 @@ def retrieval_metrics(
     """Compute Recall@K, median rank and mAP@10 of images → texts and texts → images.
 
     An image query is correct at K if any of its texts is among the first K; a text query if its image is. The median is
-    of the rank of the first correct answer, 1 for the best. mAP@10 is the mean over queries of: the precisions at the
-    correct answers among the first ten, summed and divided by the number of the query's correct answers.
+    of the rank of the first correct answer, 1 for the best. mAP@10 is the mean of the queries' average precision: the
+    precisions at the correct answers among the first ten, summed and divided by the number of all correct answers.
 
     An image without texts is searched, but is no query. Ties (to 1e-6) count against the model: a wrong answer that
     scores as high as the correct one is ranked before it, so that a collapsed model scores 0 and not 1. An answer whose
@@ -165,7 +165,7 @@ def fold_metrics(
 
 
 def label_accuracy(zimg: np.ndarray, ztxt: np.ndarray, image_labels: np.ndarray, text_labels: np.ndarray) -> float:
-    """Compute the share of labeled images whose nearest text belongs to their own class.
+    """Compute the share of labelled images whose nearest text belongs to their own class.
 
     Args:
         zimg: (I, D) float32 unit rows.

@@ -44,7 +44,7 @@ def disagreement(description: str, failed: bool, group: dist.ProcessGroup | None
     """Compare what all ranks are about to do, so that they fail together instead of waiting for each other.
 
     Args:
-        description: everything that must be the same on every rank, in words; the problem if this rank has failed.
+        description: everything that must be the same on every rank, as text; the problem if this rank has failed.
         failed: this rank cannot take part.
         group: the ranks.
         device: where the group's tensors live.
@@ -145,7 +145,7 @@ class BlockExchange:
             self.local_grad = block_grad
         else:
             self._wait_for_return()
-            # The rank whose distance from this one is that of this one from the block's owner has the local block now.
+            # All blocks have travelled equally far: if this one came k ranks, the local one is k ranks further on.
             sender = (2 * self._rank - self._owner) % self._ranks
             received = torch.empty_like(block_grad)
             ops = self._send_and_receive([block_grad], self._owner, [received], sender, tag=1)

@@ -4,7 +4,7 @@ Knows no formula. Shapes: B pairs per rank, D embedding width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,14 @@ from siglit.loss.exchange import EXCHANGES, Exchange, disagreement, world
 from siglit.loss.tiles import wide
 
 Compute = Callable[..., tuple[torch.Tensor | None, ...]]
+_Params = ParamSpec("_Params")
+_Result = TypeVar("_Result")
+
+
+def graph_break(function: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
+    """Keep a function out of a caller's `torch.compile`; its type is kept too, which `torch.compiler.disable` loses."""
+    disabled: Callable[_Params, _Result] = torch.compiler.disable(function)
+    return disabled
 
 
 class LossWithGradients(torch.autograd.Function):

@@ -34,7 +34,7 @@ def memory_bytes(
     device: torch.device | str = "cpu",
     compiled: bool | None = None,
 ) -> LossMemory:
-    """State what `sigmoid_loss` holds at most, with gradients for its texts.
+    """Compute the most bytes that `sigmoid_loss` holds, with gradients for its texts.
 
     Ids and a choice of negatives take a few bytes per pair of a tile more, and `softmax_loss` W · B scalars more.
 

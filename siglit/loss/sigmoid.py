@@ -24,11 +24,11 @@ from siglit.loss.composition import (
 )
 from siglit.loss.elementwise import all_negative, compiling, fused, signed
 from siglit.loss.exchange import BlockExchange, Exchange, world
-from siglit.loss.function import LossWithGradients, check, scalar
+from siglit.loss.function import LossWithGradients, check, graph_break, scalar
 from siglit.loss.tiles import add_product, cosines, grad_logits_dtype, tiles, wide
 
 
-@torch.compiler.disable
+@graph_break
 def sigmoid_loss(
     zimg: torch.Tensor,
     ztxt: torch.Tensor,

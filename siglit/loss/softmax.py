@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from siglit.loss.elementwise import compiling, fused, softmax_grad_logits
 from siglit.loss.exchange import BlockExchange, Exchange, world
-from siglit.loss.function import LossWithGradients, check, scalar
+from siglit.loss.function import LossWithGradients, check, graph_break, scalar
 from siglit.loss.tiles import add_product, cosines, grad_logits_dtype, tiles, wide
 
 
-@torch.compiler.disable
+@graph_break
 def softmax_loss(
     zimg: torch.Tensor,
     ztxt: torch.Tensor,

@@ -54,7 +54,7 @@ def parse_command(name: str, words: Sequence[str]) -> tuple[Experiment, dict[str
     command = COMMANDS[name]
     if _HELP_ALL in words:
         _parser(f"siglit {name}", command).parse_args(["--help"])
-    words = [word for given in words for word in command.shorthands.get(given, (given,))]
+    words = [part for word in words for part in command.shorthands.get(word, (word,))]
     if command.default_config and not _names_config(words):
         words = ["-c", packaged_config(command.default_config), *words]
     parser = _parser(f"siglit {name}", command)
@@ -90,14 +90,16 @@ def load_experiment(path: str | os.PathLike[str], **overrides: Any) -> Experimen
     """
     words = [f"--config={os.fspath(path)}"]
     for name, value in overrides.items():
-        if not is_field(name) and name not in SECTIONS:
+        # The parser would end the name at a =, and take the rest for a part of the value.
+        if "=" in name or (not is_field(name) and name not in SECTIONS):
             raise UserError(f"{name} is not a field of an experiment{did_you_mean(name, {*FIELDS, *SECTIONS})}")
         try:
             plain = os.fspath(value) if isinstance(value, os.PathLike) else value
             words.append(f"--{name}={plain if isinstance(plain, str) else json.dumps(plain, default=os.fspath)}")
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"{name} is a {type(value).__name__} ({error}); give strings, numbers, booleans, None, lists or dicts"
+                f"{name} has the type {type(value).__name__} ({error}); use strings, numbers, booleans, None, lists or "
+                "dicts"
             ) from error
     return parse_command("train", words)[0]
 

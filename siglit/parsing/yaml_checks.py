@@ -10,7 +10,7 @@ from siglit.parsing.fields import FIELDS, SECTIONS, did_you_mean, is_field, is_o
 from siglit.runtime.files import read_regular
 
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
-# YAML gives bare dates and "=" tags of their own; the parser reads them as strings.
+# In YAML, bare dates and "=" have tags of their own; the parser reads them as strings.
 _PLAIN_TAGS |= {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
 _MAX_BYTES = 1 << 24
 """Largest experiment file, 16 MiB."""

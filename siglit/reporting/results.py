@@ -171,7 +171,7 @@ def _logits_problem(value: dict[str, Any]) -> str | None:
     if not all(map(math.isfinite, edges)) or any(low >= high for low, high in itertools.pairwise(edges)):
         return "edges are not finite and ascending"
     if not len(edges) - 1 == len(value["positive"]) == len(value["negative"]) > 0:
-        return "positive and negative do not have one entry less than edges"
+        return "positive and negative do not have one entry fewer than edges"
     if len(value["calibration"]) > 0 and value.get("ece") is None:
         return "calibration is given, but ece is missing"
     return None

@@ -4,6 +4,7 @@ Knows the JSON of each evaluation and nothing of files or HTML. Metrics that a r
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -23,7 +24,7 @@ NEED_LABELS = ("zeroshot", "fewshot", "probe")
 _DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 _MAX_BARS = 40
 _SCALES = (10, 20, 50, 100)
-"""Percent that a full bar may stand for; the smallest that fits the longest bar is used."""
+"""Percent at the end of a bar chart's scale; the smallest that holds the longest bar is used."""
 
 Row = dict[str, Any]
 """group, name, value (formatted), chance (a fraction, or None), and keys that eval.paper may use for the metric."""
@@ -119,9 +120,7 @@ def _main_metric(kind: str, result: Mapping[str, Any]) -> str:
         return f"{recall}, mean over languages" if recall and average else recall
     if kind == "fewshot" and result.get("shots"):
         shots, accuracy = list(result["shots"].items())[-1]
-        return (
-            f"{plural(int(shots), 'shot') if shots.isdigit() else shots} per class {format_percent(accuracy['mean'])}"
-        )
+        return f"{_shots(shots)} {format_percent(accuracy['mean'])}"
     names = {"zeroshot": "zero-shot top-1", "probe": "linear probe top-1"}
     if kind in names and _is_number(result.get("top1")):
         return f"{names[kind]} {format_percent(result['top1'])}"
@@ -163,7 +162,7 @@ def bars(title: str, values: list[tuple[str, Any]], average: float | None) -> di
     """Fractions as bars, best first; of more than 40 only the 20 best and the 20 worst.
 
     Returns:
-        {"title", "average" (percent or None), "end" (percent that a full bar stands for), "rows": [{"name", "percent"}
+        {"title", "average" (percent or None), "end" (percent of a full bar), "rows": [{"name", "percent"}
         or {"left_out": number of bars}]}.
     """
     known = sorted(((name, v) for name, v in values if _is_number(v)), key=lambda item: -item[1])
@@ -198,7 +197,8 @@ def _retrieval(result: dict[str, Any]) -> Iterator[Row]:
 def _retrieval_metric(group: str, key: str, value: float, images: int) -> Row:
     """One metric of one direction; `images` is 0 if the chance level is unknown."""
     direction, metric = key.split("/")[-2:]
-    k = int(metric[2:]) if metric.startswith("R@") and metric[2:].isdigit() else 0
+    depth = re.fullmatch(r"R@([0-9]{1,9})", metric)
+    k = int(depth[1]) if depth is not None else 0
     # Chance is k / images. For image → text that holds for k = 1 only: an image's share of all captions, averaged over
     # the images, is 1 / images.
     has_chance = k > 0 and images > 0 and (direction == "text_to_image" or k == 1)
@@ -219,9 +219,14 @@ def _fewshot(result: dict[str, Any]) -> Iterator[Row]:
     count = _number_of_classes(result)
     for shots, accuracy in (result.get("shots") or {}).items():
         spread = f" ± {100 * accuracy['std']:.1f}" if _is_number(accuracy.get("std")) else ""
-        name = f"{shots} shot{'' if str(shots) == '1' else 's'} per class"
-        keys = (f"shots/{shots}/mean", f"shots/{shots}", str(shots))
-        yield _row("", name, format_percent(accuracy["mean"]) + spread, *keys, chance=1 / count if count else None)
+        keys = (f"shots/{shots}/mean", f"shots/{shots}", shots)
+        yield _row(
+            "", _shots(shots), format_percent(accuracy["mean"]) + spread, *keys, chance=1 / count if count else None
+        )
+
+
+def _shots(count: str) -> str:
+    return f"{count} shot{'' if count == '1' else 's'} per class"
 
 
 def _row(group: str, name: str, value: str, *keys: str, chance: float | None = None) -> Row:

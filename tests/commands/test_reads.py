@@ -1,5 +1,6 @@
 """`--help` of a command lists every field that its code reads: reads are recorded while the command runs."""
 
+import shutil
 import sys
 
 import pytest
@@ -19,6 +20,7 @@ from siglit.config import (
     TrainConfig,
 )
 from siglit.parsing.fields import FIELDS, SECTIONS
+from tests.conftest import parse
 
 PREFIXES = {
     Experiment: "",
@@ -32,8 +34,8 @@ PREFIXES = {
     TrainConfig: "train.",
     EvalConfig: "eval.",
 }
-COPIES = ("dataclasses.py", "siglit/config.py", "copy.py")
-"""Files whose code copies or checks whole sections."""
+COPIES = ("dataclasses.py", "siglit/config.py", "siglit/runs/resume.py", "copy.py")
+"""Files whose code copies, checks or compares whole sections."""
 
 
 @pytest.fixture
@@ -67,6 +69,45 @@ def reads(monkeypatch):
 )
 def test_help_lists_what_is_read(trained, reads, name, words):
     getattr(siglit, name.replace("-", "_"))(trained, *words)
-    listed = COMMANDS[name].reads
     assert len(reads) > 5
-    assert {field for field in reads if not any(field == x or field.startswith(f"{x}.") for x in listed)} == set()
+    assert unlisted(reads, name) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("eval-zeroshot", ("--eval.classes", "colours.json")),
+        ("eval-fewshot", ("--eval.shots", "[1]")),
+        ("eval-probe", ()),
+    ],
+)
+def test_help_lists_what_classification_reads(classed_run, reads, monkeypatch, tmp_path, name, words):
+    monkeypatch.chdir(classed_run)
+    shutil.copytree("runs/small", tmp_path / "small")
+    experiment = parse(name, "--output_dir", str(tmp_path / "small"), *words)
+    reads.clear()
+    getattr(siglit, name.replace("-", "_"))(experiment)
+    assert len(reads) > 5
+    assert unlisted(reads, name) == set()
+
+
+@pytest.mark.parametrize("mode", ["locked", "unlocked"])
+@pytest.mark.parametrize(("name", "function"), [("plan", "plan"), ("train", "train"), ("train", "dry_run")])
+def test_help_lists_what_training_reads(cached, reads, name, function, mode):
+    experiment = parse("train", "--mode", mode, "--output_dir", "runs/other")
+    reads.clear()
+    getattr(siglit, function)(experiment)
+    assert len(reads) > 20
+    assert unlisted(reads, name) == set()
+
+
+def test_help_lists_what_tokenizer_train_reads(experiment, reads):
+    siglit.tokenizer_train(experiment)
+    assert len(reads) > 5
+    assert unlisted(reads, "tokenizer train") == set()
+
+
+def unlisted(reads, name):
+    """Fields that were read, but are not among those that the command's help lists."""
+    listed = COMMANDS[name].reads
+    return {field for field in reads if not any(field == x or field.startswith(f"{x}.") for x in listed)}

@@ -10,15 +10,15 @@ CPU = torch.device("cpu")
 
 
 class CountingTower:
-    """Linear in the ids; keeps the shape of what it was given."""
+    """Linear in the ids; keeps its inputs."""
 
     def __init__(self):
         self.weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-        self.seen = []
+        self.batches = []
 
     def __call__(self, ids):
         assert ids.dtype == torch.int64
-        self.seen.append(ids.clone())
+        self.batches.append(ids.clone())
         return (ids.float() + 1) @ self.weight
 
 
@@ -33,12 +33,12 @@ def test_equal_captions_share_one_pass(batch_size, dtype):
     distinct, ids = repeated_ids(dtype)
     tower = CountingTower()
     encode_ids(tower, ids, batch_size=batch_size, device=CPU, quiet=True)
-    rows = torch.cat(tower.seen)
+    rows = torch.cat(tower.batches)
     assert len(rows) == len(np.unique(ids, axis=0)) < len(ids)
     assert (
         {tuple(r) for r in rows.tolist()} == {tuple(r) for r in ids.tolist()} <= {tuple(r) for r in distinct.tolist()}
     )
-    assert max(len(block) for block in tower.seen) <= batch_size
+    assert max(len(block) for block in tower.batches) <= batch_size
 
 
 def test_rows_are_units_in_the_captions_order():

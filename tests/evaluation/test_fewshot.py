@@ -1,4 +1,4 @@
-"""Few-shot accuracy is big_vision's: the same draws, the same ridge regression, by another route."""
+"""Few-shot accuracy is big_vision's: the same draws, and the same ridge regression, solved differently."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ def images(count, width, seed=0):
     """(N, D) float16 outputs with large norms, a constant feature and one of great scale; (N,) classes."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % CLASSES)
-    centres = np.random.default_rng(99).normal(size=(CLASSES, width))
-    rows = 5 + centres[labels] + 2 * rng.normal(size=(count, width))
+    centers = np.random.default_rng(99).normal(size=(CLASSES, width))
+    rows = 5 + centers[labels] + 2 * rng.normal(size=(count, width))
     rows[:, 0], rows[:, 1] = 2.0, 50 * rows[:, 1]
     return rows.astype(np.float16), labels
 
@@ -49,7 +49,7 @@ def test_accuracy_is_that_of_big_vision(count):
 
 @pytest.mark.parametrize("count", [20, 200])
 def test_weights_solve_the_normal_equations(count):
-    """(XᵀX + λI) W = XᵀY, whichever way they were found."""
+    """(XᵀX + λI) W = XᵀY, whichever system was solved."""
     x, y = images(count, 59)
     model = fit_ridge(x, y, CLASSES)
     z = (x.astype(np.float64) - x.astype(np.float64).mean(0)) / (x.astype(np.float64).std(0) + 1e-5)

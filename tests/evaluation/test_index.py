@@ -1,4 +1,4 @@
-"""A saved index finds what the full matrix finds; an approximate one is set against it, and its figures are true."""
+"""Exact indices return what the full score matrix gives; reported metrics of approximate ones are correct."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from siglit.evaluation.index import build, compare, is_index_of, load_or_build, 
 from tests.evaluation.reference import random_set
 
 
-def test_a_saved_index_finds_what_the_full_matrix_finds(tmp_path):
+def test_a_saved_index_returns_what_the_full_matrix_gives(tmp_path):
     zimg, ztxt, _ = random_set(80, 20, 12)
     save_index(zimg, tmp_path / "images.index")
     scores, rows = nearest_images(tmp_path / "images.index", ztxt, 6)
@@ -32,7 +32,7 @@ def test_more_answers_than_images_are_cut_to_the_images(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
-    """What breaks off in the middle of writing does not touch the file of before."""
+    """A write that fails halfway does not touch the existing file."""
     path = tmp_path / "images.index"
     zimg, ztxt, _ = random_set(10, 3, 4)
     save_index(zimg, path)
@@ -83,7 +83,7 @@ def test_an_exact_index_has_no_gap(tmp_path):
 
 @pytest.mark.parametrize("factory", ["IVF4,Flat", "PCA8,IVF4,Flat"])
 def test_an_inverted_file_is_swept_over_its_lists(tmp_path, factory):
-    """The default looks into one list of four; also where the inverted file stands behind a transform."""
+    """The default searches one list of four; also where a transform comes before the inverted file."""
     actual = approximate(factory, random_set(200, 400, 16), tmp_path)
     assert all(0 <= gap < 1 for gap in actual.gap.values())
     assert actual.gap["text_to_image/R@10"] > 0
@@ -95,8 +95,8 @@ def test_an_inverted_file_is_swept_over_its_lists(tmp_path, factory):
         assert actual.sweep[-1].recall == actual.exact["text_to_image/R@1"]
 
 
-def test_the_sweep_agrees_with_the_figures_above_it(tmp_path):
-    """Codes of four bits give many images one score."""
+def test_the_sweep_agrees_with_the_metrics(tmp_path):
+    """With codes of four bits, many images have the same score."""
     zimg, ztxt, image_of_text = random_set(300, 600, 16)
     actual = approximate("IVF2,PQ2x2", (zimg, ztxt, image_of_text), tmp_path)
     assert actual.nprobe == actual.sweep[0].nprobe == 1
@@ -110,8 +110,8 @@ def test_lists_are_swept_up_to_64(tmp_path):
     assert [probe.nprobe for probe in actual.sweep] == [1, 4, 10]
 
 
-def test_the_kept_file_gives_the_reported_figures(tmp_path):
-    """Recall and shared neighbours, computed line by line from what the file finds."""
+def test_the_saved_file_gives_the_reported_metrics(tmp_path):
+    """Recall and shared neighbours, computed query by query from the answers of the saved file."""
     zimg, ztxt, image_of_text = arrays = random_set(300, 500, 16)
     actual = approximate("IVF8,PQ4x4", arrays, tmp_path)
     rows = nearest_images(tmp_path / "some.index", ztxt, 10)[1]
@@ -128,7 +128,7 @@ def test_the_kept_file_gives_the_reported_figures(tmp_path):
 
 
 def test_a_saved_index_is_loaded_again(tmp_path, monkeypatch):
-    """The same figures, the time of the first building; another factory, other images or half a file build anew."""
+    """With the same metrics and build time; another factory, other images or a damaged file are built again."""
     zimg, ztxt, image_of_text = random_set(300, 50, 16)
     path = tmp_path / "some.faiss"
     first = load_or_build(zimg, "IVF8,PQ4x4", path)
@@ -137,8 +137,8 @@ def test_a_saved_index_is_loaded_again(tmp_path, monkeypatch):
     again = load_or_build(zimg, "IVF8,PQ4x4", path)
     assert not built
     assert again.seconds == first.seconds
-    figures = [compare(one, zimg, ztxt, image_of_text) for one in (first, again)]
-    assert figures[0].metrics == figures[1].metrics
+    results = [compare(one, zimg, ztxt, image_of_text) for one in (first, again)]
+    assert results[0].metrics == results[1].metrics
     load_or_build(zimg, "IVF8,PQ4x4fs", path)
     load_or_build(zimg[:200], "IVF8,PQ4x4fs", path)
     path.write_bytes(path.read_bytes()[:-40])
@@ -159,7 +159,7 @@ def test_a_saved_index_is_loaded_again(tmp_path, monkeypatch):
     ],
 )
 def test_a_damaged_index_is_built_again(tmp_path, damage):
-    """Its figures would be those of other vectors."""
+    """Its metrics would be those of other vectors."""
     zimg, *_ = random_set(300, 50, 16)
     path = tmp_path / "images.faiss"
     load_or_build(zimg, "IVF8,Flat", path)
@@ -169,8 +169,8 @@ def test_a_damaged_index_is_built_again(tmp_path, damage):
     assert path.read_bytes() == whole
 
 
-def test_an_exact_index_is_known_to_be_whole(tmp_path):
-    """Damaged files, and those over other images, are recognized."""
+def test_a_damaged_exact_index_is_recognized(tmp_path):
+    """So is one over other images."""
     zimg, *_ = random_set(30, 5, 16)
     path = tmp_path / "images.faiss"
     assert not is_index_of(path, zimg)
@@ -233,7 +233,7 @@ def test_the_report_is_json_and_a_few_lines(tmp_path):
 
 
 class OnGpu:
-    """As much of an index on GPUs as is used; counts what goes through it."""
+    """The part of a GPU index's interface that is used; counts the queries."""
 
     def __init__(self, on_cpu):
         self.on_cpu, self.searched = on_cpu, 0
@@ -250,7 +250,7 @@ class OnGpu:
 
 
 def test_gpus_are_used_where_faiss_has_them(tmp_path, monkeypatch):
-    """The GPU half of faiss is played by its CPU half: the calls are checked, not the GPUs."""
+    """The CPU functions of faiss stand in for those of GPUs: this checks the calls, not the GPUs."""
     arrays = random_set(100, 90, 8)
     expected = approximate("IVF4,Flat", arrays, tmp_path)
 
@@ -266,7 +266,7 @@ def test_gpus_are_used_where_faiss_has_them(tmp_path, monkeypatch):
     monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda opened: opened.on_cpu, raising=False)
     monkeypatch.setattr(faiss, "GpuParameterSpace", Space, raising=False)
     actual = approximate("IVF4,Flat", arrays, tmp_path)
-    assert on_gpu[0].searched == 3 * 90 + 1  # and a first one to see that it can be searched
+    assert on_gpu[0].searched == 3 * 90 + 1  # and one query that checks that it can be searched
     assert actual.metrics == expected.metrics
     assert [p.recall for p in actual.sweep] == [p.recall for p in expected.sweep]
 

@@ -1,4 +1,4 @@
-"""The probe is logistic regression at its optimum: gradients vanish, and scikit-learn finds the same weights."""
+"""The probe is logistic regression at its optimum: gradients vanish, and the weights are those of scikit-learn."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def images(count, seed=0, noise=2.0):
-    """(N, D) float16 outputs that are not normalised, one of the features large; (N,) classes."""
+    """(N, D) float16 outputs that are not normalized, one of the features large; (N,) classes."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, count)
     rows = (
@@ -49,7 +49,7 @@ def test_objective_and_gradient_are_torchs(monkeypatch, at_once):
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
-def test_the_gradient_vanishes_where_the_fit_ends(l2):
+def test_the_gradient_vanishes_at_the_fitted_weights(l2):
     x, y = features()
     model = fit(x, y, CLASSES, l2)
     _, *gradients = by_autograd(x, y, model.weight, model.bias, l2)
@@ -58,7 +58,7 @@ def test_the_gradient_vanishes_where_the_fit_ends(l2):
     assert float(model.weight.abs().max()) > 0.01
 
 
-def test_float32_ends_at_the_same_place():
+def test_float32_reaches_the_same_weights():
     x, y = features()
     exact, actual = fit(x, y, CLASSES, 1e-2), fit(x.float(), y, CLASSES, 1e-2)
     torch.testing.assert_close(actual.weight.double(), exact.weight, atol=2e-3, rtol=1e-3)
@@ -88,15 +88,15 @@ def test_features_have_mean_0_and_deviation_1(monkeypatch):
     np.testing.assert_allclose(actual, (exact - exact.mean(0)) / (exact.std(0) + 1e-5), atol=1e-10)
 
 
-def test_a_start_elsewhere_ends_at_the_same_place():
+def test_the_start_does_not_change_the_fitted_weights():
     x, y = features()
     from_zero = fit(x, y, CLASSES, 1e-3)
     from_far = fit(x, y, CLASSES, 1e-3, start=fit(x, y, CLASSES, 1e-5))
     torch.testing.assert_close(from_far.weight, from_zero.weight, atol=1e-5, rtol=1e-5)
 
 
-def test_the_held_out_rows_are_not_learnt_from():
-    """Accuracy there does not depend on what was held out being labelled right in the fit: wrong labels score badly."""
+def test_the_fit_does_not_use_the_held_out_rows():
+    """With wrong labels for the held-out rows alone, the accuracy on them drops."""
     x, y = features(400)
     honest = accuracies_by_l2(x, y, CLASSES, 40)
     assert list(honest) == [1.0, 0.1, 0.01, 0.001, 0.0001, 1e-5, 1e-6]
@@ -120,8 +120,8 @@ def test_the_probe_classifies_test_images_with_its_best_penalty():
     assert len(passes) > 10
 
 
-def test_outputs_that_say_nothing_score_nothing():
-    """All rows alike: logits differ by the biases alone, and equal ones count against the probe."""
+def test_constant_outputs_score_no_more_than_chance():
+    """All rows are equal: logits depend on the biases alone, and ties count against the probe."""
     rows = np.ones((120, WIDTH), np.float16)
     labels = np.arange(120) % CLASSES
     actual = probe(rows, labels, rows[:60], labels[:60], CLASSES, device=CPU).test
@@ -130,7 +130,7 @@ def test_outputs_that_say_nothing_score_nothing():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_finds_what_the_cpu_finds():
+def test_cuda_gives_the_accuracy_of_the_cpu():
     (rows, labels), (test, test_labels) = images(600), images(300, seed=1)
     here = probe(rows, labels, test, test_labels, CLASSES, device=CPU)
     there = probe(rows, labels, test, test_labels, CLASSES, device=torch.device("cuda"))

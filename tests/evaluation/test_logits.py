@@ -51,7 +51,7 @@ def test_the_histogram_is_that_of_the_whole_matrix():
     assert sum(actual.positive) == 91
     assert sum(actual.negative) == negative.sum() < 91 * 39
     assert actual.edges[0] <= logits.min() < logits.max() <= actual.edges[-1]
-    assert 60 < len(actual.positive) <= 120, "the bins cover what was seen, not what could be"
+    assert 60 < len(actual.positive) <= 120, "the bins cover the logits that occur, not all possible ones"
     assert actual.positive_mean == pytest.approx(logits[positive].mean())
     assert actual.negative_mean == pytest.approx(logits[negative].mean())
     for kind, quantiles in ((positive, actual.positive_quantiles), (negative, actual.negative_quantiles)):
@@ -86,8 +86,8 @@ def test_calibration_is_that_of_the_whole_matrix(batch_size):
 def calibrated_set(images=1500, dim=64, mean=0.5, seed=0):
     """Pairs whose log odds are linear in the cosine: with this t and b, σ(logit) is the posterior itself.
 
-    Cosines of other pairs are about N(0, 1/D), those of pairs are made N(mean, 1/D); the log ratio of the two densities
-    is mean·D·x − mean²·D/2, and a text meets images − 1 negatives.
+    Cosines of negatives are about N(0, 1/D), those of positives are drawn from N(mean, 1/D). The log ratio of the two
+    densities is mean·D·x − mean²·D/2, and each text has images − 1 negatives.
     """
     rng = np.random.default_rng(seed)
     ztxt = unit(rng.standard_normal((images, dim)))
@@ -109,8 +109,8 @@ def test_a_model_whose_labels_are_drawn_from_its_probabilities_is_calibrated(shi
         assert all((b.predicted > b.observed) == (shift > 0) for b in below_even_odds)
 
 
-def test_a_smaller_batch_calls_for_a_larger_bias():
-    """The same pairs in batches of B have odds (N − 1) / (B − 1) times as high; without that shift they fit no more."""
+def test_a_smaller_batch_needs_a_larger_bias():
+    """In batches of B, the odds of the same pairs are (N − 1) / (B − 1) times as high, which b has to add."""
     zimg, ztxt, t, b = calibrated_set()
     rows = np.arange(1500)
     fitting = logit_health(zimg, ztxt, rows, t, b + np.log(1499 / 31), batch_size=32, quiet=True)
@@ -138,7 +138,7 @@ def test_float32_rows_are_counted_like_float64_ones():
 
 
 def test_equal_captions_are_no_negatives_of_each_others_images():
-    """Two images with one and the same caption: all four pairs are right, and nothing is left to be a negative."""
+    """Two images with the same caption: all four pairs match, and there is no negative."""
     zimg = unit(np.random.default_rng(0).standard_normal((2, 4)))
     ztxt = np.repeat(zimg[:1], 2, axis=0)
     rows = np.arange(2)
@@ -157,11 +157,11 @@ def test_nothing_as_large_as_all_pairs_is_ever_allocated():
         elements = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            made = func(*args, **(kwargs or {}))
-            for tensor in made if isinstance(made, tuple | list) else [made]:
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
                 if isinstance(tensor, torch.Tensor):
                     self.elements = max(self.elements, tensor.numel())
-            return made
+            return result
 
     actual = []
     for times in (1, 4):
@@ -184,19 +184,19 @@ def test_nothing_as_large_as_all_pairs_is_ever_allocated():
         ({"b": float("inf")}, "b finite"),
     ],
 )
-def test_what_gives_no_logits_is_refused(change, message):
-    given = {"zimg": np.eye(3, 4), "ztxt": np.eye(3, 4), "image_of_text": np.arange(3), "t": T, "b": B} | change
+def test_invalid_arguments_are_refused(change, message):
+    arguments = {"zimg": np.eye(3, 4), "ztxt": np.eye(3, 4), "image_of_text": np.arange(3), "t": T, "b": B} | change
     with pytest.raises(ValueError, match=message):
-        logit_health(**given, batch_size=2, quiet=True)
+        logit_health(**arguments, batch_size=2, quiet=True)
 
 
 @pytest.mark.parametrize("k", [3, 100])
 def test_nearest_rows_are_those_of_the_whole_matrix_without_the_row_itself(k):
     rows = unit(np.random.default_rng(0).standard_normal((30, 6)).astype(np.float32))
-    asked = np.array([4, 0, 29])
-    cosines, actual = nearest_rows(asked, rows, k)
+    queries = np.array([4, 0, 29])
+    cosines, actual = nearest_rows(queries, rows, k)
     whole = rows @ rows.T
     np.fill_diagonal(whole, -np.inf)
-    best = np.argsort(-whole[asked], axis=1)[:, : min(k, 29)]
+    best = np.argsort(-whole[queries], axis=1)[:, : min(k, 29)]
     assert actual.tolist() == best.tolist()
-    assert cosines == pytest.approx(np.take_along_axis(whole[asked], best, 1), abs=1e-6)
+    assert cosines == pytest.approx(np.take_along_axis(whole[queries], best, 1), abs=1e-6)

@@ -1,4 +1,4 @@
-"""Recall@K, median rank and mAP@10 equal what sorting everything gives, and cannot be had by collapsing."""
+"""Recall@K, median rank and mAP@10 equal those of a full sort, and a collapsed model scores 0."""
 
 import subprocess
 import sys
@@ -11,13 +11,13 @@ import torch
 from siglit.evaluation import retrieval
 from siglit.evaluation.retrieval import fold_metrics, label_accuracy, metrics_by_language, retrieval_metrics
 from tests.conftest import ROOT
-from tests.evaluation.reference import full_ranking, random_set, unit, whole_numbers
+from tests.evaluation.reference import full_ranking, integer_set, random_set, unit
 from tests.loss.reference import MemoryWatch
 
 KS = (1, 5, 10, 100)
 
 
-@pytest.mark.parametrize("make", [random_set, whole_numbers])
+@pytest.mark.parametrize("make", [random_set, integer_set])
 @pytest.mark.parametrize(
     ("images", "texts", "dim"), [(1, 1, 4), (3, 2, 8), (7, 30, 5), (40, 40, 16), (200, 90, 3), (150, 700, 24)]
 )
@@ -29,8 +29,8 @@ def test_equals_a_full_ranking(make, images, texts, dim):
     assert actual == pytest.approx(full_ranking(*arrays, KS))
 
 
-@pytest.mark.parametrize("make", [random_set, whole_numbers])
-def test_is_the_same_however_the_scores_are_cut(monkeypatch, make):
+@pytest.mark.parametrize("make", [random_set, integer_set])
+def test_metrics_do_not_depend_on_the_blocks(monkeypatch, make):
     """Blocks that divide the set evenly and that do not, of single rows and larger than the set."""
     arrays = make(60, 170, 8)
     whole = retrieval_metrics(*arrays, ks=KS)
@@ -43,7 +43,7 @@ def test_is_the_same_however_the_scores_are_cut(monkeypatch, make):
 
 def test_order_of_images_and_texts_does_not_matter():
     """Not even where scores tie, which search breaks by position."""
-    zimg, ztxt, image_of_text = whole_numbers(50, 120, 4)
+    zimg, ztxt, image_of_text = integer_set(50, 120, 4)
     rng = np.random.default_rng(1)
     images, texts = rng.permutation(50), rng.permutation(120)
     place = np.argsort(images)
@@ -87,12 +87,12 @@ def test_map_equals_trec_evals():
     zimg = unit(rng.standard_normal((12, 16)))
     ztxt = unit(zimg[image_of_text] + 0.9 * rng.standard_normal((len(image_of_text), 16)))
     scores = zimg @ ztxt.T
-    right = image_of_text == np.arange(12)[:, None]
-    for direction, rows, correct in (("image_to_text", scores, right), ("text_to_image", scores.T, right.T)):
-        asked = {str(q): {str(a): 1 for a in np.flatnonzero(line)} for q, line in enumerate(correct)}
-        given = {str(q): {str(a): float(score) for a, score in enumerate(row)} for q, row in enumerate(rows)}
-        theirs = pytrec_eval.RelevanceEvaluator(asked, {"map_cut.10"}).evaluate(given)
-        mean = np.mean([figures["map_cut_10"] for figures in theirs.values()])
+    positive = image_of_text == np.arange(12)[:, None]
+    for direction, rows, correct in (("image_to_text", scores, positive), ("text_to_image", scores.T, positive.T)):
+        qrels = {str(q): {str(a): 1 for a in np.flatnonzero(line)} for q, line in enumerate(correct)}
+        run = {str(q): {str(a): float(score) for a, score in enumerate(row)} for q, row in enumerate(rows)}
+        theirs = pytrec_eval.RelevanceEvaluator(qrels, {"map_cut.10"}).evaluate(run)
+        mean = np.mean([measures["map_cut_10"] for measures in theirs.values()])
         assert 0.1 < mean < 0.9
         assert retrieval_metrics(zimg, ztxt, image_of_text)[f"{direction}/mAP@10"] == pytest.approx(mean)
 
@@ -149,26 +149,26 @@ def test_ties_count_against():
         assert actual["image_to_text/R@2"] == 1.0
 
 
-def test_embeddings_that_are_not_numbers_find_nothing():
+def test_embeddings_with_nan_or_inf_retrieve_nothing():
     """A diverged model scores 0, also at a K larger than the set and for the image of the last text."""
     zimg, ztxt, image_of_text = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32), np.arange(4)
 
-    def figures(images, texts, kind):
+    def values(images, texts, kind):
         actual = retrieval_metrics(images, texts, image_of_text, ks=KS)
         return {value for name, value in actual.items() if kind in name}
 
     for bad in (np.nan, np.inf):
         broken = np.full_like(zimg, bad)
-        assert figures(broken, broken, "/R@") == figures(broken, broken, "/mAP") == {0.0}
-        assert figures(broken, broken, "median") == {5.0}
+        assert values(broken, broken, "/R@") == values(broken, broken, "/mAP") == {0.0}
+        assert values(broken, broken, "median") == {5.0}
     one = ztxt.copy()
     one[3] = np.nan
     for images in (zimg, one):
-        assert figures(images, one, "/R@") == figures(images, one, "/mAP") == {0.75}
-        assert figures(images, one, "median") == {1.0}
+        assert values(images, one, "/R@") == values(images, one, "/mAP") == {0.75}
+        assert values(images, one, "median") == {1.0}
 
 
-def test_a_text_that_is_not_a_number_is_a_correct_answer_never_retrieved():
+def test_a_text_with_nan_is_a_correct_answer_that_is_never_retrieved():
     """The image's other texts keep their places; the lost one stays in mAP's divisor."""
     zimg, image_of_text = np.eye(3, dtype=np.float32), np.array([0, 0, 1, 2])
     ztxt = zimg[image_of_text].copy()
@@ -181,14 +181,14 @@ def test_a_text_that_is_not_a_number_is_a_correct_answer_never_retrieved():
 @pytest.mark.parametrize(
     ("images", "texts", "image_of_text"), [(0, 2, [0, 0]), (2, 0, []), (2, 2, [0]), (2, 2, [0, 2]), (2, 2, [-1, 0])]
 )
-def test_arrays_that_do_not_fit_raise(images, texts, image_of_text):
+def test_arrays_of_inconsistent_lengths_raise(images, texts, image_of_text):
     with pytest.raises(ValueError, match=r"retrieval needs|must have a row"):
         retrieval_metrics(
             np.ones((images, 3), np.float32), np.ones((texts, 3), np.float32), np.array(image_of_text, np.int64)
         )
 
 
-def test_arrays_are_taken_as_they_come():
+def test_arrays_of_any_type_and_layout_are_accepted():
     """Read-only, transposed, of other types: as float32, and unchanged."""
     zimg, ztxt, image_of_text = random_set(30, 50, 6)
     expected = retrieval_metrics(zimg, ztxt, image_of_text)
@@ -200,8 +200,8 @@ def test_arrays_are_taken_as_they_come():
     assert np.array_equal(wide, zimg)
 
 
-def test_a_trainers_autocast_does_not_round_the_scores():
-    """bfloat16 has 3 digits: ranks of such scores would be others."""
+def test_autocast_does_not_round_the_scores():
+    """bfloat16 scores have 3 digits and would have other ranks."""
     arrays = random_set(200, 300, 32)
     expected = retrieval_metrics(*arrays)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -210,7 +210,7 @@ def test_a_trainers_autocast_does_not_round_the_scores():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_finds_the_same():
+def test_metrics_on_a_gpu_are_the_same():
     arrays = random_set(2500, 5000, 64)
     assert retrieval_metrics(*arrays, device="cuda") == pytest.approx(retrieval_metrics(*arrays), abs=1e-3)
 
@@ -258,7 +258,7 @@ def test_the_process_grows_by_less_than_half_of_the_texts():
     assert float(done.stdout) < 0.5
 
 
-def test_languages_are_ranked_by_themselves_and_averaged_without_weights():
+def test_each_language_is_ranked_alone_and_their_mean_is_unweighted():
     zimg, ztxt, image_of_text = random_set(60, 200, 6)
     langs = np.random.default_rng(2).choice(["de", "en", "ja", ""], 200, p=[0.5, 0.3, 0.1, 0.1])
     table = metrics_by_language(zimg, ztxt, image_of_text, langs, ks=(1, 5))
@@ -278,7 +278,7 @@ def test_texts_without_language_make_no_table():
     assert metrics_by_language(zimg, ztxt, image_of_text, np.array([""] * 5)) == {}
 
 
-def test_folds_are_equal_parts_in_order_each_by_itself():
+def test_folds_are_equal_parts_in_order_each_ranked_alone():
     """Captions in any order, and images without."""
     zimg, ztxt, image_of_text = random_set(60, 200, 6)
     parts = []
@@ -302,11 +302,11 @@ def test_folds_of_unequal_size_or_without_texts_raise():
 def test_label_accuracy_counts_labelled_images_only():
     zimg = unit(np.array([[1, 0.1], [0.1, 1], [1, 0], [0, 1], [0.2, 1]]))
     ztxt = np.eye(2, dtype=np.float32)
-    labels = np.array([7, 3, 3, -1, 3])  # right, right, wrong, unlabelled, right
+    labels = np.array([7, 3, 3, -1, 3])  # correct, correct, wrong, unlabelled, correct
     assert label_accuracy(zimg, ztxt, labels, np.array([7, 3])) == 0.75
 
 
-def test_an_image_that_is_not_a_number_has_no_nearest_text():
+def test_an_image_with_nan_has_no_nearest_text():
     """Also where the last text, which row −1 would name, is of its class."""
     zimg = np.array([[1, 0], [np.nan, np.nan]], np.float32)
     assert label_accuracy(zimg, np.eye(2, dtype=np.float32), np.array([7, 3]), np.array([7, 3])) == 0.5

@@ -1,4 +1,4 @@
-"""Zero-shot accuracies are CLIP_benchmark's; a model that says nothing scores nothing."""
+"""Zero-shot accuracies are CLIP_benchmark's; a collapsed model scores 0."""
 
 import numpy as np
 import pytest
@@ -75,12 +75,12 @@ def test_counts_by_class_agree_with_a_loop(drawn):
     zimg, ztxt, classes, labels = drawn
     zcls = class_embeddings(ztxt, classes, CLASSES)
     actual = classify(zimg, zcls, labels)
-    taken = (zimg @ zcls.T).argmax(1)
+    predicted = (zimg @ zcls.T).argmax(1)
     expected = np.zeros((CLASSES, CLASSES), np.int64)
-    for label, guess in zip(labels, taken, strict=True):
+    for label, guess in zip(labels, predicted, strict=True):
         expected[label, guess] += 1
     np.testing.assert_array_equal(actual.confusion, expected)
-    recalls = [float((taken[labels == c] == c).mean()) for c in range(CLASSES - 1)]
+    recalls = [float((predicted[labels == c] == c).mean()) for c in range(CLASSES - 1)]
     np.testing.assert_allclose(actual.per_class[:-1], recalls)
     assert np.isnan(actual.per_class[-1]), "no image is of the last class"
     assert actual.mean_per_class == pytest.approx(np.mean(recalls))
@@ -96,7 +96,7 @@ def test_several_names_of_a_class_share_one_mean(drawn):
         np.testing.assert_allclose(actual[label], mean / np.linalg.norm(mean), atol=1e-6)
 
 
-def test_blocks_give_what_one_product_gives(drawn, monkeypatch):
+def test_blocks_do_not_change_the_result(drawn, monkeypatch):
     zimg, ztxt, classes, labels = drawn
     zcls = class_embeddings(ztxt, classes, CLASSES)
     whole = classify(zimg, zcls, labels)
@@ -116,8 +116,8 @@ def test_images_without_a_label_are_left_out(drawn):
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7])
-def test_a_collapsed_model_scores_nothing(drawn, noise):
-    """All images alike, all classes alike: whichever class comes first in an arg max would score its share."""
+def test_a_collapsed_model_scores_0(drawn, noise):
+    """All images and all classes are equal: with an argmax, the first class would score its share."""
     zimg, ztxt, _, labels = drawn
     rng = np.random.default_rng(1)
     same = ztxt[:1] + noise * rng.normal(size=(CLASSES, WIDTH))
@@ -141,7 +141,7 @@ def test_top_5_of_five_classes_is_left_out():
     assert classify(zimg[:5], zimg[:5], np.arange(5)).top == {1: 1.0}
 
 
-def test_arrays_that_do_not_fit_are_refused():
+def test_invalid_arrays_are_refused():
     zimg = np.eye(3, dtype=np.float32)
     for labels, classes, message in (
         ([0, 1, 3], 3, "label 3"),

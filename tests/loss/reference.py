@@ -44,24 +44,24 @@ def leaves(*values):
 
 def options(mask, ids, rows=slice(None)):
     """Arguments of sigmoid_loss for one of MASKS and these rows of the batch."""
-    chosen = dict(MASKS[mask])
-    if chosen.pop("ids", False):
-        chosen |= {"image_ids": ids[0][rows], "text_ids": ids[1][rows]}
-    return chosen
+    arguments = dict(MASKS[mask])
+    if arguments.pop("ids", False):
+        arguments |= {"image_ids": ids[0][rows], "text_ids": ids[1][rows]}
+    return arguments
 
 
-def seen(cosines, **chosen):
+def masks_of(cosines, **options):
     """Which pairs of (n, n) cosines, text by image, sigmoid_loss takes for positives, and which it counts at all.
 
     With unit vectors as images, a text is its own row of cosines and its gradient shows the grad_logits of each pair.
     """
     (ztxt,) = leaves(cosines)
-    sigmoid_loss(torch.eye(len(cosines), dtype=cosines.dtype), ztxt, 1.0, 0.0, **chosen).backward()
+    sigmoid_loss(torch.eye(len(cosines), dtype=cosines.dtype), ztxt, 1.0, 0.0, **options).backward()
     return ztxt.grad < 0, ztxt.grad != 0
 
 
 def labels(cosines, negatives=None, image_ids=None, text_ids=None, ambiguous="drop"):
-    """(n, n) bool positive and kept, from the definitions; a random choice is taken as the loss makes it."""
+    """(n, n) bool positive and kept, from the definitions; a random choice is the one that the loss makes."""
     n = len(cosines)
     own = torch.eye(n, dtype=torch.bool)
     same = torch.zeros_like(own)
@@ -71,8 +71,8 @@ def labels(cosines, negatives=None, image_ids=None, text_ids=None, ambiguous="dr
     positive = own | same if ambiguous == "positive" else own
     candidate = ~(own | same)
     if negatives is not None and negatives.keep == "random":
-        chosen = {"image_ids": image_ids, "text_ids": text_ids, "ambiguous": ambiguous}
-        candidate = seen(cosines, negatives=negatives, **chosen)[1] & ~positive
+        options = {"image_ids": image_ids, "text_ids": text_ids, "ambiguous": ambiguous}
+        candidate = masks_of(cosines, negatives=negatives, **options)[1] & ~positive
     elif negatives is not None:
         order = cosines.detach() if negatives.keep == "hardest" else -cosines.detach()
         order = order.masked_fill(~candidate, -torch.inf).flatten()
@@ -81,10 +81,10 @@ def labels(cosines, negatives=None, image_ids=None, text_ids=None, ambiguous="dr
     return positive, positive | candidate
 
 
-def sigmoid(zimg, ztxt, scale, bias, statistics=None, **chosen):
+def sigmoid(zimg, ztxt, scale, bias, statistics=None, **options):
     """Equation 1 over all pairs, with masks and ids."""
     cosines = ztxt @ zimg.T
-    positive, kept = labels(cosines, **chosen)
+    positive, kept = labels(cosines, **options)
     logits = cosines * scale + bias
     terms = -F.logsigmoid(torch.where(positive, logits, -logits)) * kept
     if statistics is not None:
@@ -105,10 +105,10 @@ def softmax(zimg, ztxt, scale):
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def value_and_gradients(loss, *inputs, **chosen):
+def value_and_gradients(loss, *inputs, **options):
     """[loss, gradient in each input]; the inputs become leaves that require them."""
     inputs = leaves(*inputs)
-    value = loss(*inputs, **chosen)
+    value = loss(*inputs, **options)
     return [value.detach(), *torch.autograd.grad(value, inputs)]
 
 
@@ -142,17 +142,17 @@ class MemoryWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(str(function))
-        given = {a.untyped_storage().data_ptr() for a in tree_leaves(args) if isinstance(a, torch.Tensor)}
+        inputs = {a.untyped_storage().data_ptr() for a in tree_leaves(args) if isinstance(a, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
-                self._count(tensor.untyped_storage(), given)
+                self._count(tensor.untyped_storage(), inputs)
         return result
 
-    def _count(self, storage, given):
-        # A finaliser runs when the last tensor goes, whoever holds it: torch keeps a storage's Python object alive.
-        if storage._cdata in self._known or storage.data_ptr() in given:
+    def _count(self, storage, inputs):
+        # A finalizer runs when the last tensor is freed, whoever holds it: torch keeps a storage's Python object alive.
+        if storage._cdata in self._known or storage.data_ptr() in inputs:
             return
         self._known.add(storage._cdata)
         self.alive += storage.nbytes()

@@ -11,7 +11,7 @@ from siglit.loss import elementwise, sigmoid_loss
 from siglit.loss.elementwise import all_negative, fused, signed
 from tests.loss.reference import BIAS, SCALE, assert_equal, batch, value_and_gradients
 
-# Below −87 float32 has no normal number left for the loss, nor the digits for a relative error.
+# Below −87 the loss is a denormal float32, with too few digits for a relative error.
 LOGITS = torch.linspace(-87, 100, 20_001)[:, None]
 
 
@@ -32,9 +32,9 @@ def assert_accurate(function):
         LOGITS.clone(), torch.tensor(1.0), torch.tensor(0.0), torch.float32
     )
     exact = LOGITS.double()
-    expected, down = torch.logaddexp(exact, torch.zeros_like(exact)), torch.sigmoid(exact)
-    for actual, right in ((loss, expected), (grad_logits, down), (grad_sum, down), (products, down * exact)):
-        error = (actual.double().flatten() - right.flatten()).abs() / right.flatten().abs().clamp_min(1e-300)
+    softplus, grad = torch.logaddexp(exact, torch.zeros_like(exact)), torch.sigmoid(exact)
+    for actual, expected in ((loss, softplus), (grad_logits, grad), (grad_sum, grad), (products, grad * exact)):
+        error = (actual.double().flatten() - expected.flatten()).abs() / expected.flatten().abs().clamp_min(1e-300)
         assert error.max() < 1e-6
 
 
@@ -47,21 +47,21 @@ def test_compiled_values_are_correct_to_a_millionth(compile_all):
     """The one test that really compiles, some ten seconds."""
     compiled = fused(all_negative, 1)
     with warnings.catch_warnings():
-        # What torch itself warns of must not pass for a missing compiler; our own warning is tested below.
+        # Warnings of torch itself must not look like a missing compiler; our own warning is tested below.
         warnings.simplefilter("ignore")
         assert_accurate(compiled)
     assert elementwise._failures == []
 
 
-def test_signed_pairs_turn_their_logit_and_masked_pairs_are_nothing():
+def test_positives_flip_the_sign_of_their_logit_and_masked_pairs_add_nothing():
     cosines = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     positive, kept = cosines > 0.5, cosines < 0.9
     scale, bias = torch.tensor(3.0), torch.tensor(-1.0)
     grad_logits, *sums = signed(cosines, scale, bias, positive, kept, torch.float64)
     logits = (cosines * scale + bias).requires_grad_()
     loss = -F.logsigmoid(torch.where(positive, logits, -logits)) * kept
-    (down,) = torch.autograd.grad(loss.sum(), logits)
-    assert_equal([grad_logits, *sums], [down, loss.sum(1).detach(), down.sum(1), (down * cosines).sum(1)], 1e-14)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    assert_equal([grad_logits, *sums], [grad, loss.sum(1).detach(), grad.sum(1), (grad * cosines).sum(1)], 1e-14)
 
 
 def test_a_failure_to_compile_warns_once_and_leaves_the_uncompiled_values(compile_all, monkeypatch):

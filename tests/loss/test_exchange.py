@@ -11,24 +11,24 @@ from tests.loss.reference import EXCHANGES, MemoryWatch, assert_equal, batch, le
 SIZES = (1, 2, 3, 4)
 
 
-def meet_all_blocks(rank, size, exchange):
-    """Owners seen, whether each block was the owner's, and the sum returned here of 10^rank from each rank."""
+def visit_all_blocks(rank, size, exchange):
+    """Owners in order, whether each block was its owner's, and the returned sum of 10^rank over the ranks."""
     rows, ids = torch.full((2, 3), float(rank)), torch.tensor([rank, rank + 100])
-    blocks, owners, right = BlockExchange([rows, ids], exchange), [], True
+    blocks, owners, correct = BlockExchange([rows, ids], exchange), [], True
     for owner, (block, of_block) in blocks:
         owners.append(owner)
-        right &= bool((block == owner).all()) and of_block.tolist() == [owner, owner + 100]
+        correct &= bool((block == owner).all()) and of_block.tolist() == [owner, owner + 100]
         blocks.return_grad(torch.full((2, 3), 10.0**rank * (1 + owner)))
     assert rows.eq(rank).all()
-    return owners, right, blocks.local_grad
+    return owners, correct, blocks.local_grad
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_block_comes_by_once_and_the_sum_of_its_gradients_returns_to_its_owner(ranks, size, exchange):
-    for rank, (owners, right, local_grad) in enumerate(ranks.run(meet_all_blocks, size, exchange)):
+    for rank, (owners, correct, local_grad) in enumerate(ranks.run(visit_all_blocks, size, exchange)):
         assert sorted(owners) == list(range(size))
-        assert right
+        assert correct
         assert local_grad.unique().tolist() == [(1 + rank) * float("1" * size)]
 
 
@@ -48,7 +48,7 @@ def gather(rank, size):
     return gather_rows(torch.full((2, 1), rank, requires_grad=False))
 
 
-def test_gathered_rows_stand_in_the_order_of_the_ranks(ranks):
+def test_gathered_rows_are_in_the_order_of_the_ranks(ranks):
     assert [g.flatten().tolist() for g in ranks.run(gather, 3)] == [[0, 0, 1, 1, 2, 2]] * 3
 
 
@@ -72,9 +72,9 @@ def test_a_group_of_some_ranks_trains_like_one_process_on_their_pairs(ranks, exc
     assert_equal(actual, expected)
 
 
-def apart(rank, size, odd, which):
-    """The message that rank `odd` and the others get if `odd` brings another kind of batch; then a good call."""
-    n, dim, dtype, chosen, loss = 4, 3, torch.float32, {}, sigmoid_loss
+def call_with_an_odd_rank(rank, size, odd, which):
+    """The message that this rank gets if the call of rank `odd` differs from the others; then a valid call."""
+    n, dim, dtype, options, loss = 4, 3, torch.float32, {}, sigmoid_loss
     if rank == odd:
         n = {"size": 5, "empty": 0}.get(which, n)
         dim = 2 if which == "width" else dim
@@ -87,9 +87,9 @@ def apart(rank, size, odd, which):
             "ids": {"image_ids": torch.arange(4)},
             "statistics": {"statistics": {}},
         }
-        chosen = changed.get(which, {})
+        options = changed.get(which, {})
     if which == "other ids":
-        chosen = {"image_ids" if rank == odd else "text_ids": torch.arange(4)}
+        options = {"image_ids" if rank == odd else "text_ids": torch.arange(4)}
     zimg, ztxt = torch.ones(n, dim, dtype=dtype), torch.ones(n, dim, dtype=dtype, requires_grad=True)
     zimg.requires_grad_(which == "gradient" and rank == odd)
     if which == "no batch" and rank == odd:
@@ -99,7 +99,7 @@ def apart(rank, size, odd, which):
         if which == "loss" and rank == odd:
             softmax_loss(zimg, ztxt, 7.0)
         else:
-            loss(zimg, ztxt, 7.0, -3.0, **chosen)
+            loss(zimg, ztxt, 7.0, -3.0, **options)
     except ValueError as error:
         message = str(error)
     sigmoid_loss(torch.ones(2, 3), torch.ones(2, 3), 7.0, -3.0)
@@ -126,8 +126,8 @@ def apart(rank, size, odd, which):
     ],
 )
 @pytest.mark.parametrize(("size", "odd"), [(2, 1), (3, 0)])
-def test_ranks_that_disagree_all_raise_at_once_and_say_what_each_brought(ranks, size, odd, which):
-    messages = ranks.run(apart, size, odd, which, timeout=30)
+def test_ranks_that_disagree_all_raise_at_once_and_describe_each_ranks_call(ranks, size, odd, which):
+    messages = ranks.run(call_with_an_odd_rank, size, odd, which, timeout=30)
     for message in messages:
         assert message is not None
         assert all(f"rank {rank}: " in message for rank in range(size))

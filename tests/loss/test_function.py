@@ -1,4 +1,4 @@
-"""What is kept for backward is a row per example, and inputs that are no batch of pairs are refused."""
+"""One row per example is kept for backward, and inputs that are not a batch of pairs raise."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from siglit.loss import sigmoid_loss, softmax_loss
 from tests.loss.reference import BIAS, EXCHANGES, MASKS, SCALE, MemoryWatch, batch, leaves, options, sigmoid
 
 
-def saved_bytes(loss, *inputs, **chosen):
+def saved_bytes(loss, *inputs, **arguments):
     """Bytes kept for backward, each storage once."""
     kept = {}
 
@@ -17,18 +17,18 @@ def saved_bytes(loss, *inputs, **chosen):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        value = loss(*inputs, **chosen)
+        value = loss(*inputs, **arguments)
     assert value.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def of_batch(n, loss, locked=False, mask="plain", **chosen):
+def saved_bytes_of_batch(n, loss, locked=False, mask="plain", **arguments):
     zimg, ztxt, ids = batch(n, 8)
     inputs = leaves(zimg.float(), ztxt.float(), SCALE, BIAS)
     inputs[0].requires_grad_(not locked)
     if loss is softmax_loss:
-        return saved_bytes(loss, *inputs[:3], **chosen)
-    return saved_bytes(loss, *inputs, **options(mask, ids), **chosen)
+        return saved_bytes(loss, *inputs[:3], **arguments)
+    return saved_bytes(loss, *inputs, **options(mask, ids), **arguments)
 
 
 @pytest.mark.parametrize("locked", [True, False])
@@ -38,16 +38,16 @@ def test_backward_keeps_one_row_of_gradient_for_each_trainable_example(mask, loc
     loss, mask = (softmax_loss, "plain") if mask == "softmax" else (sigmoid_loss, mask)
     for n in (64, 128):
         rows = n * 8 * 4 * (1 if locked else 2)
-        assert rows <= of_batch(n, loss, locked, mask, chunk_size=16) <= rows + 64
+        assert rows <= saved_bytes_of_batch(n, loss, locked, mask, chunk_size=16) <= rows + 64
 
 
-def test_the_naive_formula_would_be_seen_to_keep_squares():
+def test_the_count_notices_that_the_naive_formula_keeps_all_pairs():
     """A control of the count."""
-    assert of_batch(128, sigmoid) > 128 * 128 * 4
+    assert saved_bytes_of_batch(128, sigmoid) > 128 * 128 * 4
 
 
 def kept_on_ranks(rank, size, exchange):
-    return of_batch(64, sigmoid_loss, exchange=exchange)
+    return saved_bytes_of_batch(64, sigmoid_loss, exchange=exchange)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -73,7 +73,7 @@ def test_backward_twice_with_a_kept_graph_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("loss", [sigmoid_loss, softmax_loss])
-def test_the_last_backward_hands_over_the_kept_gradients_themselves(loss):
+def test_the_last_backward_returns_the_kept_gradients_without_a_copy(loss):
     """A second copy would be the largest thing alive; where the graph is kept, only a copy is safe."""
     kept = []
 
@@ -99,7 +99,7 @@ def test_second_derivatives_are_refused_rather_than_wrong():
 
 @pytest.mark.parametrize("locked", [True, False])
 @pytest.mark.parametrize("loss", [sigmoid_loss, softmax_loss])
-def test_forward_makes_nothing_larger_than_a_tile_or_an_embedding(loss, locked):
+def test_forward_allocates_nothing_larger_than_a_tile_or_an_embedding(loss, locked):
     zimg, ztxt = (F.normalize(torch.randn(256, 8), dim=1).requires_grad_() for _ in range(2))
     scalars = (SCALE, BIAS) if loss is sigmoid_loss else (SCALE,)
     with MemoryWatch() as watch:
@@ -115,14 +115,14 @@ def test_forward_makes_nothing_larger_than_a_tile_or_an_embedding(loss, locked):
     ("of_images", "of_texts"),
     [((4, 3), (4, 2)), ((4, 3), (5, 3)), ((3,), (3,)), ((0, 3), (0, 3)), ((1, 2, 3), (1, 2, 3)), ((), ())],
 )
-def test_shapes_that_are_no_batch_of_pairs_raise(loss, of_images, of_texts):
+def test_shapes_that_are_not_a_batch_of_pairs_raise(loss, of_images, of_texts):
     scalars = (SCALE, BIAS) if loss is sigmoid_loss else (SCALE,)
     with pytest.raises(ValueError, match=r"two \(B, D\) tensors of one shape"):
         loss(torch.zeros(of_images), torch.zeros(of_texts), *scalars)
 
 
 @pytest.mark.parametrize(
-    ("types", "chosen", "words"),
+    ("types", "arguments", "message"),
     [
         ((torch.float32, torch.float64), {}, "one floating-point type, got torch.float32 and torch.float64"),
         ((torch.int64, torch.int64), {}, "one floating-point type"),
@@ -137,7 +137,7 @@ def test_shapes_that_are_no_batch_of_pairs_raise(loss, of_images, of_texts):
         ),
     ],
 )
-def test_what_a_call_cannot_mean_raises(types, chosen, words):
+def test_invalid_arguments_raise(types, arguments, message):
     zimg, ztxt = (torch.ones(4, 3, dtype=dtype) for dtype in types)
-    with pytest.raises(ValueError, match=words):
-        sigmoid_loss(zimg, ztxt, SCALE, BIAS, **chosen)
+    with pytest.raises(ValueError, match=message):
+        sigmoid_loss(zimg, ztxt, SCALE, BIAS, **arguments)

@@ -87,7 +87,7 @@ def trained(listing, whose, processes, exchange):
 )
 @pytest.mark.parametrize(("processes", "exchange"), [(1, "bidir"), (2, "bidir"), (2, "gather")])
 def test_losses_and_weights_are_those_of_open_clips_own(listing, processes, exchange):
-    """Three epochs of its `main`, optimiser, schedule and DDP included; float32, so to rounding."""
+    """Three epochs of its `main`, optimizer, schedule and DDP included; float32, so to rounding."""
     ours, our_weights = trained(listing, "ours", processes, exchange)
     theirs, their_weights = trained(listing, "theirs", processes, exchange)
     assert len(ours) == 9
@@ -98,5 +98,5 @@ def test_losses_and_weights_are_those_of_open_clips_own(listing, processes, exch
         # A bias of keys shifts all scores of a query alike: its gradient is rounding, which Adam makes full steps of.
         if not name.endswith("in_proj_bias"):
             torch.testing.assert_close(
-                weight, their_weights[name], rtol=1e-2, atol=1e-4, msg=lambda told, name=name: f"{name}: {told}"
+                weight, their_weights[name], rtol=1e-2, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
             )

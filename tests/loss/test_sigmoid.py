@@ -1,4 +1,4 @@
-"""The loss is the paper's formula, in every type, for the inputs that ask, whatever the tiles."""
+"""The loss and its gradients are those of the paper's formula, in every type and for tiles of any size."""
 
 import numpy as np
 import pytest
@@ -55,9 +55,9 @@ def test_the_value_is_that_of_big_visions_formula():
 @pytest.mark.parametrize("mask", ["plain", "ids, drop", "ids, positive"])
 def test_finite_differences_confirm_every_gradient(mask, chunk):
     zimg, ztxt, ids = batch(4, 3)
-    chosen = options(mask, ids)
+    arguments = options(mask, ids)
     torch.autograd.gradcheck(
-        lambda *inputs: sigmoid_loss(*inputs, chunk_size=chunk, **chosen), leaves(zimg, ztxt, 3.0, -1.0)
+        lambda *inputs: sigmoid_loss(*inputs, chunk_size=chunk, **arguments), leaves(zimg, ztxt, 3.0, -1.0)
     )
 
 
@@ -88,7 +88,7 @@ def test_t_and_b_keep_their_shape_and_type_in_their_gradients():
     assert (bias.grad.shape, bias.grad.dtype) == ((1, 1), torch.float16)
 
 
-def test_without_grad_mode_the_value_is_the_same_and_hangs_on_nothing():
+def test_without_grad_mode_the_value_is_the_same_and_has_no_graph():
     inputs = leaves(*batch(5, 4)[:2], SCALE, BIAS)
     with torch.no_grad():
         value = sigmoid_loss(*inputs)
@@ -98,7 +98,7 @@ def test_without_grad_mode_the_value_is_the_same_and_hangs_on_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [-500.0, 500.0])
-def test_extreme_logits_stay_finite_and_right(bias, dtype):
+def test_extreme_logits_stay_finite_and_correct(bias, dtype):
     """At scale 1000 the naive logarithm overflows; the loss and its gradients do not."""
     zimg, ztxt = (side.to(dtype) for side in batch(6, 4)[:2])
     expected = value_and_gradients(sigmoid, zimg.double(), ztxt.double(), 1000.0, bias)
@@ -161,11 +161,11 @@ def test_two_calls_give_the_same_bits(mask):
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_statistics_are_those_of_the_formula_and_change_nothing(mask, chunk):
     zimg, ztxt, ids = batch(9, 4)
-    chosen, actual, expected = options(mask, ids), {}, {}
-    sigmoid(zimg, ztxt, SCALE, BIAS, statistics=expected, **chosen)
+    arguments, actual, expected = options(mask, ids), {}, {}
+    sigmoid(zimg, ztxt, SCALE, BIAS, statistics=expected, **arguments)
     inputs = zimg, ztxt, SCALE, BIAS
-    without = value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk, **chosen)
-    counted = value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk, statistics=actual, **chosen)
+    without = value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk, **arguments)
+    counted = value_and_gradients(sigmoid_loss, *inputs, chunk_size=chunk, statistics=actual, **arguments)
     assert all(torch.equal(*both) for both in zip(counted, without, strict=True))
     assert actual.keys() == expected.keys()
     assert_equal([actual[name] for name in expected], [value.double() for value in expected.values()])
@@ -173,8 +173,8 @@ def test_statistics_are_those_of_the_formula_and_change_nothing(mask, chunk):
 
 def statistics(rank, size, mask, exchange):
     zimg, ztxt, ids = batch(4 * size, 5)
-    mine, actual = slice(4 * rank, 4 * rank + 4), {}
-    sigmoid_loss(zimg[mine], ztxt[mine], SCALE, BIAS, exchange=exchange, statistics=actual, **options(mask, ids, mine))
+    rows, actual = slice(4 * rank, 4 * rank + 4), {}
+    sigmoid_loss(zimg[rows], ztxt[rows], SCALE, BIAS, exchange=exchange, statistics=actual, **options(mask, ids, rows))
     return actual
 
 

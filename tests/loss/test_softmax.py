@@ -73,8 +73,8 @@ def beside_open_clip(rank, size):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_mean_over_ranks_is_that_of_open_clips_clip_loss(ranks, size):
     open_clip_loss()
-    ours, peers = zip(*ranks.run(beside_open_clip, size), strict=True)
-    assert_equal(mean_over_ranks(ours), mean_over_ranks(peers))
+    ours, theirs = zip(*ranks.run(beside_open_clip, size), strict=True)
+    assert_equal(mean_over_ranks(ours), mean_over_ranks(theirs))
 
 
 def test_only_inputs_that_require_gradients_get_them():

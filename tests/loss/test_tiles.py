@@ -11,11 +11,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("chunk", [1, 3, 5, 100, None])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 7), (5, 12)])
 def test_tiles_cover_every_pair_once_and_are_no_larger_than_chunk_size(n, m, chunk):
-    seen = torch.zeros(n, m, dtype=torch.int64)
+    visits = torch.zeros(n, m, dtype=torch.int64)
     for rows, columns in tiles(n, m, chunk, CPU):
-        seen[rows, columns] += 1
+        visits[rows, columns] += 1
         assert max(rows.stop - rows.start, columns.stop - columns.start) <= (chunk or 12)
-    assert seen.eq(1).all()
+    assert visits.eq(1).all()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])

@@ -30,14 +30,14 @@ PAIRS, DIM = 5, 6  # of one rank
 CHUNKS = (1, 2, 7, None)
 
 
-def without_the_last_block(visits):
-    return list(visits)[:-1]
+def without_the_last_block(blocks):
+    return list(blocks)[:-1]
 
 
-def without_the_offset(visits):
+def without_the_offset(blocks):
     """Every rank takes the first rank's block for its own."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    return [((origin + rank) % size, tensors) for origin, tensors in list(visits)]
+    return [((owner + rank) % size, tensors) for owner, tensors in list(blocks)]
 
 
 CONTROLS = {"a dropped block": without_the_last_block, "no rank offset": without_the_offset, "a factor W": None}
@@ -47,9 +47,9 @@ def losses_and_gradients(rank, size, mask, cases, control=None):
     """Of each case, this rank's loss and gradients of its images (if not locked), its texts, t and b."""
     zimg, ztxt, ids = batch(size * PAIRS, DIM)
     mine = slice(rank * PAIRS, (rank + 1) * PAIRS)
-    walk, change, results = BlockExchange.__iter__, CONTROLS.get(control), []
+    original, change, results = BlockExchange.__iter__, CONTROLS.get(control), []
     if change is not None:
-        BlockExchange.__iter__ = lambda visits: iter(change(type("Walk", (), {"__iter__": lambda _: walk(visits)})()))
+        BlockExchange.__iter__ = lambda exchange: iter(change(original(exchange)))
     try:
         for exchange, chunk, locked in cases:
             inputs = leaves(zimg[mine], ztxt[mine], SCALE, BIAS)
@@ -59,12 +59,12 @@ def losses_and_gradients(rank, size, mask, cases, control=None):
             loss.backward()
             results.append([loss.detach(), *(leaf.grad for leaf in inputs if leaf.requires_grad)])
     finally:
-        BlockExchange.__iter__ = walk
+        BlockExchange.__iter__ = original
     return results
 
 
 def mean_over_ranks(of_ranks):
-    """What training makes of the ranks' losses and gradients: scalars' mean, and rows side by side over W."""
+    """Losses and gradients as DDP combines them: the mean of scalars; the rows of all ranks, divided by W."""
     size = len(of_ranks)
     return [sum(t) / size if t[0].ndim == 0 else torch.cat(t) / size for t in zip(*of_ranks, strict=True)]
 
@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_those_of_one_process_on_the_global_batch(ranks, 
     """For every exchange, chunk size, and locked or unlocked image side; the mean over ranks, as DDP takes it."""
     zimg, ztxt, ids = batch(size * PAIRS, DIM)
     expected = value_and_gradients(sigmoid, zimg, ztxt, SCALE, BIAS, **options(mask, ids))
-    # Finding the kept ones takes passes over all tiles; tests/loss/test_composition.py has more of them.
+    # Finding the kept negatives takes passes over all tiles; tests/loss/test_composition.py has more of them.
     chunks = CHUNKS[1:3] if "negatives" in MASKS[mask] else CHUNKS
     cases = list(itertools.product(EXCHANGES, chunks, (True, False)))
     of_ranks = ranks.run(losses_and_gradients, size, mask, cases)
@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_those_of_one_process_on_the_global_batch(ranks, 
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("exchange", ["bidir", "reduce"])
 def test_the_comparison_would_notice(ranks, exchange, control):
-    """Controls: a wrong loss must be far from the global batch's in its value and in its gradient, or only in one."""
+    """Control: with a broken exchange or a wrong factor, the comparison above fails."""
     zimg, ztxt, _ = batch(3 * PAIRS, DIM)
     expected = value_and_gradients(sigmoid, zimg, ztxt, SCALE, BIAS)
     of_ranks = ranks.run(losses_and_gradients, 3, "plain", [(exchange, None, True)], control)
@@ -97,7 +97,7 @@ def test_the_comparison_would_notice(ranks, exchange, control):
 
 
 class Model(nn.Module):
-    """Two small towers with t' and b, returning the loss, as DDP wants the whole of it in one forward."""
+    """Two small towers with t' and b; forward returns the loss, because DDP needs all of it in one forward."""
 
     def __init__(self, locked, exchange="bidir", loss=sigmoid_loss):
         super().__init__()
@@ -105,19 +105,19 @@ class Model(nn.Module):
         self.texts = nn.Sequential(nn.Embedding(23, 8), nn.Flatten(), nn.LayerNorm(24), nn.Linear(24, DIM))
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.logit_bias = nn.Parameter(torch.tensor(-4.0))
-        self.loss, self.chosen = loss, {} if exchange is None else {"exchange": exchange}
+        self.loss, self.loss_options = loss, {} if exchange is None else {"exchange": exchange}
 
     def forward(self, pixels, words):
         zimg, ztxt = F.normalize(self.images(pixels)), F.normalize(self.texts(words))
-        return self.loss(zimg, ztxt, self.log_scale.exp(), self.logit_bias, **self.chosen)
+        return self.loss(zimg, ztxt, self.log_scale.exp(), self.logit_bias, **self.loss_options)
 
 
-def model_and_batch(n, *args, **chosen):
+def model_and_batch(n, *args, **keywords):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(n, 9, dtype=torch.float64, generator=generator)
     words = torch.randint(0, 23, (n, 3), generator=generator)
     torch.manual_seed(1)
-    return Model(*args, **chosen).double(), pixels, words
+    return Model(*args, **keywords).double(), pixels, words
 
 
 def gradients(model):

@@ -30,7 +30,7 @@ BASE = "data: {train: {format: csv, path: none.csv}}\n"
 
 @pytest.fixture(scope="module")
 def parser():
-    """What takes longest of parsing is to build the parser."""
+    """Built once: this takes longest of parsing."""
     return arguments._parser("siglit train", COMMANDS["train"])
 
 
@@ -53,7 +53,7 @@ def parse(parser, tmp_path, monkeypatch):
 
 @pytest.fixture
 def attacker(tmp_path, monkeypatch):
-    """A module that leaves a file where it is imported, and another where its class is called; checks for them."""
+    """A module that writes a file when it is imported, and another when its class is called; returns their names."""
     (tmp_path / "attacker").mkdir()
     (tmp_path / "attacker" / "attacker.py").write_text(ATTACKER)
     monkeypatch.syspath_prepend(tmp_path / "attacker")
@@ -72,7 +72,7 @@ def nested(name, value):
 
 
 @pytest.mark.parametrize("section", sorted({name.rpartition(".")[0] for name in FIELDS}))
-def test_no_field_runs_what_it_is_given(section, parse, attacker):
+def test_no_field_executes_its_value(section, parse, attacker):
     """Every field of the experiment, later ones too: in a file and as an option; in a list where it takes lists."""
     for name in (name for name in FIELDS if name.rpartition(".")[0] == section):
         value = [ATTACK] if is_list(FIELDS[name]) else ATTACK
@@ -86,7 +86,7 @@ def test_no_field_runs_what_it_is_given(section, parse, attacker):
 
 
 @pytest.mark.parametrize("name", sorted(SECTIONS))
-def test_no_section_runs_what_it_is_given(name, parse, attacker):
+def test_no_section_executes_its_value(name, parse, attacker):
     for value in (ATTACK, "attacker.Attack", [ATTACK]):
         with pytest.raises(UserError, match=re.escape(name)):
             parse(content=nested(name, value))
@@ -98,7 +98,7 @@ def test_no_section_runs_what_it_is_given(name, parse, attacker):
 @pytest.mark.parametrize(
     "name", [name for name in FREE_FORM if "mapping of names to values" in describe_type(FIELDS[name])]
 )
-def test_a_free_form_field_runs_nothing_however_deep(name, parse, attacker):
+def test_a_free_form_field_executes_nothing_however_deep(name, parse, attacker):
     assert FREE_FORM
     for value in (ATTACK, [ATTACK], {"deep": [[ATTACK]]}, {"class_path": "attacker.Attack"}):
         with pytest.raises(UserError, match=rf"^{re.escape(name)}\.x\S* holds class_path, but nothing is .* called"):
@@ -118,7 +118,7 @@ def test_commands_refuse_a_call_in_model_args(command, tmp_path, monkeypatch, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["attacker", "base.yaml"]
 
 
-def test_help_imports_nothing_that_it_is_given(tmp_path, monkeypatch, attacker, capsys):
+def test_help_imports_nothing_that_is_named_on_the_command_line(tmp_path, monkeypatch, attacker, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main(["train", "--data.val.help", "attacker.Attack"])
@@ -196,7 +196,7 @@ def test_a_mistyped_name_gets_the_nearest_one(mistyped, nearest, parse):
             parse(*words)
 
 
-def test_a_name_like_none_gets_those_of_its_section(parse):
+def test_a_name_unlike_any_other_gets_those_of_its_section(parse):
     with pytest.raises(UserError, match=r"cache.rows is not a field; the fields of cache are accelerator, .*, splits$"):
         parse(content={"cache": {"rows": 1}})
     with pytest.raises(UserError, match="--zzz is not an option of siglit train; see siglit train --help$"):
@@ -219,8 +219,8 @@ def test_a_mistyped_command_or_option_of_its_own_gets_the_nearest_one(words, mes
     assert message in fails(capsys, *words)
 
 
-def test_files_and_options_add_up_as_before(parse):
-    """Dotted names, appended items, sections as a whole, and names merged by YAML are still taken."""
+def test_files_and_options_are_merged(parse):
+    """Dotted names, appended items, sections as a whole, and names merged by YAML are accepted."""
     experiment = parse(
         *("--eval.shots+", "3", "--optim", "{clip: 2}", "--image_tower.model_args.depth", "4", "--data.val", "null"),
         content="loss.logit_scale: 5\noptim: {<<: {warmup_steps: 3}}\n"
@@ -259,15 +259,15 @@ WRONG = {
 
 @pytest.mark.parametrize("section", sorted({name.rpartition(".")[0] for name in FIELDS}))
 def test_a_wrong_value_is_reported_with_what_the_field_takes(section, parse):
-    """Every field: its name, what was given, what it takes; no word of Python's types."""
+    """Every field: its name, the value, what it takes; no names of Python types."""
     for name, kind in FIELDS.items():
         expected = describe_type(kind)
         wrong = next((value for start, value in WRONG.items() if expected.startswith(start)), "nonsense")
         if name.rpartition(".")[0] != section or expected.startswith("a string") or "or a string" in expected:
             continue
-        for given in ({"words": (f"--{name}", wrong)}, {"content": nested(name, yaml.safe_load(wrong))}):
+        for source in ({"words": (f"--{name}", wrong)}, {"content": nested(name, yaml.safe_load(wrong))}):
             with pytest.raises(UserError) as error:
-                parse(*given.get("words", ()), content=given.get("content"))
+                parse(*source.get("words", ()), content=source.get("content"))
             assert re.fullmatch(
                 rf"{re.escape(name)} (is|has) .*, but it must be {re.escape(expected)}", str(error.value)
             )
@@ -291,13 +291,13 @@ def test_a_wrong_value_is_reported_with_what_the_field_takes(section, parse):
         ),
     ],
 )
-def test_a_wrong_value_reads_well(words, message, parse):
+def test_messages_about_wrong_values(words, message, parse):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         parse(*words)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if "null" not in describe_type(kind)])
-def test_null_is_for_fields_that_may_be_left_out(name, parse):
+def test_null_is_refused_for_fields_that_need_a_value(name, parse):
     others = {"data": {"val": {"format": "csv", "path": "x"}}}
     content = nested(name, None)
     if name.startswith("data.val."):

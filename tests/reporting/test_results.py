@@ -1,6 +1,6 @@
-"""What `siglit report` reads is held against its shape: every file of another shape is named in one line.
+"""`siglit report` checks what it reads against a schema, and names each malformed file in one line.
 
-The shapes are made from real results: each field in turn is missing, or of every other type.
+The malformed files are real results in which each field in turn is missing, or of every other type.
 """
 
 import copy
@@ -42,11 +42,11 @@ def results(classed_run, tmp_path_factory):
         siglit.eval_probe(parse("eval-probe", *words))
         siglit.eval_logits(parse("eval-logits", *words))
     names = [*report_tables.KINDS, "summary"]
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
-    found["summary"] = {"train": found["summary"]["train"]}
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    results["summary"] = {"train": results["summary"]["train"]}
     few = {"edges": 5, "positive": 4, "negative": 4, "nearest": 2, "calibration": 2}
-    found["logits"] |= {field: found["logits"][field][:count] for field, count in few.items()}
-    return found
+    results["logits"] |= {field: results["logits"][field][:count] for field, count in few.items()}
+    return results
 
 
 @pytest.fixture
@@ -84,9 +84,9 @@ def changed(value, path, *new):
 
 
 @pytest.mark.parametrize("name", [*report_tables.KINDS, "summary"])
-def test_every_malformed_result_is_drawn_or_named(results, experiment, name):
-    """Each field missing, or of each type: either the page can be made, or one line names the file."""
-    fitting, named = {}, set()
+def test_every_malformed_result_is_shown_or_named(results, experiment, name):
+    """Each field missing, or of each type: either the page is written, or one line names the file."""
+    valid, messages = {}, set()
     for path in places(results[name]):
         for new in [(), *((other,) for other in OTHERS)]:
             value = changed(results[name], path, *new)
@@ -94,30 +94,30 @@ def test_every_malformed_result_is_drawn_or_named(results, experiment, name):
             try:
                 read_results(FOLDER), read_summary(FOLDER)
             except UserError as error:
-                named.add(str(error))
+                messages.add(str(error))
             else:
-                fitting[f"{name}-{len(fitting)}"] = value
-    assert fitting
-    assert named
+                valid[f"{name}-{len(valid)}"] = value
+    assert valid
+    assert messages
     assert all(
         re.match(rf"runs/small/{name}\.json: .* (is expected|has no|are not|do not|ece is missing)", text)
-        for text in named
+        for text in messages
     )
-    assert all("\n" not in text and len(text) < 300 for text in named)
+    assert all("\n" not in text and len(text) < 300 for text in messages)
     if name == "summary":
-        for value in fitting.values():
+        for value in valid.values():
             (FOLDER / "summary.json").write_text(json.dumps(value))
             context = report.collect(experiment, FOLDER, {}, None)
-        fitting = {}
+        valid = {}
     else:
         (FOLDER / f"{name}.json").unlink()
-        context = report.collect(experiment, FOLDER, fitting, None)
+        context = report.collect(experiment, FOLDER, valid, None)
     report.render(context).encode()
 
 
 @pytest.mark.parametrize("name", [*report_tables.KINDS, "summary"])
 def test_other_json_and_no_json_are_named_in_one_line(experiment, capsys, name):
-    """Whatever stands in the file as a whole."""
+    """Whatever the file contains."""
     wrong = ["[]", "3", "null", "", "{", '"a"', "[" * 100_000, "\udcff"]
     wrong += ['{"train": []}', '{"train": {"steps": "7"}}'] if name == "summary" else ["{}", '{"a": 1}']
     (FOLDER / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
@@ -181,7 +181,7 @@ def test_what_the_commands_write_matches_the_schema(results):
         ("retrieval", ("folds", "text_to_image/R@1"), "x", "folds: text_to_image/R@1 is 'x'"),
         ("logits", ("edges", 0), math.nan, "edges are not finite"),
         ("logits", ("edges", 0), 1000, "edges are not finite and ascending"),
-        ("logits", ("edges",), [0.0, 1.0], "do not have one entry less than edges"),
+        ("logits", ("edges",), [0.0, 1.0], "do not have one entry fewer than edges"),
         ("logits", ("ece",), None, "calibration is given, but ece is missing"),
         ("logits", ("nearest", 0, "caption"), 7, r"nearest\[0\]: caption is 7, but a string"),
         ("summary", ("train", "metrics"), [], r"train: metrics is \[\], but an object is expected; remove it"),
@@ -195,3 +195,13 @@ def test_the_message_says_what_is_where(results, experiment, name, path, new, me
 
 def test_a_run_without_a_summary_has_an_empty_one(tmp_path):
     assert read_summary(tmp_path) == {}
+
+
+def test_a_metric_with_a_digit_that_is_no_number_has_no_chance_level():
+    """`"²".isdigit()` is true, but int("²") fails."""
+    retrieval = {"text_to_image/R@1": 0.5, "image_to_text/R@1": 0.5, "text_to_image/R@²": 0.25, "images": 4}
+    fewshot = {"shots": {"²": {"mean": 0.5}}}
+    (recalls, shots) = report_tables.metric_tables({"retrieval": retrieval, "fewshot": fewshot}, {})
+    assert {row["name"]: row["chance"] for row in recalls["rows"]} == {"R@1": "25.0\N{NO-BREAK SPACE}%", "R@²": ""}
+    assert [row["name"] for row in shots["rows"]] == ["² shots per class"]
+    assert "² shots per class 50.0" in report_tables.summary_line({"fewshot": fewshot}, {}, {})
