@@ -13,8 +13,9 @@ from torch.nn import functional as F
 import siglit
 from siglit.cache import EmbeddingCache
 from siglit.errors import UserError
+from siglit.models.tokenizer import SentencePieceTokenizer
 from siglit.reporting import fonts
-from siglit.runs.trained import TrainedRun, open_trained
+from siglit.runs.trained import open_trained
 from tests.conftest import COLORS, parse
 
 NAMED = ("--eval.classes", "colors.json", "--eval.templates", "templates.txt")
@@ -145,18 +146,26 @@ def test_a_set_of_class_folders_is_laid_over_a_run(classed, tmp_path):
     assert written["provenance"]["cache"] == str(tmp_path / "cache/val")
 
 
+def test_prompts_that_are_cut_off_before_the_name_are_reported(worded, capsys):
+    (worded / "long.txt").write_text("a very long sentence that comes before the name {}\n")
+    words = ["--eval.classes", "colors.json", "--eval.templates", "long.txt", "--eval.name", "long"]
+    siglit.eval_zeroshot(parse("eval-zeroshot", *words))
+    message = "3 of 4 prompts become equal to others when they are cut off at tokenizer.length 8"
+    assert message in capsys.readouterr().err
+
+
 def test_canonical_prompts_are_what_is_encoded(worded, monkeypatch):
     """Names stand in the result as they were given, and the result says what was done to them."""
     (worded / "loud.json").write_text(json.dumps(["RED, crimson", "Green.", "b_l_u_e", "grey"]))
     (worded / "loud.txt").write_text("A {}-square!\n")
     encoded = []
 
-    def encode(self, texts, **options):
+    def tokenize(self, texts):
         encoded.append(texts)
-        return encode_text(self, texts, **options)
+        return real(self, texts)
 
-    encode_text = TrainedRun.encode_text
-    monkeypatch.setattr(TrainedRun, "encode_text", encode)
+    real = SentencePieceTokenizer.__call__
+    monkeypatch.setattr(SentencePieceTokenizer, "__call__", tokenize)
     words = ["--eval.classes", "loud.json", "--eval.templates", "loud.txt", "--eval.name", "loud"]
     experiment = parse("eval-zeroshot", *words, "--eval.canonicalize", "true")
     siglit.eval_zeroshot(experiment)
