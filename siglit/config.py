@@ -38,8 +38,8 @@ def _bound(text: str, holds: Callable[[Any], bool]) -> dict[str, Bound]:
 _ONE_OR_MORE = _bound("1 or more", lambda v: v >= 1)
 _ZERO_OR_MORE = _bound("0 or more", lambda v: v >= 0)
 _FINITE = _bound("finite", math.isfinite)
-_FINITE_ZERO_OR_MORE = _bound("a finite number of 0 or more", lambda v: 0 <= v < math.inf)
-_POSITIVE = _bound("a finite number of more than 0", lambda v: 0 < v < math.inf)
+_FINITE_ZERO_OR_MORE = _bound("a finite number, 0 or greater", lambda v: 0 <= v < math.inf)
+_POSITIVE = _bound("a finite number greater than 0", lambda v: 0 < v < math.inf)
 _SHARE = _bound("between 0 and 1", lambda v: 0 <= v <= 1)
 _POSITIVE_SHARE = _bound("more than 0 and at most 1", lambda v: 0 < v <= 1)
 _TEXT_AND_END = _bound("2 or more, a piece of text and the end of the sentence", lambda v: v >= 2)
@@ -380,8 +380,8 @@ class Experiment:
     data: DataConfig
     """Image–caption samples."""
     mode: Literal["locked", "unlocked", "scratch"] = "locked"
-    """How the image tower is trained: locked, not at all, its embeddings come from the cache; unlocked, from its
-    pretrained weights; scratch, from random weights."""
+    """How the image tower is trained. locked: not at all, its embeddings come from the cache; unlocked: from its
+    pretrained weights; scratch: from random weights."""
     name: str = "experiment"
     """Name of the experiment, and of its default folders."""
     output_dir: str | None = None
@@ -483,9 +483,10 @@ def _check_augmentation(data: DataConfig, mode: str) -> None:
 
 
 def _check_loss(loss: LossConfig) -> None:
+    per_positive = "null" if loss.negatives_per_positive is None else loss.negatives_per_positive
     if (loss.negatives == "all") != (loss.negatives_per_positive is None):
         raise UserError(
-            f"loss.negatives is {loss.negatives} and loss.negatives_per_positive {loss.negatives_per_positive}: "
+            f"loss.negatives is {loss.negatives} and loss.negatives_per_positive {per_positive}: "
             "set negatives_per_positive for random, hardest or easiest negatives, and leave it out for all"
         )
     if loss.name == "softmax" and (loss.ambiguous != "negative" or loss.negatives != "all"):

@@ -83,8 +83,14 @@ COMMANDS: dict[str, Command] = {
         reads=(*_TRAINING, "cache.path", "cache.shard_size"),
         flags={
             "--devices": {"type": int, "help": "devices that share the batch; default: train.devices × train.nodes"},
-            "--gpu-memory": {"type": float, "help": "GiB of each device; default: as this machine's GPU"},
-            "--examples-per-second": {"type": float, "help": "of one device; default: measured here in a few steps"},
+            "--gpu-memory": {
+                "type": float,
+                "help": "GiB of memory of each device; default: this machine's GPU",
+            },
+            "--examples-per-second": {
+                "type": float,
+                "help": "speed of one device; default: measured here in a few steps",
+            },
             "--rows": {"type": int, "help": "images to train on; default: counted in the cache or the source"},
         },
     ),

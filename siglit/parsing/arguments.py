@@ -249,8 +249,8 @@ def _format_parser_error(error: Exception, words: Sequence[str]) -> str:
     text = " ".join(text.split())
     if stray := re.fullmatch(r"unrecognized arguments: (.*)", text):
         return (
-            f"{short(stray[1])} does not belong to an option, which takes one value; quote text with spaces, write a "
-            "list as [1,5]"
+            f"{short(stray[1])} does not belong to an option: write --optim.lr 1e-3, with one value; quote "
+            "text with spaces, write a list as [1,5]"
         )
     if "are required" in text and not _names_config(words):
         text += "; give the experiment file with -c FILE"

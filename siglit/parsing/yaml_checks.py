@@ -32,7 +32,10 @@ def check_file(path: str) -> set[str]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         hint = "; put quotes around a string with ${...} inside braces" if b"${" in text else ""
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}{hint}") from error
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{path}{place} is not YAML: {problem}{hint}") from error
     if node is None:
         raise UserError(f"{path} is empty; it needs at least data.train")
     _check_plain(node, path)

@@ -19,7 +19,7 @@ import torch
 from markupsafe import Markup
 
 import siglit
-from siglit.config import Experiment
+from siglit.config import Experiment, TextTowerConfig
 from siglit.errors import UserError
 from siglit.reporting import curves, svg, tables
 from siglit.reporting.gallery import collect_examples, data_uri
@@ -140,7 +140,7 @@ def _facts(
     facts = [
         ("mode", experiment.mode),
         ("image tower", experiment.image_tower.model),
-        ("text tower", text.pretrained or text.size),
+        ("text tower", text.pretrained or _size(text)),
         ("batch", f"{experiment.train.batch_size:,}"),
     ]
     if step is not None:
@@ -152,6 +152,13 @@ def _facts(
     if len(training) > 0:
         facts.append(("last training", f"{training['seconds']:,.0f} s, {training['examples_per_second']:,.0f} pairs/s"))
     return facts
+
+
+def _size(config: TextTowerConfig) -> str:
+    """The preset, and what the experiment sets apart from it."""
+    own = {"width": config.width, "depth": config.depth, "heads": config.heads}
+    parts = [f"{name} {value}" for name, value in own.items() if value is not None]
+    return config.size if len(parts) == 0 else ", ".join(parts if len(parts) == len(own) else [config.size, *parts])
 
 
 def _curves(columns: Mapping[str, curves.Curve]) -> list[dict[str, Any]]:

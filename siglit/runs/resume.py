@@ -117,9 +117,8 @@ def check_resumed(folder: Path, trained_as: dict[str, Any] | None, experiment: E
         changes = []
         if not quiet:
             _logger.info(f"{path} is missing: cannot tell what has changed since the run was trained")
-    if not quiet:
-        for difference in changes:
-            _logger.info(f"resuming with {difference}")
+    for difference in () if quiet else changes:
+        _logger.info(f"changed since training: {difference}")
     changing = [difference.field for difference in changes if difference.changes_curve]
     if changing and not experiment.train.resume_changed:
         raise UserError(

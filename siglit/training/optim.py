@@ -162,9 +162,10 @@ def lr_multiplier(step: int, config: OptimConfig, total_steps: int, batch_size: 
             f"{plural(cooldown, 'step')}; leave the cooldown out, or choose constant or rsqrt"
         )
     if warmup + cooldown > total_steps:
+        ramps = f"a warm-up of {plural(warmup, 'step')}" + (f" and a cooldown of {cooldown:,}" if cooldown > 0 else "")
         raise UserError(
-            f"a warm-up of {plural(warmup, 'step')} and a cooldown of {cooldown:,} do not fit into a training of "
-            f"{plural(total_steps, 'step')}; shorten them (optim.warmup_*, optim.cooldown_*), or train longer"
+            f"{ramps} does not fit into a training of {plural(total_steps, 'step')}; shorten optim.warmup_* or "
+            "optim.cooldown_*, or train longer"
         )
     multiplier = min(1.0, step / warmup) if warmup else 1.0
     after_warmup = max(0, step - warmup)
@@ -200,8 +201,8 @@ def total_steps(train: TrainConfig, rows: int) -> int:
     """
     given = [name for name in ("steps", "examples", "epochs") if getattr(train, name) is not None]
     if len(given) != 1:
-        actual = " and ".join(f"train.{name}" for name in given) or "none of them"
-        raise UserError(f"say how long to train: set one of train.steps, train.examples and train.epochs, not {actual}")
+        actual = f"{' and '.join(f'train.{name}' for name in given)} are set" if len(given) > 0 else "none is set"
+        raise UserError(f"set exactly one of train.steps, train.examples and train.epochs; {actual}")
     if train.steps is not None:
         return train.steps
     if train.examples is not None:

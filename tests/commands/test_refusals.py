@@ -80,7 +80,7 @@ class TestFolders:
         (("--train.devices", "7"), "cannot be shared evenly by 7 devices"),
         (("--mode", "scratch"), "mode is scratch, but quickstart runs locked training"),
         (("--optim.warmup_steps", "999999"), "a warm-up of 999,999 steps"),
-        (("--train.steps", "3", "--train.epochs", "2"), "say how long to train"),
+        (("--train.steps", "3", "--train.epochs", "2"), "set exactly one of train.steps"),
     ],
 )
 def test_quickstart_refuses_before_it_draws(words, message, tmp_path, monkeypatch, capsys):

@@ -61,9 +61,9 @@ def test_a_change_of_the_curve_is_listed_and_refused(run, capsys):
     before = content(run)
     assert command("--resume", "--optim.lr", "5e-4", "--train.steps", "5", "--train.log_every", "1") == 2
     assert capsys.readouterr().err.splitlines() == [
-        "resuming with optim.lr: 0.003 → 0.0005, which changes the training curve",
-        "resuming with train.steps: 3 → 5, which changes the training curve",
-        "resuming with train.log_every: 2 → 1",
+        "changed since training: optim.lr: 0.003 → 0.0005, which changes the training curve",
+        "changed since training: train.steps: 3 → 5, which changes the training curve",
+        "changed since training: train.log_every: 2 → 1",
         "siglit: runs/small was trained with other values of optim.lr, train.steps: resuming with the new ones "
         "changes the training curve. Change them back, add --train.resume_changed true to accept that, or choose "
         "another --output_dir",
@@ -76,12 +76,12 @@ def test_a_change_that_is_accepted_keeps_the_earlier_experiment(run, capsys):
     first = (run / "experiment.yaml").read_bytes()
     changed = ["--resume", "--train.resume_changed", "true", "--optim.lr", "5e-4", "--train.steps", "5"]
     assert command(*changed) == 0
-    assert "resuming with train.steps: 3 → 5" in capsys.readouterr().err
+    assert "changed since training: train.steps: 3 → 5" in capsys.readouterr().err
     second = (run / "experiment.yaml").read_bytes()
     assert (run / "experiment.1.yaml").read_bytes() == first
     assert yaml.safe_load(second)["train"]["steps"] == 5
     assert command(*changed) == 0
-    assert "resuming with" not in capsys.readouterr().err
+    assert "changed since training" not in capsys.readouterr().err
     assert command("--resume", "--train.resume_changed", "true", "--optim.lr", "5e-4", "--train.steps", "6") == 0
     assert (run / "experiment.1.yaml").read_bytes() == first
     assert (run / "experiment.2.yaml").read_bytes() == second
@@ -103,11 +103,11 @@ def test_other_names_and_places_are_listed_only(run, capsys):
     run.rename("runs/renamed")
     words = ["--train.steps", "3", "--resume", "--name", "renamed", "--cache.path", "cache/small"]
     assert command(*words, "--train.val_every", "1") == 0
-    messages = [line for line in capsys.readouterr().err.splitlines() if "resuming" in line]
+    messages = [line for line in capsys.readouterr().err.splitlines() if "changed" in line]
     assert messages == [
-        "resuming with name: small → renamed",
-        "resuming with output_dir: runs/small → runs/renamed",
-        "resuming with train.val_every: 3 → 1",
+        "changed since training: name: small → renamed",
+        "changed since training: output_dir: runs/small → runs/renamed",
+        "changed since training: train.val_every: 3 → 1",
     ]
 
 
@@ -130,7 +130,7 @@ def test_what_an_older_run_does_not_record_is_not_compared(run, capsys, record):
         del earlier["train"]["resume_changed"], earlier["loss"], earlier["optim"]["name"]
         path.write_text(yaml.safe_dump(earlier))
     assert command("--train.steps", "3", "--resume") == 0
-    messages = [line for line in capsys.readouterr().err.splitlines() if "resuming" in line or "is missing" in line]
+    messages = [line for line in capsys.readouterr().err.splitlines() if "changed" in line or "is missing" in line]
     unknown = "runs/small/experiment.yaml is missing: cannot tell what has changed since the run was trained"
     assert messages == ([unknown] if record == "missing" else [])
     assert yaml.safe_load(path.read_text())["optim"]["lr"] == 0.003
@@ -139,7 +139,7 @@ def test_what_an_older_run_does_not_record_is_not_compared(run, capsys, record):
 def test_an_older_run_is_compared_with_its_file(run, capsys):
     forget(run)
     assert command("--train.steps", "5", "--resume") == 2
-    assert "resuming with train.steps: 3 → 5, which changes the training curve" in capsys.readouterr().err
+    assert "changed since training: train.steps: 3 → 5, which changes the training curve" in capsys.readouterr().err
 
 
 def test_a_record_that_is_not_yaml_is_refused(run, capsys):
@@ -158,7 +158,7 @@ def test_an_edited_record_is_compared_with_what_was_trained(run, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "-c", str(path), "--resume"])
     assert stop.value.code == 2
-    assert "resuming with optim.lr: 0.003 → 0.3, which changes the training curve" in capsys.readouterr().err
+    assert "changed since training: optim.lr: 0.003 → 0.3, which changes the training curve" in capsys.readouterr().err
 
 
 def test_a_change_is_accepted_once(run):

@@ -356,7 +356,7 @@ def test_ramps_in_examples_equal_those_in_steps():
         ({"cooldown_examples": 16}, "cooldown of 2 steps"),
         ({"warmup_steps": 11}, "warm-up of 11 steps .* training of 10 steps"),
         ({"warmup_examples": 88}, "warm-up of 11 steps .* training of 10 steps"),
-        ({"schedule": "constant", "warmup_steps": 6, "cooldown_steps": 5}, "cooldown of 5 do not fit"),
+        ({"schedule": "constant", "warmup_steps": 6, "cooldown_steps": 5}, "cooldown of 5 does not fit"),
     ],
 )
 def test_schedules_that_contradict_themselves_are_refused_in_one_line(config, message):
@@ -383,9 +383,9 @@ def test_durations_are_whole_steps_without_the_last_partial_batch(config, steps)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "not none of them"),
-        ({"steps": 2, "examples": "1K"}, "not train.steps and train.examples"),
-        ({"steps": 2, "epochs": 1.0}, "not train.steps and train.epochs"),
+        ({}, "none is set"),
+        ({"steps": 2, "examples": "1K"}, "train.steps and train.examples are set"),
+        ({"steps": 2, "epochs": 1.0}, "train.steps and train.epochs are set"),
         ({"examples": 31}, "0 training steps of 32 pairs; raise train.examples"),
         ({"epochs": 0.2}, "0 training steps of 32 pairs; raise train.epochs"),
     ],
