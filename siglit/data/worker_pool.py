@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from siglit.errors import UserError
+from siglit.runtime.torch_internals import end_persistent_workers, end_workers
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -72,11 +73,7 @@ class WorkerPool(Generic[J, R]):
 
     def close(self) -> None:
         """End the processes and wait for them."""
-        running = getattr(self._loader, "_iterator", None)
-        if running is not None:
-            # Dropping it does the same, but not while a traceback holds it. Lightning closes loaders this way too.
-            running._shutdown_workers()
-            self._loader._iterator = None
+        end_persistent_workers(self._loader)
 
 
 class _JobSampler:
@@ -124,7 +121,7 @@ def _raise_errors(results: Iterator[R | UserError]) -> Iterator[R]:
 def _shut_down(results: weakref.ref) -> None:
     running = results()
     if running is not None:
-        running._shutdown_workers()
+        end_workers(running)
 
 
 def _print_nothing(*_: object) -> None:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from siglit.loss.exchange import EXCHANGES, Exchange, disagreement, world
 from siglit.loss.tiles import wide
+from siglit.runtime.torch_internals import graph_is_kept
 
 Compute = Callable[..., tuple[torch.Tensor | None, ...]]
 _Params = ParamSpec("_Params")
@@ -41,18 +42,12 @@ class LossWithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradients in float32 or wider, then convert them to the types of the inputs."""
-        scale = torch.mul if _graph_is_kept() else torch.Tensor.mul_  # in place: saves a copy of the gradients
+        scale = torch.mul if graph_is_kept() else torch.Tensor.mul_  # in place: avoids a copy of the gradients
         saved = zip(ctx.saved_tensors, ctx.like, ctx.needs_input_grad[1:], strict=True)
         return None, *(
             scale(gradient, upstream).to(dtype).reshape(shape) if needed and gradient is not None else None
             for gradient, (dtype, shape), needed in saved
         )
-
-
-def _graph_is_kept() -> bool:
-    """Tell whether backward may run again (`retain_graph`); True where this version of torch cannot say."""
-    keeps: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is None or keeps()
 
 
 def scalar(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from siglit.loss import LossMemory, memory_bytes
 from siglit.models.image_tower import ImageEncoder, ImageTower
 from siglit.models.tokenizer import Tokenizer, load_tokenizer
 from siglit.runs.tokenizer import tokenizer_path
+from siglit.runtime.torch_internals import storage_id
 from siglit.training.data import TrainDataModule
 from siglit.training.module import SigLiT
 from siglit.training.optim import parameter_groups, state_bytes
@@ -317,7 +318,7 @@ class _LiveBytes(TorchDispatchMode):
         self.history: list[int] = []
         """Bytes alive after each operation."""
         self._excluded = [tensor.untyped_storage() for tensor in excluded]
-        self._known = {storage._cdata for storage in self._excluded}
+        self._known = {storage_id(storage) for storage in self._excluded}
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -329,11 +330,11 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._known:
+        if storage_id(storage) in self._known:
             return
-        self._known.add(storage._cdata)
+        self._known.add(storage_id(storage))
         self.now += storage.nbytes()
-        weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+        weakref.finalize(storage, self._release, storage_id(storage), storage.nbytes())
 
     def _release(self, address: int, size: int) -> None:
         self._known.discard(address)

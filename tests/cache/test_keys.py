@@ -55,8 +55,8 @@ def test_many_shards_stay_at_eight_bytes_per_key(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert held < 8.1 * 300 * 8192
     assert peak < 16.5 * 300 * 8192
-    assert sum(map(len, known._runs)) == 300 * 8192
-    assert len(known._runs) < 10
+    assert sum(map(len, known._sorted_hashes)) == 300 * 8192
+    assert len(known._sorted_hashes) < 10
 
 
 def test_two_places_of_one_key_in_lists():

@@ -76,7 +76,7 @@ def test_help_lists_what_is_read(trained, reads, name, words):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("eval-zeroshot", ("--eval.classes", "colours.json")),
+        ("eval-zeroshot", ("--eval.classes", "colors.json")),
         ("eval-fewshot", ("--eval.shots", "[1]")),
         ("eval-probe", ()),
     ],
