@@ -2,7 +2,8 @@
 
 The towers are built on the meta device and one training step of each runs on fake tensors, which have shapes and no
 values. Every storage is counted from the operation that allocates it until it is freed. The loss is counted by
-`loss.memory_bytes`. Knows neither time nor files.
+`loss.memory_bytes`. Proposes the largest micro-batch that fits; what training uses is train.micro_batch_size alone.
+Knows neither time nor files.
 Shapes: b pairs per device, m pairs of a micro-batch, D embedding width, L tokens, W devices.
 """
 

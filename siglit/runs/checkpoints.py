@@ -1,6 +1,7 @@
 """The checkpoints in a run's folder: which one is undamaged, and what it records about its run.
 
-`checkpoints/last.ckpt`, and `previous.ckpt`, the one before. How they are written is `siglit.training.checkpointing`.
+`checkpoints/last.ckpt`, and `previous.ckpt`, the one before. How they are written is `siglit.training.checkpointing`,
+what they hold `SigLiT.on_save_checkpoint` in `siglit.training.module`.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """Both towers and the loss as a LightningModule.
 
-Knows the experiment, but neither files nor commands; batches come from `siglit.training.data`. The mode changes the
-image encoder and the batches, nothing else. Shapes: B pairs per rank, L tokens, D embedding width.
+Decides what a checkpoint says of towers and experiment. Knows the experiment, but neither files nor commands; batches
+come from `siglit.training.data`. The mode changes the image encoder and the batches, nothing else. Shapes: B pairs per
+rank, L tokens, D embedding width.
 """
 
 import logging
