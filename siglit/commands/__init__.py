@@ -2,7 +2,8 @@
 
 Imports no command: `siglit --help` lists them without torch. A command's function takes an `Experiment` (or folders),
 raises UserError or CacheError on bad input, and returns a result dataclass; `str(result)` is what the command prints.
-A new command needs a file here, an entry in COMMANDS, and its function's name in `siglit/__init__.py`.
+A new command needs a file here, an entry in COMMANDS, its function in both lists of `siglit/__init__.py` and a row in
+README's table.
 """
 
 import importlib

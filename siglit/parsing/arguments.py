@@ -1,6 +1,7 @@
 """From the words of a command line to an experiment: experiment files, then options, all of them checked by name.
 
 What a file or an option holds is data: nothing of it is imported, called or read as a further file.
+Commands that take folders are parsed by `siglit.cli`.
 """
 
 import argparse

@@ -1,6 +1,9 @@
 """The record of a run's experiment, experiment.yaml, and what differs from it when the run is resumed.
 
 Knows the fields of the experiment and which of them change the weights; knows neither trainers nor checkpoints.
+
+Two checks that no option overrides come later: `SigLiT.on_load_checkpoint` (training/module.py: towers, tokenizer,
+optimizer) and `EpochLoader.load_state_dict` (data/epoch_loader.py: the position in the data).
 """
 
 import logging

@@ -1,8 +1,8 @@
 """Checkpoints that a kill cannot harm: when they are written, and how.
 
 A run's folder `checkpoints` holds `last.ckpt` and `previous.ckpt`, the one before. Knows Lightning's trainer, but not
-what a checkpoint holds: that is `SigLiT.on_save_checkpoint` (module.py) and `EpochLoader.state_dict`, beside
-Lightning's own entries.
+what a checkpoint holds: that is `SigLiT.on_save_checkpoint` (module.py) and `EpochLoader.state_dict`
+(data/epoch_loader.py), beside Lightning's own entries.
 """
 
 from pathlib import Path
