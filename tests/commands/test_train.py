@@ -180,7 +180,7 @@ def test_other_losses_train_on_two_devices_as_on_one(cached, project, words):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--loss.negatives", "random"], "loss.negatives_per_positive None"),
+        (["--loss.negatives", "random"], "loss.negatives_per_positive null"),
         (["--loss.negatives_per_positive", "3"], "loss.negatives is all"),
         (["--loss.name", "softmax", "--loss.ambiguous", "drop"], "softmax"),
     ],
