@@ -74,7 +74,7 @@ def texts(number):
 
 PIXELS = """
 dataset = decoding.UnitPixels(source, list(source.units(8)), shrink, 4, 1000)
-stream = decoding.pixel_batches(dataset, 2, False)
+stream = decode_workers.pixel_batches(dataset, 2, False)
 next(stream)
 print_pids()
 """
