@@ -73,7 +73,7 @@ def texts(number):
 
 
 PIXELS = """
-dataset = decoding.UnitPixels(source, list(source.units(8)), shrink, 4, 1000)
+dataset = decode_workers.UnitPixels(source, list(source.units(8)), shrink, 4, 1000)
 stream = decode_workers.pixel_batches(dataset, 2, False)
 next(stream)
 print_pids()
