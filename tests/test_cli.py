@@ -155,7 +155,9 @@ def test_config_typo_is_named(project, capsys, monkeypatch):
 def test_config_that_is_not_yaml(project, capsys, monkeypatch):
     monkeypatch.chdir(project)
     (project / "experiment.yaml").write_text("name: [unclosed\n")
-    fails(capsys, "train", "-c", "experiment.yaml")
+    assert "experiment.yaml, line 2, column 1 is not YAML: expected ',' or ']'" in fails(
+        capsys, "train", "-c", "experiment.yaml"
+    )
 
 
 def test_yaml_cannot_run_code(project, capsys, monkeypatch):

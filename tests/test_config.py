@@ -166,13 +166,17 @@ def test_too_many_bad_images_leave_a_cache_that_is_not_complete(experiment, proj
     assert siglit.precompute(parse("precompute", "--data.max_skipped", "0.1")).splits["train"].encoded_now == 0
 
 
-def test_results_of_a_finished_run_are_kept(experiment, project):
+def test_results_of_a_finished_run_are_kept(experiment, project, capsys):
     """Repeating a finished precompute or train changes no value in summary.json."""
     siglit.precompute(experiment)
     result = siglit.train(experiment)
     before = read_run_summary(experiment.folder)
     siglit.precompute(experiment)
+    assert "the run is complete" not in capsys.readouterr().err
     assert siglit.train(parse("train", "--train.resume", "true")) == result
+    assert "the run is complete: it has taken its 6 steps" in capsys.readouterr().err
+    recall = result.metrics["val/text_to_image/R@10"]
+    assert f"val/text_to_image/R@10 {100 * recall:.1f} %" in str(result)
     assert read_run_summary(experiment.folder) == before
     with pytest.raises(UserError, match="has taken 6 steps, more than the 3"):
         siglit.train(parse("train", "--train.resume", "true", "--train.resume_changed", "true", "--train.steps", "3"))

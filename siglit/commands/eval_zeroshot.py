@@ -97,11 +97,11 @@ def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
         wording = prompts.canonical(names, templates, experiment.eval.classes or str(trained.cache.path))
     texts, class_of_prompt = prompts.prompts(*wording)
     ids = trained.tokenizer(texts)
-    cut = len(set(texts)) - len(np.unique(ids, axis=0))
-    if cut > 0:
+    alike = _classes_with_equal_tokens(ids, class_of_prompt)
+    if alike > 0:
         _logger.warning(
-            f"{cut} of {plural(len(set(texts)), 'prompt')} become equal to others when they are cut off at "
-            f"tokenizer.length {experiment.tokenizer.length}: their classes cannot be told apart"
+            f"{alike:,} of {plural(len(names), 'class')} have a prompt with the same tokens as one of another class; "
+            f"prompts are cut off at tokenizer.length {experiment.tokenizer.length}"
         )
     ztxt = trained.encode_ids(ids, device=device)
     classified = zeroshot.classify(trained.zimg, zeroshot.class_embeddings(ztxt, class_of_prompt, len(names)), labels)
@@ -121,6 +121,14 @@ def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
     )
     write_json(result_path(experiment.folder, experiment.eval, "zeroshot"), result.to_json())
     return result
+
+
+def _classes_with_equal_tokens(ids: np.ndarray, class_of_prompt: np.ndarray) -> int:
+    """Number of classes that share the token ids of a prompt with another class: (P, L) ids, (P,) classes."""
+    _, sequence = np.unique(ids, axis=0, return_inverse=True)
+    pairs = np.unique(np.stack([sequence.reshape(-1), class_of_prompt]), axis=1)
+    shared = np.bincount(pairs[0]) > 1
+    return len(np.unique(pairs[1, shared[pairs[0]]]))
 
 
 def _names(experiment: Experiment, given: list[Names] | None, cache: EmbeddingCache, labels: np.ndarray) -> list[Names]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import siglit
 from siglit.cache import EmbeddingCache
+from siglit.commands import eval_zeroshot
 from siglit.errors import UserError
 from siglit.models.tokenizer import SentencePieceTokenizer
 from siglit.reporting import fonts
@@ -150,8 +151,16 @@ def test_prompts_that_are_cut_off_before_the_name_are_reported(worded, capsys):
     (worded / "long.txt").write_text("a very long sentence that comes before the name {}\n")
     words = ["--eval.classes", "colors.json", "--eval.templates", "long.txt", "--eval.name", "long"]
     siglit.eval_zeroshot(parse("eval-zeroshot", *words))
-    message = "3 of 4 prompts become equal to others when they are cut off at tokenizer.length 8"
-    assert message in capsys.readouterr().err
+    message = "4 of 4 classes have a prompt with the same tokens as one of another class"
+    assert f"{message}; prompts are cut off at tokenizer.length 8" in capsys.readouterr().err
+
+
+def test_equal_prompts_of_one_class_are_not_reported():
+    """Synonyms that differ in case alone are the same tokens, and harm nobody."""
+    count = eval_zeroshot._classes_with_equal_tokens
+    ids = np.array([[1, 2], [1, 2], [3, 4], [5, 6]])
+    assert count(ids, np.array([0, 0, 1, 2])) == 0
+    assert count(ids, np.array([0, 1, 1, 2])) == 2
 
 
 def test_canonical_prompts_are_what_is_encoded(worded, monkeypatch):

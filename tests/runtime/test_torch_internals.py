@@ -32,7 +32,9 @@ def test_persistent_workers_end_and_the_next_pass_starts_new_ones():
 
 
 def test_a_loader_without_workers_has_none_to_end():
-    end_persistent_workers(DataLoader(range(2)))
+    loader = DataLoader(range(2), batch_size=None)
+    end_persistent_workers(loader)
+    assert list(loader) == [0, 1]
 
 
 def test_the_backward_pass_says_whether_its_graph_is_kept():
