@@ -5,6 +5,7 @@ the work.
 """
 
 import datetime
+import multiprocessing
 import pickle
 import tempfile
 import time
@@ -17,6 +18,12 @@ import torch.distributed as dist
 from tests import forks
 
 MAX_RANKS = 4
+NAME = "rank"
+
+
+def other_processes():
+    """The child processes of this one but the ranks, which stay from test to test: {process id}."""
+    return {child.pid for child in multiprocessing.active_children() if not child.name.startswith(NAME)}
 
 
 class Ranks:
@@ -52,7 +59,8 @@ class Ranks:
     def _start(self):
         while len(self.processes) < MAX_RANKS:
             ours, theirs = forks.context.Pipe()
-            process = forks.context.Process(target=_serve, args=(len(self.processes), theirs), daemon=True)
+            rank = len(self.processes)
+            process = forks.context.Process(target=_serve, args=(rank, theirs), name=f"{NAME} {rank}", daemon=True)
             with forks.environment():
                 process.start()
             self.processes.append(process)

@@ -3,7 +3,6 @@
 import gc
 import io
 import itertools
-import multiprocessing
 import subprocess
 import sys
 import tarfile
@@ -28,6 +27,7 @@ from siglit.data.sources import open_source
 from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
 from tests.conftest import ROOT, TOWER
+from tests.ranks import other_processes
 
 COUNT, SIZE = 53, 6
 CAPTIONS_OF = [number % 4 for number in range(COUNT)]  # none, one, two, three, none, …
@@ -46,9 +46,9 @@ def small(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_process_left():
     yield
-    if multiprocessing.active_children():
+    if other_processes():
         gc.collect()
-    assert eventually(lambda: not multiprocessing.active_children())
+    assert eventually(lambda: not other_processes())
 
 
 def eventually(condition):
@@ -532,19 +532,19 @@ def test_workers_stay_from_pass_to_pass(source):
     """Also where the consumer stops after the last batch; they end with `close`, and with the loader."""
     batches = loader(source, workers=2)
     list(batches)
-    workers = {child.pid for child in multiprocessing.active_children()}
+    workers = other_processes()
     assert len(workers) == 2
     stream = iter(batches)
     list(itertools.islice(stream, 3))
     stream.close()
     list(batches)
-    assert {child.pid for child in multiprocessing.active_children()} == workers
+    assert other_processes() == workers
     batches.close()
-    assert not multiprocessing.active_children()
+    assert not other_processes()
     list(batches)
     del batches, stream
     gc.collect()
-    assert eventually(lambda: not multiprocessing.active_children())
+    assert eventually(lambda: not other_processes())
 
 
 def test_no_worker_outlives_a_pass_that_is_stopped_early(source):
@@ -553,11 +553,11 @@ def test_no_worker_outlives_a_pass_that_is_stopped_early(source):
     stream, other = iter(batches), iter(batches)
     next(stream)
     next(other)
-    assert len(multiprocessing.active_children()) == 4
+    assert len(other_processes()) == 4
     stream.close()
-    assert len(multiprocessing.active_children()) == 2
+    assert len(other_processes()) == 2
     other.close()
-    assert not multiprocessing.active_children()
+    assert not other_processes()
     assert len(list(batches)) == 1
 
 
@@ -570,7 +570,7 @@ class Refusing:
 def test_a_user_error_of_a_worker_arrives_unchanged(source, workers):
     with pytest.raises(UserError, match=r"^this image is refused$"):
         next(iter(loader(source, workers=workers, transform=Refusing())))
-    assert not multiprocessing.active_children()
+    assert not other_processes()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -588,7 +588,7 @@ def test_an_error_of_the_source_arrives_unchanged(tmp_path, monkeypatch, workers
     with pytest.raises(UserError, match=r"\.tar is truncated") as caught:
         taken.extend(batches)
     assert len(taken) == sum(len(CAPTIONED & set(range(n * 11, n * 11 + 11))) for n in order[:good]) // 4
-    assert not multiprocessing.active_children(), caught
+    assert not other_processes(), caught
 
 
 def test_a_source_that_changes_is_noticed(tmp_path):

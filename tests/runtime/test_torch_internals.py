@@ -1,11 +1,10 @@
 """What siglit relies on in torch: each test fails where torch changes what one function reaches into."""
 
-import multiprocessing
-
 import torch
 from torch.utils.data import DataLoader
 
 from siglit.runtime.torch_internals import end_persistent_workers, end_workers, graph_is_kept, storage_id
+from tests.ranks import other_processes
 
 
 def numbers(**options):
@@ -15,19 +14,21 @@ def numbers(**options):
 def test_workers_end_while_their_iterator_is_held():
     items = iter(numbers())
     assert next(items) == 0
-    assert len(multiprocessing.active_children()) > 0
+    assert len(other_processes()) == 1
     end_workers(items)
-    assert multiprocessing.active_children() == []
+    assert not other_processes()
 
 
 def test_persistent_workers_end_and_the_next_pass_starts_new_ones():
     loader = numbers(persistent_workers=True)
     assert list(loader) == list(range(8))
-    before = {child.pid for child in multiprocessing.active_children()}
+    before = other_processes()
+    assert len(before) == 1
     end_persistent_workers(loader)
-    assert multiprocessing.active_children() == []
+    assert not other_processes()
     assert list(loader) == list(range(8))
-    assert not before & {child.pid for child in multiprocessing.active_children()}
+    assert len(other_processes()) == 1
+    assert not before & other_processes()
     end_persistent_workers(loader)
 
 
