@@ -5,7 +5,7 @@ images of a tile.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,8 @@ Ambiguous = Literal["drop", "positive"]
 Keep = Literal["random", "hardest", "easiest"]
 
 _BINS = 2**16
+STRIP = {"cpu": 2**18, "cuda": 2**21}
+"""Pairs per strip of a tile by device: on a CPU they stay in the caches; on CUDA they are enough for all cores."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,21 @@ class Tile:
         return shared
 
     def priority(self, cosines: torch.Tensor, negatives: Negatives) -> torch.Tensor:
-        """Return (r, c) signed int64 of `priority_bits` bits: negatives with the largest priorities are kept."""
+        """Return (r, c) signed integers of `priority_bits` bits: negatives with the largest priorities are kept."""
         if negatives.keep == "random":
             rows, columns = self._indices(cosines)
-            return _hash(_hash(rows + _hash(torch.tensor(negatives.seed)))[:, None] + columns)
+            # A 0-dim tensor on the CPU is an argument of the kernel: nothing is copied to the device.
+            of_rows = _hash(rows + _hash(torch.tensor(negatives.seed)))
+            priority = torch.empty_like(cosines, dtype=torch.int32)
+            for strip in _strips(cosines):
+                priority[strip] = _hash(of_rows[strip, None] + columns)
+            return priority
         kind = torch.int32 if cosines.dtype == torch.float32 else torch.int64
         bits = cosines.contiguous().view(kind)
         # Floating-point numbers sort like their bits read as integers, in reverse order below zero.
-        ordered = torch.where(bits < 0, bits ^ torch.iinfo(kind).max, bits).to(torch.int64)
-        return ordered if negatives.keep == "hardest" else -1 - ordered
+        ordered = bits >> (torch.iinfo(kind).bits - 1)
+        ordered.bitwise_and_(torch.iinfo(kind).max).bitwise_xor_(bits)
+        return ordered if negatives.keep == "hardest" else ordered.bitwise_not_()
 
     def _indices(self, cosines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.arange(self.row, self.row + cosines.shape[0], device=cosines.device)
@@ -86,22 +94,25 @@ class Selection:
 
     ambiguous: Ambiguous
     negatives: Negatives | None
-    threshold: int = 0
-    """Smallest priority of a negative that is kept."""
+    threshold: torch.Tensor | None = None
+    """Scalar, the smallest priority of a negative that is kept; None: none is."""
 
     def __call__(self, cosines: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (r, c) bool positive, (r, c) bool kept."""
         positive, negative = self.unmasked(cosines, tile)
         if self.negatives is not None:
-            negative &= tile.priority(cosines, self.negatives) >= self.threshold
-        return positive, negative | positive
+            if self.threshold is None:
+                negative.zero_()
+            else:
+                negative &= tile.priority(cosines, self.negatives) >= self.threshold
+        return positive, negative.logical_or_(positive)
 
     def unmasked(self, cosines: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (r, c) bool positive, (r, c) bool negative before masking; a dropped ambiguous pair is neither."""
         positive, shared = tile.diagonal(cosines), tile.shares_id(cosines)
         if self.ambiguous == "positive":
             positive |= shared
-        return positive, ~(positive | shared)
+        return positive, shared.logical_or_(positive).logical_not_()
 
 
 def priority_bits(dtype: torch.dtype, negatives: Negatives) -> int:
@@ -109,39 +120,78 @@ def priority_bits(dtype: torch.dtype, negatives: Negatives) -> int:
     return 64 if dtype == torch.float64 and negatives.keep != "random" else 32
 
 
-def find_threshold(count: Callable[[int | None, int], torch.Tensor], bits: int, keep: int) -> int:
+def find_threshold(
+    count: Callable[[torch.Tensor | None, int], torch.Tensor], bits: int, keep: int
+) -> torch.Tensor | None:
     """Find the smallest priority among the `keep` largest of the global batch's negatives, 16 bits of it at a time.
+
+    The host never waits for the device: all that depends on the counts stays a tensor.
 
     Args:
         count: given `prefix` and `shift`, returns a (2^16,) int64 histogram of the 16 bits at `shift` of the priorities
-            whose priority >> (shift + 16) is the prefix (of all, if None), over the negatives of the global batch.
+            whose priority >> (shift + 16) is the scalar prefix (of all, if None), over the negatives of the global
+            batch.
         bits: of a priority.
         keep: how many negatives to keep; all of them if there are fewer.
+
+    Returns:
+        Scalar of the priorities' type; None if `keep` is 0.
     """
     if keep == 0:
-        return 2**63 - 1
-    prefix = None
+        return None
+    # Of one element each: to index with a scalar, the host would read it.
+    prefix, too_few, left = None, None, None
     for shift in range(bits - 16, -1, -16):
-        counts = count(prefix, shift)
+        counts = count(None if prefix is None else prefix.reshape(()), shift)
         at_least = counts.flip(0).cumsum(0)
-        if keep >= int(at_least[-1]):
-            return -(2 ** (bits - 1)) if prefix is None else prefix << (shift + 16)
-        place = int(torch.searchsorted(at_least, keep))
-        digit = len(counts) - 1 - place
-        keep -= int(at_least[place] - counts[digit])
+        if left is None:
+            left = torch.full_like(at_least[:1], keep)
+            too_few = left > at_least[-1:]
+        place = torch.searchsorted(at_least, left).clamp_(max=_BINS - 1)
+        digit = _BINS - 1 - place
+        left = left - at_least[place] + counts[digit]
         prefix = digit - _BINS // 2 if prefix is None else prefix * _BINS + digit
     assert prefix is not None
-    return prefix
+    assert too_few is not None
+    threshold = torch.where(too_few, -(2 ** (bits - 1)), prefix)
+    return threshold.to(torch.int32 if bits == 32 else torch.int64).reshape(())
 
 
-def count_digits(priority: torch.Tensor, bits: int, prefix: int | None, shift: int) -> torch.Tensor:
-    """Return a (2^16,) int64 histogram of the 16 bits at `shift` of the (k,) priorities that begin with `prefix`."""
-    if prefix is not None:
-        priority = priority[priority >> (shift + 16) == prefix]
-    digit = (priority >> shift) & (_BINS - 1)
-    if shift == bits - 16:
-        digit ^= _BINS // 2  # flips the sign bit: negative priorities sort first
-    return torch.bincount(digit, minlength=_BINS)
+def count_digits(
+    priority: torch.Tensor, counted: torch.Tensor, bits: int, prefix: torch.Tensor | None, shift: int
+) -> torch.Tensor:
+    """Count the 16 bits at `shift` of priorities.
+
+    Args:
+        priority: (r, c) integers.
+        counted: (r, c) bool, which of them count.
+        bits: of a priority.
+        prefix: scalar: only priorities that begin with these bits count; None: all.
+        shift: how many bits follow the 16.
+
+    Returns:
+        (2^16,) int64 histogram.
+    """
+    # What does not count falls into one bin more: to pick what counts, the host would wait to know how much that is.
+    histogram = torch.zeros(_BINS + 1, dtype=torch.int64, device=priority.device)
+    one = torch.ones((), dtype=torch.int64, device=priority.device)
+    for strip in _strips(priority):
+        digit = (priority[strip] >> shift).bitwise_and_(_BINS - 1)
+        if shift == bits - 16:
+            digit ^= _BINS // 2  # flips the sign bit: negative priorities sort first
+        ignored = ~counted[strip]
+        if prefix is not None:
+            ignored |= priority[strip] >> (shift + 16) != prefix
+        digit.masked_fill_(ignored, _BINS)
+        histogram.index_add_(0, digit.flatten(), one.expand(digit.numel()))
+    return histogram[:_BINS]
+
+
+def _strips(tile: torch.Tensor) -> Iterator[slice]:
+    """Cut the rows of an (r, c) tile, so that temporaries of 8 bytes per pair stay smaller than the tile."""
+    rows = max(1, STRIP.get(tile.device.type, STRIP["cuda"]) // tile.shape[1])
+    for top in range(0, len(tile), rows):
+        yield slice(top, top + rows)
 
 
 def _hash(numbers: torch.Tensor) -> torch.Tensor:

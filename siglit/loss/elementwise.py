@@ -49,8 +49,8 @@ def signed(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`all_negative`, where pairs in the (r, c) mask `positive` are positives and only those in (r, c) `kept` count."""
     sign = torch.where(positive, -1.0, 1.0).to(cosines.dtype)
-    loss, grad_logits = _softplus_and_sigmoid((cosines * scale + bias) * sign)
-    loss, grad_logits = loss * kept, grad_logits * sign * kept
+    loss, grad_logits = _softplus_and_sigmoid((cosines * scale + bias).mul_(sign))
+    loss, grad_logits = loss.mul_(kept), grad_logits.mul_(sign).mul_(kept)
     return grad_logits.to(dtype), loss.sum(1), grad_logits.sum(1), (grad_logits * cosines).sum(1)
 
 

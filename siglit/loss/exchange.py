@@ -5,7 +5,6 @@ have it and return them at once, so that backward has nothing to communicate.
 Shapes: B rows per rank, W ranks, D columns.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
@@ -40,38 +39,31 @@ def world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
     return dist.get_world_size(group), dist.get_rank(group)
 
 
-def disagreement(description: str, failed: bool, group: dist.ProcessGroup | None, device: torch.device) -> str | None:
-    """Compare what all ranks are about to do, so that they fail together instead of waiting for each other.
-
-    Args:
-        description: everything that must be the same on every rank, as text; the problem if this rank has failed.
-        failed: this rank cannot take part.
-        group: the ranks.
-        device: where the group's tensors live.
-
-    Returns:
-        None if all descriptions are equal and no rank has failed; else, on every rank, a message with all descriptions.
-    """
-    digest = int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
-    digests = gather_rows(torch.tensor([[digest, failed]], device=device), group)
-    if not bool((digests != digests.new_tensor([digest, 0])).any()):
-        return None
-    texts: list[str] = [""] * len(digests)
-    dist.all_gather_object(texts, description, group=group)
-    return "the ranks do not agree: " + "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
-
-
 def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Collect the (B, …) rows of all ranks as (W · B, …), in the order of the ranks; no gradient flows back."""
+    gathered, works = start_gathering(rows, group)
+    wait(works)
+    return gathered
+
+
+def start_gathering(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> tuple[torch.Tensor, list[dist.Work]]:
+    """Start `gather_rows`; return its result, to be read after a `wait`, and what to wait for."""
     ranks, _ = world(group)
     rows = rows.detach().contiguous()
     if ranks == 1:
-        return rows
+        return rows, []
     gathered = rows.new_empty(ranks * len(rows), *rows.shape[1:])
     # torch 2.14 renamed this function and warns about the old name, the only one that earlier versions have.
     all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    all_gather(gathered, rows, group=group)
-    return gathered
+    work = all_gather(gathered, rows, group=group, async_op=True)
+    assert work is not None
+    return gathered, [work]
+
+
+def wait(works: Sequence[dist.Work]) -> None:
+    """Wait for communication; on CUDA the current stream waits, not the host."""
+    for work in works:
+        work.wait()
 
 
 class BlockExchange:
@@ -80,7 +72,7 @@ class BlockExchange:
     Iterate to get (rank that owns the block, tensors of the block). Call `return_grad` with the gradient that this rank
     computed for a block before taking the next one; after the last one, `local_grad` holds the sum of the gradients
     that all ranks computed for this rank's block. All ranks must make the same calls. The next block is on its way
-    while the current one is worked on.
+    while the current one is worked on, the first one included.
 
     | exchange | a block travels | rounds | rows held besides the local block |
     |---|---|---|---|
@@ -113,7 +105,7 @@ class BlockExchange:
         self._exchange, self._group = exchange, group
         self._ranks, self._rank = world(group) if exchange else (1, 0)
         self.local_grad: torch.Tensor | None = None
-        self._block_grads: list[torch.Tensor] = []
+        self._block_grads: dict[int, torch.Tensor] = {}
         # The return in flight: its requests, the tensor it arrives in, and the tensor that must live until it is sent.
         self._in_flight: tuple[list[dist.Work], torch.Tensor | None, torch.Tensor] | None = None
         self._owner = -1
@@ -135,7 +127,7 @@ class BlockExchange:
         if self._ranks == 1:
             self.local_grad = block_grad
         elif self._exchange == "gather":
-            self._block_grads.append(block_grad)
+            self._block_grads[self._owner] = block_grad
         elif self._exchange == "reduce":
             self._wait_for_return()
             work = dist.reduce(block_grad, self._global_rank(self._owner), group=self._group, async_op=True)
@@ -154,12 +146,11 @@ class BlockExchange:
     def _around_the_ring(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
         to_left = (self._ranks - 1) // 2 if self._exchange == "bidir" else 0
         steps = {1: self._ranks - 1 - to_left, -1: to_left}
+        arriving = self._pass_on({direction: self._local for direction in steps if steps[direction]})
         yield self._rank, self._local
-        current = {direction: self._local for direction in steps if steps[direction]}
-        arriving = self._pass_on(current)
         for step in range(1, steps[1] + 1):
             works, current = arriving
-            _wait(works)
+            wait(works)
             arriving = self._pass_on(
                 {direction: tensors for direction, tensors in current.items() if step < steps[direction]}
             )
@@ -183,7 +174,7 @@ class BlockExchange:
         arriving = self._broadcast(0)
         for owner in range(self._ranks):
             works, tensors = arriving
-            _wait(works)
+            wait(works)
             if owner + 1 < self._ranks:
                 arriving = self._broadcast(owner + 1)
             yield owner, tensors
@@ -194,22 +185,28 @@ class BlockExchange:
         return [work for work in works if work is not None], tensors
 
     def _gathered(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        gathered = [gather_rows(tensor, self._group).unflatten(0, (self._ranks, -1)) for tensor in self._local]
-        for owner in range(self._ranks):
+        arriving = [start_gathering(tensor, self._group) for tensor in self._local]
+        yield self._rank, self._local
+        for _, works in arriving:
+            wait(works)
+        gathered = [tensor.unflatten(0, (self._ranks, -1)) for tensor, _ in arriving]
+        for step in range(1, self._ranks):
+            owner = (self._rank + step) % self._ranks
             yield owner, [tensor[owner] for tensor in gathered]
 
     def _finish(self) -> None:
         self._wait_for_return()
         if len(self._block_grads) > 0:
-            self.local_grad = torch.empty_like(self._block_grads[0])
-            dist.reduce_scatter(self.local_grad, self._block_grads, group=self._group)
-            self._block_grads = []
+            by_owner = [self._block_grads[owner] for owner in range(self._ranks)]
+            self.local_grad = torch.empty_like(by_owner[0])
+            dist.reduce_scatter(self.local_grad, by_owner, group=self._group)
+            self._block_grads = {}
 
     def _wait_for_return(self) -> None:
         if self._in_flight is None:
             return
         works, arrived, _ = self._in_flight
-        _wait(works)
+        wait(works)
         if arrived is not None:
             self.local_grad = arrived if self.local_grad is None else self.local_grad.add_(arrived)
         self._in_flight = None
@@ -224,8 +221,3 @@ class BlockExchange:
 
     def _global_rank(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
-
-
-def _wait(works: Sequence[dist.Work]) -> None:
-    for work in works:
-        work.wait()

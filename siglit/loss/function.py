@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from siglit.loss.exchange import EXCHANGES, Exchange, disagreement, world
-from siglit.loss.tiles import wide
+from siglit.loss.agreement import Agreement, disagreement
+from siglit.loss.exchange import EXCHANGES, Exchange, world
+from siglit.loss.tiles import full_float32, wide
 from siglit.runtime.torch_internals import graph_is_kept
 
 Compute = Callable[..., tuple[torch.Tensor | None, ...]]
@@ -31,7 +32,7 @@ class LossWithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compute: Compute, *inputs: torch.Tensor) -> torch.Tensor:
         """Return the first result of `compute`, the loss, and keep the others: each input's gradient, or None."""
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with torch.autocast(inputs[0].device.type, enabled=False), full_float32():
             loss, *gradients = compute(*(tensor.detach() for tensor in inputs))
         assert loss is not None
         ctx.save_for_backward(*gradients)
@@ -62,6 +63,7 @@ def check(
     group: dist.ProcessGroup | None,
     exchange: Exchange | None,
     chunk_size: int | None,
+    agreement: Agreement | None = None,
     ids: Sequence[torch.Tensor] = (),
     agreed: object = None,
     problem: str | None = None,
@@ -74,6 +76,7 @@ def check(
         group: the ranks.
         exchange: how the ranks exchange blocks; None: not at all.
         chunk_size: side of a tile.
+        agreement: how the ranks are compared; None: by a comparison that all of them wait for.
         ids: (B,) each.
         agreed: what else must be the same on all ranks; compared as text.
         problem: an error that this rank has already found.
@@ -98,6 +101,6 @@ def check(
     if exchange is not None and world(group)[0] > 1:
         # The shapes of an invalid batch cannot be described, so its problem takes their place.
         description = problem or f"B, D = {shapes[0]}, {zimg.dtype}, {exchange}, {len(ids)} ids, {agreed}"
-        problem = disagreement(description, problem is not None, group, zimg.device)
+        problem = (agreement or disagreement)(description, problem is not None, group, zimg.device)
     if problem is not None:
         raise ValueError(problem)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from siglit.loss.composition import STRIP
 from siglit.loss.elementwise import compiling
 from siglit.loss.exchange import Exchange, blocks_held
 from siglit.loss.tiles import grad_logits_dtype, tiles, wide
@@ -30,13 +31,14 @@ def memory_bytes(
     exchange: Exchange | None = "bidir",
     dtype: torch.dtype = torch.float32,
     image_gradient: bool = False,
+    selected: bool = False,
     chunk_size: int | None = None,
     device: torch.device | str = "cpu",
     compiled: bool | None = None,
 ) -> LossMemory:
     """Compute the most bytes that `sigmoid_loss` holds, with gradients for its texts.
 
-    Ids and a choice of negatives take a few bytes per pair of a tile more, and `softmax_loss` W · B scalars more.
+    `softmax_loss` takes W · B scalars more.
 
     Args:
         pairs: B.
@@ -45,6 +47,7 @@ def memory_bytes(
         exchange: how images travel, see `BlockExchange`; None: not at all.
         dtype: of the embeddings.
         image_gradient: whether images require a gradient, as where the image tower is trained.
+        selected: whether ids or a choice of negatives decide which pairs count.
         chunk_size: as given to the loss.
         device: where the loss is computed.
         compiled: whether the elementwise part is compiled into one kernel; None: as for a call with this many pairs.
@@ -59,7 +62,15 @@ def memory_bytes(
     # their types are equal.
     separate = product.itemsize if product != accumulator else 0
     per_pair = accumulator.itemsize + separate if compiled else 4 * accumulator.itemsize
+    tile = (rows.stop - rows.start) * (columns.stop - columns.start)
+    fixed = 0
+    if selected and compiled:
+        # Beside the cosines, either priorities or grad_logits, and three masks; and hashes of a part of the tile.
+        per_pair = accumulator.itemsize + max(torch.int32.itemsize, product.itemsize) + 3
+        fixed = 4 * torch.int64.itemsize * min(tile, STRIP.get(torch.device(device).type, STRIP["cuda"]))
+    elif selected:
+        # The signs of the logits and two masks more.
+        per_pair += accumulator.itemsize + 2
     return LossMemory(
-        rows=pairs * dim * (remote * dtype.itemsize + grads * accumulator.itemsize),
-        tile=(rows.stop - rows.start) * (columns.stop - columns.start) * per_pair,
+        rows=pairs * dim * (remote * dtype.itemsize + grads * accumulator.itemsize), tile=tile * per_pair + fixed
     )

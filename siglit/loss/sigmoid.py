@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from siglit.loss.agreement import Agreement
 from siglit.loss.composition import (
     Ambiguous,
     Negatives,
@@ -43,6 +44,7 @@ def sigmoid_loss(
     text_ids: torch.Tensor | None = None,
     ambiguous: Ambiguous = "drop",
     statistics: "dict[str, torch.Tensor] | None" = None,
+    agreement: Agreement | None = None,
 ) -> torch.Tensor:
     """Mean over this rank's texts of the summed loss against every image of the global batch.
 
@@ -68,6 +70,7 @@ def sigmoid_loss(
         ambiguous: leave ambiguous pairs out ("drop") or count them as positives ("positive").
         statistics: a dict to fill with scalars of the global batch: "positives" and "negatives" (pairs that counted),
             "positive_logit" and "negative_logit" (mean logits), "positive_share" (of the loss).
+        agreement: for calls in a loop, the same object in each; None: the ranks compare shapes and options, and wait.
 
     Returns:
         Scalar loss of this rank, float32 or wider.
@@ -94,7 +97,17 @@ def sigmoid_loss(
     problem = None
     if ambiguous not in get_args(Ambiguous):
         problem = f"ambiguous is {ambiguous!r}, it must be one of {', '.join(get_args(Ambiguous))}"
-    check(zimg, ztxt, group=group, exchange=exchange, chunk_size=chunk_size, ids=ids, agreed=agreed, problem=problem)
+    check(
+        zimg,
+        ztxt,
+        group=group,
+        exchange=exchange,
+        chunk_size=chunk_size,
+        agreement=agreement,
+        ids=ids,
+        agreed=agreed,
+        problem=problem,
+    )
     scalars = scalar(logit_scale, ztxt), scalar(logit_bias, ztxt)
 
     def compute(
@@ -220,7 +233,8 @@ class _SigmoidLoss:
             loss, grad = F.softplus(-logits, threshold=40), -torch.sigmoid(-logits)
             self.row_sums[top:bottom] += torch.stack([loss, grad, grad * positive], dim=1)
             grad_logits[inside].diagonal().copy_(grad)
-            self.totals[0] += torch.stack([self.totals.new_tensor(bottom - top), logits.sum(), loss.sum()])
+            self.totals[0, 0] += bottom - top
+            self.totals[0, 1:] += torch.stack([logits.sum(), loss.sum()])
         return grad_logits
 
     def _add_selected(self, cos: torch.Tensor, rows: slice, positive: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -245,14 +259,14 @@ class _SigmoidLoss:
             return select
         bits = priority_bits(self.dtype, negatives)
 
-        def count(prefix: int | None, shift: int) -> torch.Tensor:
+        def count(prefix: torch.Tensor | None, shift: int) -> torch.Tensor:
             total: torch.Tensor | int = 0
             for owner, (block, *ids) in self._exchange():
                 for rows, columns in self._tiles(block):
                     cos = cosines(self.ztxt[rows], block[columns])
                     tile = self._tile(owner, rows, columns, ids)
                     _, negative = select.unmasked(cos, tile)
-                    total = count_digits(tile.priority(cos, negatives)[negative], bits, prefix, shift) + total
+                    total = count_digits(tile.priority(cos, negatives), negative, bits, prefix, shift) + total
             assert isinstance(total, torch.Tensor)
             if self.ranks > 1:
                 dist.all_reduce(total, group=self.options.group)

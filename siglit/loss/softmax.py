@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from siglit.loss.agreement import Agreement
 from siglit.loss.elementwise import compiling, fused, softmax_grad_logits
 from siglit.loss.exchange import BlockExchange, Exchange, world
 from siglit.loss.function import LossWithGradients, check, graph_break, scalar
@@ -25,6 +26,7 @@ def softmax_loss(
     group: dist.ProcessGroup | None = None,
     exchange: Exchange | None = "bidir",
     chunk_size: int | None = None,
+    agreement: Agreement | None = None,
 ) -> torch.Tensor:
     """Mean over this rank's pairs of the cross-entropies of its text among all images and of its image among all texts.
 
@@ -38,6 +40,7 @@ def softmax_loss(
         group: ranks that share the global batch; None: all ranks, or this process alone.
         exchange: how images travel, see `BlockExchange`; None: the loss of this process alone.
         chunk_size: pairs are computed in tiles of chunk_size × chunk_size; None: chosen for the device.
+        agreement: as of `sigmoid_loss`.
 
     Returns:
         Scalar loss of this rank, float32 or wider. The mean over the ranks' losses is the loss of the global batch, and
@@ -51,7 +54,15 @@ def softmax_loss(
     grad = torch.is_grad_enabled()
     image_gradient, text_gradient = grad and zimg.requires_grad, grad and ztxt.requires_grad
     scale = scalar(logit_scale, ztxt)
-    check(zimg, ztxt, group=group, exchange=exchange, chunk_size=chunk_size, agreed=("softmax", image_gradient))
+    check(
+        zimg,
+        ztxt,
+        group=group,
+        exchange=exchange,
+        chunk_size=chunk_size,
+        agreement=agreement,
+        agreed=("softmax", image_gradient),
+    )
     any_gradient = image_gradient or text_gradient or (grad and scale.requires_grad)
     compute = _SoftmaxLoss(group, exchange, chunk_size, image_gradient, text_gradient, any_gradient)
     loss: torch.Tensor = LossWithGradients.apply(compute, zimg, ztxt, scale)

@@ -14,6 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
+from siglit.loss.agreement import LateGather
 from siglit.runs.checkpoints import PREVIOUS
 from siglit.runtime.files import atomic_write
 from siglit.runtime.signals import Signals
@@ -58,7 +59,10 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 
 class CheckpointSaver(Checkpoint):
-    """Saves every so many steps, at the end, and at the end of a step in which a signal came; all ranks together.
+    """Saves every so many steps, at the end, and after a signal; all ranks together.
+
+    A step ends without waiting for the other ranks: where there are several, they learn of a signal at the end of the
+    next step, and save and stop there.
 
     For Lightning a step is over once its row is logged and its validation done. Only the hooks around validation run
     after the row is logged, so every save happens there: a resumed run has all rows up to its step, and logs all later
@@ -76,6 +80,7 @@ class CheckpointSaver(Checkpoint):
         """
         self._path, self._every, self._total, self._signals = path, every, total_steps, signals
         self._stopping = False
+        self._signals_of_ranks = LateGather()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -85,8 +90,12 @@ class CheckpointSaver(Checkpoint):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Let the ranks agree on whether to stop."""
-        self._stopping = trainer.strategy.reduce_boolean_decision(bool(self._signals.received), all=False)
+        """Stop if a signal came: to this process, or where there are several, to any of them by the step before."""
+        signalled = len(self._signals.received) > 0
+        if trainer.world_size > 1:
+            before = self._signals_of_ranks([signalled], pl_module.device)
+            signalled = before is not None and [1] in before
+        self._stopping = self._stopping or signalled
         if self._stopping or trainer.global_step == self._total:
             validate_after_this_step(trainer)
 

@@ -25,6 +25,7 @@ from siglit.errors import UserError
 from siglit.evaluation.encoding import encode
 from siglit.evaluation.retrieval import retrieval_metrics
 from siglit.loss import Negatives, sigmoid_loss, softmax_loss
+from siglit.loss.agreement import Agreement
 from siglit.loss.exchange import gather_rows
 from siglit.models.image_tower import ImageEncoder
 from siglit.models.text_tower import TextTower
@@ -57,6 +58,7 @@ class SigLiT(pl.LightningModule):
         self.logit_bias = nn.Parameter(torch.tensor(float(experiment.loss.logit_bias)), requires_grad=with_bias)
         self._description: dict[str, Any] = {}
         self._val: ValidationSample | None = None
+        self._agreement = Agreement()
 
     @override
     def on_fit_start(self) -> None:
@@ -117,9 +119,10 @@ class SigLiT(pl.LightningModule):
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         """Loss of this rank's part of the global batch."""
         zimg, ztxt = self.embed(batch)
-        if torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type) == torch.bfloat16:
+        if torch.is_autocast_enabled(self.device.type):
             # Half the bytes to exchange, and fast matrix products; logits and sums stay float32 (siglit.loss).
-            zimg, ztxt = zimg.bfloat16(), ztxt.bfloat16()
+            half = torch.get_autocast_dtype(self.device.type)
+            zimg, ztxt = zimg.to(half), ztxt.to(half)
         logged = is_logged_step(self.trainer)
         statistics: dict[str, torch.Tensor] | None = {} if logged else None
         with self.step_timer("loss"):
@@ -164,7 +167,14 @@ class SigLiT(pl.LightningModule):
         config = self._experiment.loss
         scale = unsharded(self.log_scale).exp()
         if config.name == "softmax":
-            return softmax_loss(zimg, ztxt, scale, exchange=config.exchange, chunk_size=config.chunk_size)
+            return softmax_loss(
+                zimg,
+                ztxt,
+                scale,
+                exchange=config.exchange,
+                chunk_size=config.chunk_size,
+                agreement=self._agreement,
+            )
         negatives = None
         if config.negatives != "all":
             assert config.negatives_per_positive is not None
@@ -182,6 +192,7 @@ class SigLiT(pl.LightningModule):
             text_ids=None if ambiguous == "negative" else batch["text_ids"],
             ambiguous="drop" if ambiguous == "negative" else ambiguous,
             statistics=statistics,
+            agreement=self._agreement,
         )
 
     @override
@@ -279,7 +290,14 @@ class SigLiT(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add, in plain types, what is needed to rebuild the text tower and to recognize image tower and tokenizer."""
+        """Add, in plain types, what is needed to rebuild the text tower and to recognize image tower and tokenizer.
+
+        Raises:
+            RuntimeError: the ranks' batches differed in the last step, so that its result is wrong.
+        """
+        problem = self._agreement.last()
+        if problem is not None:
+            raise RuntimeError(problem)
         experiment = plain(self._experiment)
         checkpoint["siglit"] = self._description | {"learning": self._trainable_names(), "experiment": experiment}
 

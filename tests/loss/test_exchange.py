@@ -9,6 +9,7 @@ from siglit.loss.exchange import BlockExchange, gather_rows, world
 from tests.loss.reference import EXCHANGES, MemoryWatch, assert_equal, batch, leaves, sigmoid, value_and_gradients
 
 SIZES = (1, 2, 3, 4)
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 def visit_all_blocks(rank, size, exchange):
@@ -30,6 +31,48 @@ def test_every_block_comes_by_once_and_the_sum_of_its_gradients_returns_to_its_o
         assert sorted(owners) == list(range(size))
         assert correct
         assert local_grad.unique().tolist() == [(1 + rank) * float("1" * size)]
+
+
+def sent_before_the_first_block(rank, size, exchange):
+    """How many transfers have been started, and how many waited for, when the first block can be worked on."""
+    started, waited = [], []
+    real = {name: getattr(dist, name) for name in ("batch_isend_irecv", "broadcast", GATHER)}
+
+    def counted(name):
+        def call(*args, **options):
+            works = real[name](*args, **options)
+            started.extend(works if isinstance(works, list) else [works])
+            return works
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in real:
+            patch.setattr(dist, name, counted(name))
+        patch.setattr("siglit.loss.exchange.wait", lambda works: waited.extend(w.wait() for w in works))
+        blocks = iter(BlockExchange([torch.ones(2, 3)], exchange))
+        next(blocks)
+        counts = len(started), len(waited)
+        list(blocks)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("exchange", "size", "started", "waited"),
+    [
+        # Of a message sent and one received; three ranks do so both ways round the ring.
+        ("bidir", 2, 2, 0),
+        ("shift", 2, 2, 0),
+        ("bidir", 3, 4, 0),
+        ("shift", 3, 2, 0),
+        # The first owner's block has come by now, and the second's is on its way.
+        ("reduce", 2, 2, 1),
+        ("gather", 2, 1, 0),
+        ("gather", 3, 1, 0),
+    ],
+)
+def test_the_next_block_is_on_its_way_before_the_first_is_worked_on(ranks, exchange, size, started, waited):
+    assert ranks.run(sent_before_the_first_block, size, exchange) == [(started, waited)] * size
 
 
 @pytest.mark.parametrize("exchange", [*EXCHANGES, None])

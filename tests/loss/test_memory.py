@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from siglit.loss import memory_bytes, sigmoid_loss
+from siglit.loss import Negatives, memory_bytes, sigmoid_loss
 from tests.loss.reference import EXCHANGES, MemoryWatch
 
 
@@ -45,3 +45,23 @@ def test_a_compiled_tile_is_a_quarter_and_bfloat16_products_are_kept_beside_it()
 
     assert [tile(torch.float32, compiled) for compiled in (False, True)] == [16, 4]
     assert [tile(torch.bfloat16, compiled) for compiled in (False, True)] == [16, 6]
+
+
+@pytest.mark.parametrize("negatives", [None, Negatives("random", 3), Negatives("hardest", 3)])
+@pytest.mark.parametrize("ids", [False, True])
+def test_masks_take_what_is_stated(negatives, ids):
+    """Not an int64 for each pair of a tile: the hashes behind a random choice are made strip by strip."""
+    if negatives is None and not ids:
+        return
+    n, chunk = 2048, 1024
+    zimg, ztxt = torch.ones(n, 8), torch.ones(n, 8, requires_grad=True)
+    of_pairs = torch.arange(n) if ids else None
+    with MemoryWatch() as monitor:
+        sigmoid_loss(zimg, ztxt, 7.0, -3.0, chunk_size=chunk, negatives=negatives, image_ids=of_pairs)
+    stated = memory_bytes(n, 8, chunk_size=chunk, selected=True, compiled=False)
+    assert 0.9 * stated.tile <= monitor.peak - stated.rows <= 1.05 * stated.tile
+
+
+def test_a_compiled_choice_holds_masks_and_priorities_beside_the_cosines():
+    tile = memory_bytes(2**14, 8, selected=True, compiled=True, device="cuda").tile
+    assert tile == 2**26 * (4 + 4 + 3) + 2**21 * 32

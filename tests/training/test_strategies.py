@@ -135,7 +135,7 @@ def test_a_sharded_run_evaluates(plain, sharded):
 @pytest.mark.slow
 def test_a_sharded_run_stopped_within_an_epoch_resumes_exactly_or_unsharded(place, plain, sharded):
     """With FSDP2 bit for bit; in one process, and from one process's checkpoint, but for rounding."""
-    process = start(place, "stopped", 2, 5, signal.SIGTERM, *words("stopped", "unlocked"), *FSDP2)
+    process = start(place, "stopped", 2, 4, signal.SIGTERM, *words("stopped", "unlocked"), *FSDP2)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 143, err
     assert checkpoints.steps_taken(place / "runs/stopped/checkpoints/last.ckpt") == 5
