@@ -27,6 +27,8 @@ from siglit.runtime import machine, provenance
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PACKAGES = (
     "torch",
+    "triton",
+    "lightning",
     "numpy",
     "h5py",
     "timm",
@@ -62,6 +64,8 @@ def stamp() -> dict[str, Any]:
         "cores": machine.cores(),
         "load": round(os.getloadavg()[0], 1),
         "gpu": device,
+        "cuda": torch.version.cuda if device else None,
+        "cudnn": torch.backends.cudnn.version() if device else None,
         "python": platform.python_version(),
         "versions": {"siglit": siglit.__version__, **provenance.versions(PACKAGES)},
         "commit": provenance.commit(),

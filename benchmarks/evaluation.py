@@ -43,6 +43,7 @@ def main() -> None:
     options.add_argument("--dim", type=int, default=768, help="embedding width")
     options.add_argument("--clip-most", type=int, default=5000, help="images that CLIP_benchmark is run with at most")
     options.add_argument("--repeats", type=int, default=3, help="turns")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where siglit and the product rank")
     options.add_argument("--tower", choices=list(PRESETS), default="S", help="size of the text tower")
     options.add_argument("--length", type=int, default=16, help="tokens of a caption")
     options.add_argument("--distinct", type=int, default=2048, help="distinct captions that are encoded")
@@ -88,14 +89,18 @@ def contenders(images: int, args: argparse.Namespace) -> dict[str, Run]:
         faiss.knn(zimg, ztxt, max(KS), metric=faiss.METRIC_INNER_PRODUCT)
         return {}
 
+    on_device = [rows.to(args.device) for rows in (images_of, texts_of)]
+
     def products() -> dict[str, float]:
-        for rows in images_of.split(1024):
-            for columns in texts_of.split(2048):
+        for rows in on_device[0].split(1024):
+            for columns in on_device[1].split(2048):
                 torch.mm(rows, columns.T)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         return {}
 
     return {
-        OURS: lambda: retrieval_metrics(zimg, ztxt, image_of_text, KS, quiet=True),
+        OURS: lambda: retrieval_metrics(zimg, ztxt, image_of_text, KS, device=args.device, quiet=True),
         FAISS: knn,
         CLIP: lambda: clip_benchmark(images_of, texts_of, torch.from_numpy(image_of_text)),
         LIMIT: products,
@@ -150,12 +155,12 @@ def alone(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes added at the peak, seconds and R@K of one contender; a small set goes before it and does not count."""
     contenders(min(200, args.images[0]), args)[args.alone]()
     run = contenders(args.images[0], args)[args.alone]
-    before, way = begin_peak()
+    before, way = begin_peak(args.device)
     begun = time.perf_counter()
     metrics = run()
     seconds = time.perf_counter() - begun
     recall = {name: value for name, value in metrics.items() if "/R@" in name}
-    return {"added_bytes": max(0, peak() - before), "seconds": seconds, "measured_by": way, "recall": recall}
+    return {"added_bytes": max(0, peak(args.device) - before), "seconds": seconds, "measured_by": way, "recall": recall}
 
 
 def in_a_process(name: str, images: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def in_a_process(name: str, images: int, args: argparse.Namespace) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "one.json"
         words = ["--alone", name, "--images", images, "--per-image", args.per_image, "--dim", args.dim]
-        words += ["--threads", args.threads, "--json", path]
+        words += ["--threads", args.threads, "--device", args.device, "--json", path]
         command = [sys.executable, "-m", "benchmarks.evaluation", *map(str, words)]
         done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -42,9 +42,9 @@ def main() -> None:
         args.json.write_text(json.dumps(figures | {"options": plain_options(args)}), encoding="utf-8")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Bytes added at the peak, and seconds, of the second of two runs; the first is small."""
-    warm = Pairs.draw(min(args.n, _WARM_UP), args.dim, args.dtype, args.unlocked, args.device)
+def measure(args: argparse.Namespace, warm_up: int = _WARM_UP) -> dict[str, Any]:
+    """Bytes added at the peak, and seconds, of the second of two runs; the first, of `warm_up` pairs, is small."""
+    warm = Pairs.draw(min(args.n, warm_up), args.dim, args.dtype, args.unlocked, args.device)
     compiled = elementwise.compiling(args.n**2)
     # The compiler's own memory must not count, so it works on the small run already.
     with mock.patch.object(elementwise, "COMPILE_FROM", 0 if compiled else elementwise.COMPILE_FROM):

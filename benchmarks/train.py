@@ -55,11 +55,10 @@ from benchmarks.train_turns import SIGLIT, in_turns, recipe, write_cache
 from siglit.cache import EmbeddingCache
 from siglit.models.text_tower import PRESETS
 from siglit.training.module import SigLiT
+from siglit.training.monitor import peak_flops
 
 PARTS = ("tower", "open_clip", "sail")
 STEPS_OF_THE_PAPER = 65_000
-DENSE_BF16_FLOPS = {"H200": 989e12}
-"""Peak of a device by a word of its name."""
 Rows = list[tuple[str, str, str]]
 
 
@@ -147,8 +146,7 @@ def speed(size: str, args: argparse.Namespace, flops: int, step: dict[str, float
     rows.append((f"{head}: model TFLOP/s", f"{rate / 1e12:.3f}", ""))
     if args.device == "cpu":
         return rows
-    name = torch.cuda.get_device_name()
-    peak = next((flops for word, flops in DENSE_BF16_FLOPS.items() if word in name), None)
+    peak = peak_flops(torch.device("cuda", 0))
     four = (step[SIGLIT] - step[OPTIMIZER]) / 4 + step[OPTIMIZER]
     hours = {devices: STEPS_OF_THE_PAPER * taken / 3600 for devices, taken in ((1, step[SIGLIT]), (4, four))}
     figures |= {"hours": hours, "of_peak": peak and rate / peak}

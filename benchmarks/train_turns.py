@@ -40,8 +40,25 @@ _ROWS_OF_A_SHARD = 65_536
 _LOG_EVERY = TrainConfig.log_every
 
 
-class _AllTurnsTaken(BaseException):
+class _Enough(BaseException):
     """Ends the run; not an Exception, so that no handler of errors catches it."""
+
+
+def train_until(experiment: Experiment, after_step: Callable[[SigLiT], bool]) -> None:
+    """Run `siglit train` until `after_step`, which is called with the module after each step, returns True."""
+    own = SigLiT.on_train_batch_end
+
+    def then(module: SigLiT, *arguments: Any) -> None:
+        own(module, *arguments)
+        if after_step(module):
+            raise _Enough
+
+    with mock.patch.object(SigLiT, "on_train_batch_end", then):
+        try:
+            siglit.train(experiment)
+        except _Enough:
+            return
+    raise AssertionError("the run ended before it was enough")
 
 
 def in_turns(
@@ -64,15 +81,13 @@ def in_turns(
     seconds: dict[str, list[float]] = {SIGLIT: []}
     others: dict[str, Callable[[], object]] = {}
     taken, begun = 0, 0.0
-    own = SigLiT.on_train_batch_end
 
-    def after_step(module: SigLiT, *arguments: Any) -> None:
+    def after_step(module: SigLiT) -> bool:
         nonlocal taken, begun
-        own(module, *arguments)
         taken += 1
         turn, rest = divmod(taken, steps)
         if rest:
-            return
+            return False
         if turn == 1:
             others.update(make(module))
             seconds.update({name: [] for name in others})
@@ -85,16 +100,11 @@ def in_turns(
             others[name]()
             if turn > 1:
                 seconds[name].append(_now() - begun)
-        if turn > repeats:
-            raise _AllTurnsTaken
         begun = _now()
+        return turn > repeats
 
-    with mock.patch.object(SigLiT, "on_train_batch_end", after_step):
-        try:
-            siglit.train(experiment)
-        except _AllTurnsTaken:
-            return seconds
-    raise AssertionError("the run ended before its turns did")
+    train_until(experiment, after_step)
+    return seconds
 
 
 def _now() -> float:
