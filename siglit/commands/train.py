@@ -27,6 +27,7 @@ from siglit.runs.launch import (
     is_first_process,
     quiet_lightning,
 )
+from siglit.runtime.matmul import matmul_precision
 from siglit.runtime.signals import Signals, ending_with_first_process, stopping_at_signals
 from siglit.runtime.text import plural
 from siglit.training.callbacks import ExperimentRecord, TrainProgress
@@ -95,6 +96,7 @@ def train(experiment: Experiment) -> TrainResult:
                     stack.enter_context(exclusive(folder))
                 except CacheError as error:
                     raise UserError(str(error)) from None
+            stack.enter_context(matmul_precision(experiment.train.matmul_precision))
             return _run(experiment, data, steps, folder, signals)
 
 

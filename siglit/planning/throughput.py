@@ -15,6 +15,7 @@ from typing_extensions import override
 from siglit.config import Experiment
 from siglit.data.epoch_loader import Batch
 from siglit.planning.memory import RandomDataModule
+from siglit.runtime.matmul import matmul_precision
 from siglit.runtime.provenance import processor
 from siglit.runtime.text import plural
 from siglit.training.module import SigLiT
@@ -73,7 +74,7 @@ def measure_throughput(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), matmul_precision(experiment.train.matmul_precision):
         trainer.fit(SigLiT(planned, _SCHEDULED_STEPS), datamodule=data)
     # A batch of one micro-batch was not recomputed in backward, as a full batch will be.
     recomputation = 4 / 3 if micro is not None and stopwatch.pairs <= micro else 1.0

@@ -29,6 +29,7 @@ from siglit.loss.agreement import Agreement
 from siglit.loss.exchange import gather_rows
 from siglit.models.image_tower import ImageEncoder
 from siglit.models.text_tower import TextTower
+from siglit.runtime.matmul import matmul_precision
 from siglit.training.data import TrainDataModule, ValidationSample
 from siglit.training.fsdp import shard, unsharded
 from siglit.training.lightning_internals import is_logged_step
@@ -125,7 +126,8 @@ class SigLiT(pl.LightningModule):
             zimg, ztxt = zimg.to(half), ztxt.to(half)
         logged = is_logged_step(self.trainer)
         statistics: dict[str, torch.Tensor] | None = {} if logged else None
-        with self.step_timer("loss"):
+        # The losses compute their gradients in forward, so that backward has products of the towers alone.
+        with self.step_timer("loss"), matmul_precision("highest"):
             loss = self._loss(zimg, ztxt, batch, statistics)
         if logged:  # a logged loss is averaged over the ranks
             self._log(loss, statistics or {})
@@ -209,7 +211,8 @@ class SigLiT(pl.LightningModule):
         zimg = self._embed_share_and_gather(self.image_tower, images, "images")
         ztxt = self._embed_share_and_gather(self.text_tower, distinct.astype(np.int64), "captions")
         ztxt = ztxt[inverse.reshape(-1)]
-        metrics = retrieval_metrics(zimg, ztxt, image_of_text, device=self.device, quiet=True)
+        with matmul_precision("highest"):  # scores in TF32 would have other ranks
+            metrics = retrieval_metrics(zimg, ztxt, image_of_text, device=self.device, quiet=True)
         recall = {f"val/{name}": value for name, value in metrics.items() if "/R@" in name}
         self.log_dict(recall, batch_size=1, sync_dist=True)
 

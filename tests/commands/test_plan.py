@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import siglit
 from siglit.commands.plan import _digits
@@ -119,8 +120,6 @@ def test_predicted_peak_is_within_15_percent_of_the_measured_one(small, words):
 
 def test_counts_are_those_of_the_real_module(small):
     """Parameters, and the state after a real optimizer step, of a module with numbers."""
-    import torch
-
     from siglit.planning.memory import RandomDataModule, estimate_memory
     from siglit.training.module import SigLiT
 
@@ -164,10 +163,19 @@ def test_command_measures_here_and_leaves_plan_json(small, tmp_path):
     assert plan["cache_bytes"] == 5000 * 96 * 2
 
 
-def test_a_warm_up_of_many_steps_is_measured_like_any_other(small):
-    """The schedule must fit into the run that is planned, not into the few steps that are timed."""
-    plan = siglit.plan(parse("plan", "--optim.warmup_steps", "20000", "--train.steps", "50000", config=str(small)))
+def test_speed_is_measured_with_the_warm_up_and_the_products_of_the_run(small, monkeypatch):
+    """A warm-up must fit into the run that is planned, not into the few steps that are timed."""
+    from siglit.training.module import SigLiT
+
+    seen = set()
+    real = SigLiT.embed
+    recorded = lambda self, batch: (seen.add(torch.get_float32_matmul_precision()), real(self, batch))[1]  # noqa: E731
+    monkeypatch.setattr(SigLiT, "embed", recorded)
+    words = ("--optim.warmup_steps", "20000", "--train.steps", "50000", "--train.matmul_precision", "high")
+    plan = siglit.plan(parse("plan", *words, config=str(small)))
     assert plan.throughput.pairs >= 4
+    assert seen == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(small, tmp_path):

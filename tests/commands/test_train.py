@@ -18,6 +18,7 @@ from siglit.models.image_tower import ImageEncoder
 from siglit.models.text_tower import TextTower
 from siglit.runs.launch import check_slurm_tasks
 from siglit.runs.trained import open_trained
+from siglit.runtime.matmul import matmul_precision
 from siglit.training import module as training_module
 from siglit.training.callbacks import TrainProgress
 from siglit.training.module import SigLiT
@@ -98,6 +99,63 @@ def test_only_steps_that_are_logged_are_summed_up(cached, monkeypatch):
     monkeypatch.setattr(training_module, "sigmoid_loss", recorded)
     siglit.train(cached)
     assert requested == [False, True] * 3
+
+
+def test_matmul_precision_is_that_of_the_towers_alone_and_is_restored(cached, monkeypatch):
+    """Forward and backward of the tower, against the loss and the metrics of validation; then what the caller had."""
+    precisions = {}
+
+    def record(part):
+        precisions.setdefault(part, set()).add(torch.get_float32_matmul_precision())
+
+    def recorded(part, real):
+        return lambda *a, **k: (record(part), real(*a, **k))[1]
+
+    def forward(self, ids, real=TextTower.forward):
+        record("tower")
+        z = real(self, ids)
+        if z.requires_grad:
+            z.register_hook(lambda _: record("backward"))
+        return z
+
+    monkeypatch.setattr(TextTower, "forward", forward)
+    for part in ("sigmoid_loss", "retrieval_metrics"):
+        monkeypatch.setattr(training_module, part, recorded(part, getattr(training_module, part)))
+    with matmul_precision("medium"):
+        siglit.train(parse("train", "--train.matmul_precision", "high"))
+        assert torch.get_float32_matmul_precision() == "medium"
+    highest = {part: {"highest"} for part in ("sigmoid_loss", "retrieval_metrics")}
+    assert precisions == {"tower": {"high"}, "backward": {"high"}, **highest}
+
+
+def test_matmul_precision_is_restored_after_an_error():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), matmul_precision("high"):
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before == "highest"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_matmul_precision_high_changes_the_towers_products_and_not_the_loss(project, monkeypatch, batch):
+    monkeypatch.chdir(project)
+    rows, losses = [], []
+    for precision in ("highest", "high"):
+        torch.manual_seed(0)
+        module = SigLiT(parse("train", "--text_tower.width", "256"), 100)
+        module.image_tower = ImageEncoder(None, width=16, head=None)
+        module.text_tower = TextTower(
+            parse("train", "--text_tower.width", "256").text_tower, vocab_size=64, length=8, eos_id=1, pad_id=1, dim=16
+        )
+        module._trainer = SimpleNamespace(global_step=0, _logger_connector=SimpleNamespace(should_update_logs=False))
+        module.cuda()
+        on_device = {name: tensor.cuda() for name, tensor in batch.items()}
+        with matmul_precision(precision):
+            rows.append(module.embed(on_device)[1].detach())
+            monkeypatch.setattr(module, "embed", lambda _: (rows[0], rows[0].flip(0)))
+            losses.append(module.training_step(on_device, 0).detach())
+    assert not torch.equal(*rows)
+    assert torch.equal(*losses)
 
 
 def gradients(experiment, batch):
