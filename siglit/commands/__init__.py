@@ -90,9 +90,13 @@ COMMANDS: dict[str, Command] = {
             },
             "--examples-per-second": {
                 "type": float,
-                "help": "speed of one device; default: measured here in a few steps",
+                "help": "speed of one device; default: measured here in a few steps, if this machine has such a device",
             },
             "--rows": {"type": int, "help": "images to train on; default: counted in the cache or the source"},
+            "--largest-batch": {
+                "action": "store_true",
+                "help": "also find the largest global batch that fits, with the sigmoid and with the softmax loss",
+            },
         },
     ),
     "eval-retrieval": Command(

@@ -2,7 +2,7 @@
 
 Needs neither data nor pretrained weights. Memory is counted by `planning.memory`; speed is measured with a few real
 training steps on random pairs (`planning.throughput`), or given. It assumes that devices scale linearly and that
-reading keeps up.
+reading keeps up. A run on GPUs can be planned where there is none, but its speed has to be given then.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +14,7 @@ from siglit.cache import EmbeddingCache
 from siglit.config import Experiment, TrainConfig
 from siglit.data.sources import open_source
 from siglit.errors import UserError
+from siglit.planning.largest_batch import LargestBatch, largest_batches
 from siglit.planning.memory import MemoryEstimate, RandomDataModule, estimate_memory
 from siglit.planning.throughput import ThroughputMeasurement, measure_throughput
 from siglit.runs.folder import ensure_folder
@@ -70,11 +71,14 @@ class Plan:
     """Of the embeddings alone, over all shards."""
     embedding_width: int
     checkpoint_bytes: int
+    largest_batches: list[LargestBatch] | None
+    """Of each loss, if they were requested."""
 
     def __str__(self) -> str:
-        """Return a table."""
+        """Return a table, and one of the largest batches if they were requested."""
         width = max(len(name) for name, _ in self._lines())
-        return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in self._lines())
+        lines = [f"{name:<{width}}  {value}".rstrip() for name, value in self._lines()]
+        return "\n".join(lines + self._largest_batches())
 
     def _lines(self) -> list[tuple[str, str]]:
         towers = {name: f"{count / 1e6:,.1f} M parameters" for name, count in self.parameters.items() if count}
@@ -136,7 +140,7 @@ class Plan:
 
     def _speed(self) -> str:
         if self.examples_per_second is None:
-            return "not known"
+            return "not known: this machine has no CUDA device to measure it on; set --examples-per-second"
         rate = f"{_digits(self.examples_per_second)} examples/s on one device"
         measured = self.throughput
         if measured is None:
@@ -165,6 +169,25 @@ class Plan:
         product = f"{plural(self.rows, 'image')} × {self.embedding_width} × 2 bytes"
         return f"{_bytes(self.cache_bytes)} of embeddings ({product}), and captions"
 
+    def _largest_batches(self) -> list[str]:
+        if self.largest_batches is None:
+            return []
+        one_pass, unit = self.requested_micro_batch_size, self.devices * (self.requested_micro_batch_size or 1)
+        towers = f"micro-batches of {one_pass:,}" if one_pass else "all pairs of a device in one pass"
+        lines = ["", f"largest global batch on {self.devices} × {self.device}, {towers}:"]
+        cells = [(f"multiple of {unit:,}", "power of two", "peak", "bounded by")]
+        for largest in self.largest_batches:
+            part = f"{largest.bounded_by}, {_bytes(largest.part_bytes[largest.bounded_by])}"
+            exact = f"{largest.batch_size:,}" if largest.batch_size else f"not even {unit:,}"
+            power = f"{largest.power_of_two:,}" if largest.power_of_two else "none"
+            cells.append((exact, power, _bytes(largest.peak_bytes), part))
+        names = ["", *(largest.loss for largest in self.largest_batches)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for name, row in zip(names, cells, strict=True):
+            *numbers, part = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+            lines.append("  ".join([f"  {name:<7}", *numbers, part.strip()]))
+        return lines
+
 
 def plan(
     experiment: Experiment,
@@ -172,6 +195,7 @@ def plan(
     gpu_memory: float | None = None,
     examples_per_second: float | None = None,
     rows: int | None = None,
+    largest_batch: bool = False,
 ) -> Plan:
     """Plan the experiment's training and write plan.json into the run's folder.
 
@@ -179,12 +203,14 @@ def plan(
         experiment: what is trained.
         devices: devices that share the batch; default: the experiment's.
         gpu_memory: GiB of each; default: this machine's GPU, or not known.
-        examples_per_second: of one device; default: measured here.
+        examples_per_second: of one device; default: measured here, or not known if the run is planned for GPUs and this
+            machine has none.
         rows: images to train on; default: those of the cache or the source, where they can be counted.
+        largest_batch: also search the largest global batch that fits, with the sigmoid and with the softmax loss.
 
     Raises:
         UserError: an argument is not positive, the batch cannot be divided among the devices or is larger than the
-            data, or the towers cannot be built.
+            data, the towers cannot be built, or the largest batch is requested for devices of unknown memory.
     """
     quiet_lightning()
     options = {"--devices": devices, "--gpu-memory": gpu_memory, "--examples-per-second": examples_per_second}
@@ -197,7 +223,9 @@ def plan(
     if rows is not None:
         check_batch_fits(train, rows)
     device = _choose_device(train, gpu_memory)
-    plan = _plan(experiment, train.devices * train.nodes, device, examples_per_second, rows)
+    if largest_batch and device.memory_gib is None:
+        raise UserError("--largest-batch needs the memory of each device, which is not known; set --gpu-memory, in GiB")
+    plan = _plan(experiment, train.devices * train.nodes, device, examples_per_second, rows, largest_batch)
     write_json(ensure_folder(experiment.folder) / "plan.json", asdict(plan))
     return plan
 
@@ -231,14 +259,17 @@ def _choose_device(train: TrainConfig, gpu_memory: float | None) -> _Device:
     return _Device("cuda" if cuda else "cpu", gpu_memory, precision)
 
 
-def _plan(experiment: Experiment, devices: int, device: _Device, rate: float | None, rows: int | None) -> Plan:
+def _plan(
+    experiment: Experiment, devices: int, device: _Device, rate: float | None, rows: int | None, largest_batch: bool
+) -> Plan:
     """Plan for so many of these devices; `rate` in examples per second is measured if it is None."""
     memory = estimate_memory(experiment, device=device.type, precision=device.precision, world_size=devices)
     fitting = None if device.usable_bytes is None else memory.largest_micro_batch(device.usable_bytes)
     requested = experiment.train.micro_batch_size
     pairs = min(requested or fitting or memory.pairs, memory.pairs)
     measured = None
-    if rate is None:
+    # A CPU says nothing of the speed of a GPU.
+    if rate is None and (device.type == "cpu" or torch.cuda.is_available()):
         measured = measure_throughput(
             experiment, precision=device.precision, pairs=memory.pairs, micro_batch_size=pairs
         )
@@ -261,6 +292,11 @@ def _plan(experiment: Experiment, devices: int, device: _Device, rate: float | N
         rows=rows,
         cache_bytes=rows * width * 2 if rows and experiment.mode == "locked" else None,
         embedding_width=width,
+        largest_batches=None
+        if not largest_batch or device.usable_bytes is None
+        else largest_batches(
+            memory, experiment.loss, devices=devices, micro_batch_size=requested, budget=device.usable_bytes
+        ),
     )
 
 
@@ -281,17 +317,17 @@ def _memory_fields(memory: MemoryEstimate, pairs: int, usable_bytes: float | Non
     }
 
 
-def _time_fields(train: TrainConfig, rows: int | None, devices: int, rate: float) -> dict[str, Any]:
+def _time_fields(train: TrainConfig, rows: int | None, devices: int, rate: float | None) -> dict[str, Any]:
     """Fields of `Plan` that follow from the length of the run and the examples per second of a device."""
     if rows is None and train.epochs is not None:
         return dict.fromkeys(("steps", "examples", "days", "device_hours"))
     steps = total_steps(train, rows or train.batch_size)
-    seconds = steps * train.batch_size / (rate * devices)
+    seconds = None if rate is None else steps * train.batch_size / (rate * devices)
     return {
         "steps": steps,
         "examples": steps * train.batch_size,
-        "days": seconds / 86_400,
-        "device_hours": seconds / 3600 * devices,
+        "days": None if seconds is None else seconds / 86_400,
+        "device_hours": None if seconds is None else seconds / 3600 * devices,
     }
 
 

@@ -9,8 +9,9 @@ Shapes: b pairs per device, m pairs of a micro-batch, D embedding width, L token
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -130,11 +131,14 @@ class MemoryEstimate:
     largest_parameter: int
     batch: int
     """A batch of b pairs."""
+    batch_per_pair: int
     pairs: int
     """Pairs per device, b."""
     dim: int
     loss: LossMemory
     """Rows live until backward has begun, the tile during the loss."""
+    loss_memory: Callable[[LossConfig, int], LossMemory]
+    """That of another loss and number of pairs."""
     image: TowerMemory
     text: TowerMemory
 
@@ -150,21 +154,35 @@ class MemoryEstimate:
 
     def peak(self, micro_batch_size: int | None) -> int:
         """Return the most bytes alive in a training step, without fragmentation and what the device itself reserves."""
-        if micro_batch_size is None or micro_batch_size >= self.pairs:
-            images, saved = self.image.saved.peak(self.pairs), self.saved(self.pairs)
-            forward = max(self.image.forward.peak(self.pairs), images + self.text.forward.peak(self.pairs))
+        return sum(self.parts(micro_batch_size).values())
+
+    def parts(self, micro_batch_size: int | None) -> dict[str, int]:
+        """Return the bytes alive at the moment of a training step when they are the most, by what they are for."""
+        pairs, rows = self.pairs, self.loss.rows
+        if micro_batch_size is None or micro_batch_size >= pairs:
+            embeddings, images, saved = 0, self.image.saved.peak(pairs), self.saved(pairs)
+            forward = max(self.image.forward.peak(pairs), images + self.text.forward.peak(pairs))
             # Backward runs through the texts first, as they were encoded last.
-            backward = max(images + self.text.backward.peak(self.pairs), self.image.backward.peak(self.pairs))
+            backward = max(images + self.text.backward.peak(pairs), self.image.backward.peak(pairs))
         else:
             # Embeddings of both sides: of each part, of all, and as unit rows. Backward recomputes one part at a time,
             # except the last one of the texts, whose activations are still there from forward.
-            saved = 2 * 3 * 4 * self.pairs * self.dim
-            forward = backward = saved + max(self.image.peak(micro_batch_size), self.text.peak(micro_batch_size))
-            saved += self.text.saved.peak(micro_batch_size)
-        loss = saved + self.loss.tile + self.loss.rows
-        # An optimizer updates one parameter after another, with a few temporary copies.
-        work = max(forward, loss, backward + self.loss.rows, 2 * self.largest_parameter)
-        return self.weights + self.gradients + self.optimizer + self.batch + work
+            embeddings, saved = 2 * 3 * 4 * pairs * self.dim, self.text.saved.peak(micro_batch_size)
+            forward = backward = max(self.image.peak(micro_batch_size), self.text.peak(micro_batch_size))
+        moments = (
+            {"activations": forward, "embeddings": embeddings},
+            {"activations": saved, "embeddings": embeddings, "loss": self.loss.tile + rows},
+            {"activations": backward, "embeddings": embeddings, "loss": rows},
+            # An optimizer updates one parameter after another, with a few temporary copies.
+            {"optimizer step": 2 * self.largest_parameter},
+        )
+        work = max(moments, key=lambda moment: sum(moment.values()))
+        state = {"weights": self.weights, "gradients": self.gradients, "optimizer state": self.optimizer}
+        return {**state, "batch": self.batch, **work}
+
+    def with_pairs(self, pairs: int, loss: LossConfig) -> "MemoryEstimate":
+        """Return the estimate for another number of pairs per device, and for another loss."""
+        return replace(self, pairs=pairs, batch=self.batch_per_pair * pairs, loss=self.loss_memory(loss, pairs))
 
     def largest_micro_batch(self, budget: float) -> int | None:
         """Return the largest micro-batch that fits into `budget` bytes: b, else a power of two; None if 1 does not."""
@@ -196,6 +214,15 @@ def estimate_memory(
     sharers = ranks if train.strategy == "fsdp2" else 1
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = parameter_groups(module, experiment.optim, {})
+    batch_per_pair = sum(t.nbytes for t in data.batch(1).values())  # type: ignore[attr-defined]
+    loss_memory = partial(
+        _loss_memory,
+        dim=dim,
+        world_size=ranks,
+        image_gradient=any(p.requires_grad for p in module.image_tower.parameters()),
+        device=device,
+        precision=precision,
+    )
     return MemoryEstimate(
         parameters={
             "image tower": sum(p.numel() for p in module.image_tower.parameters()),
@@ -205,18 +232,12 @@ def estimate_memory(
         gradients=sum(p.nbytes for p in trained) // sharers,
         optimizer=state_bytes(groups, experiment.optim) // sharers,
         largest_parameter=max(p.nbytes for p in trained),
-        batch=sum(t.nbytes for t in data.batch(1).values()) * pairs,  # type: ignore[attr-defined]
+        batch=batch_per_pair * pairs,
+        batch_per_pair=batch_per_pair,
         pairs=pairs,
         dim=dim,
-        loss=_loss_memory(
-            experiment.loss,
-            pairs,
-            dim,
-            world_size=ranks,
-            image_gradient=any(p.requires_grad for p in module.image_tower.parameters()),
-            device=device,
-            precision=precision,
-        ),
+        loss=loss_memory(experiment.loss, pairs),
+        loss_memory=loss_memory,
         image=_tower_memory(experiment, data, precision, "image"),
         text=_tower_memory(experiment, data, precision, "text"),
     )
@@ -255,6 +276,10 @@ def _loss_memory(
         device=device,
     )
     copies = 2 * pairs * dim * torch.bfloat16.itemsize if bfloat16 else 0
+    if config.name == "softmax":
+        # A log sum for each image of the global batch, as it is sent and as it arrives; logits besides the cosines.
+        copies += 2 * world_size * pairs * torch.float32.itemsize
+        return LossMemory(rows=memory.rows + copies, tile=memory.tile * 5 // 4)
     return replace(memory, rows=memory.rows + copies)
 
 

@@ -4,12 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 import siglit
 from siglit.commands.plan import _digits
+from siglit.config import LossConfig
+from siglit.errors import UserError
+from siglit.loss import sigmoid_loss, softmax_loss
+from siglit.parsing.arguments import parse_command
+from siglit.planning.largest_batch import largest_batches
+from siglit.planning.memory import BytesByPairs, MemoryEstimate, TowerMemory, _LiveBytes, _loss_memory
 from tests.conftest import ROOT, parse, run_siglit
 
 RECIPES = sorted((ROOT / "configs" / "reproductions").glob("*.yaml"))
@@ -246,3 +254,108 @@ def test_large_numbers_are_written_out():
         "2.06",
         "0.00123",
     ]
+
+
+def towers(per_pair, fixed=0):
+    """A tower whose step keeps and allocates so many bytes per pair."""
+    live = BytesByPairs(np.array([float(fixed)]), np.array([float(per_pair)]))
+    return TowerMemory(saved=live, forward=live, backward=live)
+
+
+def estimate(pairs=8, per_pair=1000, dim=64, device="cuda"):
+    """An estimate of towers without weights to speak of, as no architecture has to be traced for it."""
+    loss = partial(_loss_memory, dim=dim, world_size=4, image_gradient=True, device=device, precision="32-true")
+    return MemoryEstimate(
+        parameters={},
+        weights=5000,
+        gradients=5000,
+        optimizer=5000,
+        largest_parameter=100,
+        batch=10 * pairs,
+        batch_per_pair=10,
+        pairs=pairs,
+        dim=dim,
+        loss=loss(LossConfig(), pairs),
+        loss_memory=loss,
+        image=towers(per_pair),
+        text=towers(per_pair),
+    )
+
+
+@pytest.mark.parametrize("micro", [None, 1, 4, 6])
+@pytest.mark.parametrize("gib", [0.001, 0.1, 3.0, 20.0])
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_the_largest_batch_fits_and_the_next_larger_one_does_not(micro, gib, name):
+    memory, config, budget = estimate(), LossConfig(name), gib * 2**30
+    found = {
+        largest.loss: largest
+        for largest in largest_batches(memory, config, devices=4, micro_batch_size=micro, budget=budget)
+    }
+    assert list(found) == ["sigmoid", "softmax"]
+    largest, unit = found[name], micro or 1
+
+    def peak(batch_size):
+        return memory.with_pairs(batch_size // 4, config).peak(micro)
+
+    assert largest.batch_size % (4 * unit) == 0
+    assert largest.batch_size > 0
+    assert peak(largest.batch_size) == largest.peak_bytes == sum(largest.part_bytes.values()) <= budget
+    assert peak(largest.batch_size + 4 * unit) > budget
+    power = largest.power_of_two
+    assert power.bit_count() == 1
+    assert peak(power) <= budget < peak(2 * power)
+
+
+def test_what_bounds_the_largest_batch_is_named():
+    """Activations of all pairs in one pass; with micro-batches what grows, not the activations, however large."""
+    memory, options = estimate(per_pair=10**8), {"devices": 4, "budget": 8 * 2**30}
+    one_pass, micro = (largest_batches(memory, LossConfig(), micro_batch_size=m, **options)[0] for m in (None, 64))
+    assert one_pass.bounded_by == "activations"
+    assert micro.bounded_by == "loss"
+    assert micro.part_bytes["activations"] > micro.part_bytes["loss"]
+    assert micro.batch_size > 100 * one_pass.batch_size
+
+
+def test_no_batch_fits_where_the_weights_alone_do_not():
+    for largest in largest_batches(estimate(), LossConfig(), devices=4, micro_batch_size=None, budget=100):
+        assert (largest.batch_size, largest.power_of_two) == (0, None)
+        assert largest.peak_bytes > 100
+
+
+@pytest.mark.parametrize("pairs", [512, 1500])
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_memory_of_either_loss_is_what_its_tensors_take(pairs, name):
+    """Counted while the loss is computed on the CPU, gradients of both sides included."""
+    zimg, ztxt = (torch.nn.functional.normalize(torch.randn(pairs, 32)).requires_grad_() for _ in range(2))
+    with _LiveBytes([zimg, ztxt]) as live:
+        if name == "sigmoid":
+            sigmoid_loss(zimg, ztxt, 10.0, -10.0)
+        else:
+            softmax_loss(zimg, ztxt, 10.0)
+    counted = _loss_memory(
+        LossConfig(name), pairs, 32, world_size=1, image_gradient=True, device="cpu", precision="32-true"
+    )
+    assert counted.rows + counted.tile == pytest.approx(max(live.history), rel=0.02)
+
+
+def test_largest_batch_is_printed_and_written_without_a_gpu(small, tmp_path, monkeypatch):
+    """The run is planned for GPUs that this machine has not: their speed is not measured on its CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("siglit.commands.plan.estimate_memory", lambda *_, **__: estimate())
+    experiment = parse("plan", "--train.accelerator", "auto", config=str(small))
+    text = str(siglit.plan(experiment, gpu_memory=2, rows=5000, largest_batch=True))
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["throughput"] is plan["examples_per_second"] is plan["days"] is None
+    assert plan["steps"] == 10
+    assert "set --examples-per-second" in text
+    for largest in plan["largest_batches"]:
+        assert f"{largest['batch_size']:,}" in text
+        assert largest["peak_bytes"] <= 0.9 * 2 * 2**30
+    assert [largest["loss"] for largest in plan["largest_batches"]] == ["sigmoid", "softmax"]
+
+
+def test_largest_batch_of_a_device_of_unknown_memory_is_refused(small, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    experiment, flags = parse_command("plan", ["-c", str(small), "--largest-batch"])
+    with pytest.raises(UserError, match="--largest-batch needs the memory of each device, .* set --gpu-memory"):
+        siglit.plan(experiment, **flags)
