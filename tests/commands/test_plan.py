@@ -99,6 +99,7 @@ def small(tmp_path):
             "bf16-mixed",
         ],
         ["--mode", "unlocked", "--text_tower.width", "64", "--train.micro_batch_size", "64"],
+        ["--mode", "scratch", "--text_tower.width", "64", "--loss.name", "softmax"],
     ],
     ids=" ".join,
 )

@@ -14,6 +14,7 @@ from siglit.cache import EmbeddingCache
 from siglit.data import shuffle
 from siglit.data.epoch_loader import row_hash
 from siglit.errors import UserError
+from siglit.loss import sigmoid
 from siglit.models.image_tower import ImageEncoder
 from siglit.models.text_tower import TextTower
 from siglit.runs.launch import check_slurm_tasks
@@ -102,7 +103,7 @@ def test_only_steps_that_are_logged_are_summed_up(cached, monkeypatch):
 
 
 def test_matmul_precision_is_that_of_the_towers_alone_and_is_restored(cached, monkeypatch):
-    """Forward and backward of the tower, against the loss and the metrics of validation; then what the caller had."""
+    """Forward and backward of the tower, against products of the loss and scores of validation; then the caller's."""
     precisions = {}
 
     def record(part):
@@ -119,12 +120,12 @@ def test_matmul_precision_is_that_of_the_towers_alone_and_is_restored(cached, mo
         return z
 
     monkeypatch.setattr(TextTower, "forward", forward)
-    for part in ("sigmoid_loss", "retrieval_metrics"):
-        monkeypatch.setattr(training_module, part, recorded(part, getattr(training_module, part)))
+    for module, part in ((sigmoid, "cosines"), (sigmoid, "add_product"), (training_module, "retrieval_metrics")):
+        monkeypatch.setattr(module, part, recorded(part, getattr(module, part)))
     with matmul_precision("medium"):
         siglit.train(parse("train", "--train.matmul_precision", "high"))
         assert torch.get_float32_matmul_precision() == "medium"
-    highest = {part: {"highest"} for part in ("sigmoid_loss", "retrieval_metrics")}
+    highest = {part: {"highest"} for part in ("cosines", "add_product", "retrieval_metrics")}
     assert precisions == {"tower": {"high"}, "backward": {"high"}, **highest}
 
 
