@@ -5,6 +5,7 @@ training steps on random pairs (`planning.throughput`), or given. It assumes tha
 reading keeps up. A run on GPUs can be planned where there is none, but its speed has to be given then.
 """
 
+import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +24,8 @@ from siglit.runtime.files import write_json
 from siglit.runtime.text import plural
 from siglit.training.optim import total_steps
 from siglit.training.trainer import lightning_precision
+
+_logger = logging.getLogger(__name__)
 
 _GIB = 2**30
 _USABLE = 0.9
@@ -270,6 +273,11 @@ def _plan(
     measured = None
     # A CPU says nothing of the speed of a GPU.
     if rate is None and (device.type == "cpu" or torch.cuda.is_available()):
+        if device.type == "cpu" and experiment.train.accelerator == "auto":
+            _logger.info(
+                "this machine has no CUDA device: the run is planned for its CPU, and a few training steps measure the "
+                "speed; --gpu-memory plans for GPUs"
+            )
         measured = measure_throughput(
             experiment, precision=device.precision, pairs=memory.pairs, micro_batch_size=pairs
         )

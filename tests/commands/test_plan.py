@@ -18,6 +18,7 @@ from siglit.loss import sigmoid_loss, softmax_loss
 from siglit.parsing.arguments import parse_command
 from siglit.planning.largest_batch import largest_batches
 from siglit.planning.memory import BytesByPairs, MemoryEstimate, TowerMemory, _LiveBytes, _loss_memory
+from siglit.planning.throughput import ThroughputMeasurement
 from tests.conftest import ROOT, parse, run_siglit
 
 RECIPES = sorted((ROOT / "configs" / "reproductions").glob("*.yaml"))
@@ -360,3 +361,14 @@ def test_largest_batch_of_a_device_of_unknown_memory_is_refused(small, monkeypat
     experiment, flags = parse_command("plan", ["-c", str(small), "--largest-batch"])
     with pytest.raises(UserError, match="--largest-batch needs the memory of each device, .* set --gpu-memory"):
         siglit.plan(experiment, **flags)
+
+
+@pytest.mark.parametrize(("accelerator", "hints"), [("auto", 1), ("cpu", 0)])
+def test_a_machine_without_a_gpu_says_that_it_plans_for_its_cpu(small, monkeypatch, capsys, accelerator, hints):
+    """Unless the experiment trains there on purpose."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("siglit.commands.plan.estimate_memory", lambda *_, **__: estimate())
+    measured = ThroughputMeasurement("a CPU", pairs=4, seconds_per_pair=1.0, optimizer_seconds=1.0)
+    monkeypatch.setattr("siglit.commands.plan.measure_throughput", lambda *_, **__: measured)
+    siglit.plan(parse("plan", "--train.accelerator", accelerator, config=str(small)))
+    assert capsys.readouterr().err.count("--gpu-memory plans for GPUs") == hints
