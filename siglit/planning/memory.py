@@ -263,19 +263,20 @@ def tokenizer_or_placeholder(experiment: Experiment) -> Tokenizer | TokenizerPla
 def _loss_memory(
     config: LossConfig, pairs: int, dim: int, *, world_size: int, image_gradient: bool, device: str, precision: str
 ) -> LossMemory:
-    """Return what the loss holds, with the copies of the embeddings that training converts to bfloat16 for it."""
-    bfloat16 = precision == "bf16-mixed"
+    """Return what the loss holds, with the copies of the embeddings that mixed precision converts to 16 bits for it."""
+    dtype = _AUTOCAST.get(precision, torch.float32)
     memory = memory_bytes(
         pairs,
         dim,
         world_size=world_size,
         exchange=config.exchange,
-        dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        dtype=dtype,
         image_gradient=image_gradient,
+        selected=config.negatives != "all" or config.ambiguous != "negative",
         chunk_size=config.chunk_size,
         device=device,
     )
-    copies = 2 * pairs * dim * torch.bfloat16.itemsize if bfloat16 else 0
+    copies = 2 * pairs * dim * dtype.itemsize if dtype != torch.float32 else 0
     if config.name == "softmax":
         # A log sum for each image of the global batch, as it is sent and as it arrives; logits besides the cosines.
         copies += 2 * world_size * pairs * torch.float32.itemsize

@@ -126,8 +126,7 @@ class SigLiT(pl.LightningModule):
             zimg, ztxt = zimg.to(half), ztxt.to(half)
         logged = is_logged_step(self.trainer)
         statistics: dict[str, torch.Tensor] | None = {} if logged else None
-        # The losses compute their gradients in forward, so that backward has products of the towers alone.
-        with self.step_timer("loss"), matmul_precision("highest"):
+        with self.step_timer("loss"):
             loss = self._loss(zimg, ztxt, batch, statistics)
         if logged:  # a logged loss is averaged over the ranks
             self._log(loss, statistics or {})
