@@ -62,6 +62,9 @@ def environment():
 
 
 def _command(words, cwd, env, out, err):
+    # As where a shell starts the command. The method that this process inherits would have every loader of worker
+    # processes start a further process that imports everything.
+    multiprocessing.set_start_method(None, force=True)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
