@@ -14,6 +14,7 @@ from siglit.errors import UserError
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import load_tokenizer
 from siglit.runs import trained
+from siglit.runs.folder import add_to_summary, read_run_summary
 from siglit.runs.tokenizer import ensure_tokenizer, tokenizer_path
 from tests.models.text_models import save_model, save_tokenizer
 
@@ -53,6 +54,14 @@ class TestTokenizer:
         assert ensure(experiment_of(tmp_path, tokenizer=small), ["another"]) == path
         with pytest.raises(UserError, match="trained with tokenizer.lowercase True, but the experiment has False"):
             ensure(experiment_of(tmp_path, tokenizer=replace(small, lowercase=False)), [])
+
+
+@pytest.mark.parametrize("content", [b"", b'{"train": {"steps": 4}', b'{"train": \xb5}', b"[1]", b'{"train": 3}'])
+def test_a_damaged_summary_is_named_and_does_not_end_the_command_that_adds_to_it(tmp_path, content, capsys):
+    (tmp_path / "summary.json").write_bytes(content)
+    add_to_summary(tmp_path, "train", {"steps": 6})
+    assert f"{tmp_path / 'summary.json'} is damaged" in capsys.readouterr().err
+    assert read_run_summary(tmp_path) == {"train": {"steps": 6}}
 
 
 class ThreeRows:
