@@ -69,7 +69,7 @@ def _command(words, cwd, env, out, err):
     os.environ.clear()
     os.environ.update(env)
     for path, stream in ((out, 1), (err, 2)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, stream)
         os.close(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

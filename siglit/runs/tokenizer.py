@@ -49,8 +49,8 @@ def ensure_tokenizer(folder: Path, config: TokenizerConfig, pretrained: str | No
         saved = _read_note(note) if note.exists() else settings
         if saved.get("blake2b", file_hash(path)) != file_hash(path):
             raise UserError(
-                f"{path} is damaged: its hash is not the one in {note.name}; restore it, or remove both files and train "
-                "again with another --output_dir"
+                f"{path} is damaged: its hash is not the one in {note.name}; restore it, or train again with another "
+                "--output_dir"
             )
         for name, expected in settings.items():
             if saved.get(name) != expected:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,21 @@ class TestTokenizer:
         assert ensure(experiment_of(tmp_path, tokenizer=small), ["another"]) == path
         with pytest.raises(UserError, match="trained with tokenizer.lowercase True, but the experiment has False"):
             ensure(experiment_of(tmp_path, tokenizer=replace(small, lowercase=False)), [])
+
+    def test_a_damaged_one_is_named(self, tmp_path):
+        """Training would start with other ids, or be refused at its checkpoint without the file's name."""
+        experiment = experiment_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=300))
+        path = Path(ensure(experiment, ["a red dog"]))
+        assert ensure(experiment, []) == str(path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(UserError, match=r"tokenizer\.model is damaged: its hash is not the one in tokenizer\.json"):
+            ensure(experiment, [])
+        path.write_bytes(whole)
+        for content in (b"", b'{"vocab_size": 300', b"[3]", b'{"vocab_size": \xb5}'):
+            path.with_suffix(".json").write_bytes(content)
+            with pytest.raises(UserError, match=r"tokenizer\.json is damaged \(.*\); remove it"):
+                ensure(experiment, [])
 
 
 @pytest.mark.parametrize("content", [b"", b'{"train": {"steps": 4}', b'{"train": \xb5}', b"[1]", b'{"train": 3}'])

@@ -68,9 +68,9 @@ class Undisturbed:
 
     def __init__(self, work, place):
         self.work = work
-        self.folder = _prepare(work, place, f"whole-{WORKS.index(work)}")
-        begun, watch = time.monotonic(), _Changes(self.folder)
-        run = _start(work, self.folder)
+        self.folder = prepare(work, place, f"whole-{WORKS.index(work)}")
+        begun, watch = time.monotonic(), Changes(self.folder)
+        run = start(work, self.folder)
         while run.poll() is None:
             watch.look()
             time.sleep(0.001)
@@ -125,14 +125,14 @@ def run_kills(place, kills, seed, until, only=None):
 def run_chain(whole, place, number, seed, count):
     """Kill one folder's command a few times and let it through; the problems, none if all is well."""
     chance = random.Random(f"{seed}-{number}")
-    work, folder = whole.work, _prepare(whole.work, place, f"chain-{number}")
+    work, folder = whole.work, prepare(whole.work, place, f"chain-{number}")
     for _ in range(chance.randint(2, 5)):
         victim = chance.choice(VICTIMS)
         moment = chance.choice(["time", "change"])
         at = chance.uniform(0, whole.seconds) if moment == "time" else chance.randint(1, whole.changes)
         description = f"{work.title}, SIGKILL to {victim} at {moment} {at:.4g}"
-        run = _start(work, folder)
-        _wait(run, folder, moment, at, chance.uniform(0, 0.01))
+        run = start(work, folder)
+        wait_for(run, folder, moment, at, chance.uniform(0, 0.01))
         if run.poll() is not None:  # the rest was quicker than the moment
             if run.poll() != 0:
                 return [f"{description}: exit {run.poll()} before that: {run.err}"]
@@ -142,10 +142,10 @@ def run_chain(whole, place, number, seed, count):
             count(victim)
         if not run.end(GRACE if was_killed else LIMIT):
             return [f"{description}: the other processes live on"]
-        problems = _problems_after_kill(run, folder, victim)
+        problems = problems_left(run, folder, victim)
         if problems:
             return [f"{description}: {problem} ({folder})" for problem in problems]
-    run = _start(work, folder)
+    run = start(work, folder)
     try:
         code = run.wait(LIMIT)
     except TimeoutError as error:
@@ -172,11 +172,17 @@ def differences(folder, whole):
     return problems
 
 
-def _prepare(work, place, name):
-    """A folder with the same relative paths for all runs of a work, so that even its record is the same."""
+def prepare(work, place, name):
+    """A new folder for a run; see `fill`."""
     folder = place / "soak" / name
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "logs").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    return fill(folder, work, place)
+
+
+def fill(folder, work, place):
+    """Fill an empty folder with the same relative paths for all runs of a work, so that even its record is the same."""
+    (folder / "logs").mkdir()
     (folder / "images").symlink_to(place / "images")
     for file in ("train.csv", "val.csv", "experiment.yaml"):
         shutil.copy(place / file, folder / file)
@@ -185,16 +191,17 @@ def _prepare(work, place, name):
     return folder
 
 
-def _start(work, folder):
-    command, *options = work.words
-    return Running((command, "-c", "experiment.yaml", *options), folder, folder / "logs", ranks=work.ranks)
+def start(work, folder, **options):
+    """Start the work in its folder."""
+    command, *words = work.words
+    return Running((command, "-c", "experiment.yaml", *words), folder, folder / "logs", ranks=work.ranks, **options)
 
 
 def _files(folder):
     return [path for part in ("cache", "runs") for path in (folder / part).rglob("*") if path.is_file()]
 
 
-class _Changes:
+class Changes:
     """Counts how often the files of a run have changed, the temporary ones included."""
 
     def __init__(self, folder):
@@ -217,8 +224,9 @@ class _Changes:
         return state
 
 
-def _wait(run, folder, moment, at, delay):
-    begun, watch = time.monotonic(), _Changes(folder)
+def wait_for(run, folder, moment, at, delay):
+    """Wait for the seconds, or the change of the files, or the end of the run, if it comes before."""
+    begun, watch = time.monotonic(), Changes(folder)
     while run.poll() is None and time.monotonic() - begun < LIMIT:
         if moment == "time" and time.monotonic() - begun >= at:
             return
@@ -243,7 +251,7 @@ def _kill(run, victim, chance):
     return True
 
 
-def _problems_after_kill(run, folder, victim):
+def problems_left(run, folder, victim):
     """Whether what is there is whole, and whether a survivor has said in one line why it ended."""
     problems = []
     for path in sorted({shard.parent for shard in (folder / "cache").rglob("shard-*.h5")}):

@@ -5,9 +5,12 @@ imported everything, the second rank included: a spare process waits for Lightni
 in tests/runtime/test_signals.py. Knows nothing of what is killed and what must be left.
 """
 
+import contextlib
+import ctypes
 import os
 import pickle
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from tests.runtime.test_signals import members
 class Running:
     """A command that runs in a session of its own; its streams go to files."""
 
-    def __init__(self, words, cwd, logs, *, ranks=1, user=None):
+    def __init__(self, words, cwd, logs, *, ranks=1, privileged=True):
         """Start it.
 
         Args:
@@ -26,14 +29,14 @@ class Running:
             cwd: working directory.
             logs: an existing folder for the files `out` and `err`, which are overwritten.
             ranks: processes that Lightning is going to start, this one included.
-            user: numeric id to run as, where root would be let do anything; None: as we are.
+            privileged: False: root gives up its right to write into folders whose mode forbids it.
         """
         self.words, self._logs = [*map(str, words)], logs
         for name in ("out", "err"):
             (logs / name).unlink(missing_ok=True)
         env = {**os.environ, **forks.ENV}
         self._process = forks.context.Process(
-            target=_be_command, args=(self.words, str(cwd), env, logs / "out", logs / "err", ranks, user)
+            target=_be_command, args=(self.words, str(cwd), env, logs / "out", logs / "err", ranks, privileged)
         )
         with forks.environment():
             self._process.start()
@@ -57,12 +60,12 @@ class Running:
 
     def kill(self, pid):
         """SIGKILL to one process of the session."""
-        _kill(os.kill, pid)
+        _kill(pid)
 
     def kill_all(self):
         """SIGKILL to the whole session, as the machine's end."""
         for pid in self.processes():
-            _kill(os.kill, pid)
+            _kill(pid)
         self._process.join()
 
     def end(self, seconds):
@@ -87,19 +90,16 @@ def _read(path: Path):
     return path.read_text() if path.exists() else ""
 
 
-def _kill(how, number):
-    try:
-        how(number, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def _kill(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
-def _be_command(words, cwd, env, out, err, ranks, user):
+def _be_command(words, cwd, env, out, err, ranks, privileged):
     os.setsid()
-    if user is not None:
-        os.setgroups([])
-        os.setgid(user)
-        os.setuid(user)
+    if not privileged:
+        # Version 3 of the interface, this process; two words each of effective, permitted and inheritable rights.
+        ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
     spares = [_fork_spare(words, cwd, out, err) for _ in range(1, ranks)]
     if spares:
         from lightning.fabric.strategies.launchers import subprocess_script as fabric
