@@ -25,7 +25,7 @@ MAX_BYTES = 1 << 30
 """Largest file that is read into memory, 1 GiB: an image, a text in a tar, a tokenizer, a list of class names."""
 MAX_LISTING_BYTES = 64 << 30
 """Largest listing, 64 GiB; its rows take more memory than the file takes disk."""
-_BLOCK = 1 << 20
+_BLOCK, _DIGEST_BYTES = 1 << 20, 16
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -227,10 +227,9 @@ def append_checksum(file: BinaryIO) -> None:
 
     Call it in the block of `atomic_write`, after the last byte of the content.
     """
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    digest = hashlib.file_digest(file, _blake2b).digest()
-    file.seek(0, os.SEEK_END)
-    file.write(digest)
+    file.write(_digest_of_next(file, size))
 
 
 def has_checksum(path: Path | str) -> bool:
@@ -240,15 +239,16 @@ def has_checksum(path: Path | str) -> bool:
         OSError: as `open_regular`.
     """
     with open_regular(path) as file:
-        left, digest = os.fstat(file.fileno()).st_size - _blake2b().digest_size, _blake2b()
-        while left > 0 and (block := file.read(min(left, _BLOCK))):
-            digest.update(block)
-            left -= len(block)
-        return left == 0 and digest.digest() == file.read()
+        size = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
+        return size >= 0 and _digest_of_next(file, size) == file.read()
 
 
-def _blake2b() -> "hashlib._Hash":
-    return hashlib.blake2b(digest_size=16)
+def _digest_of_next(file: BinaryIO, size: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    while size > 0 and (block := file.read(min(size, _BLOCK))):
+        digest.update(block)
+        size -= len(block)
+    return digest.digest()
 
 
 def file_hash(path: Path | str, algorithm: Literal["blake2b", "sha256"] = "blake2b") -> str:
@@ -258,5 +258,5 @@ def file_hash(path: Path | str, algorithm: Literal["blake2b", "sha256"] = "blake
         OSError: as `open_regular`.
     """
     with open_regular(path) as file:
-        new = hashlib.sha256 if algorithm == "sha256" else _blake2b
+        new = hashlib.sha256 if algorithm == "sha256" else lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)
         return hashlib.file_digest(file, new).hexdigest()
