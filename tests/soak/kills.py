@@ -270,6 +270,10 @@ def problems_left(run, folder, victim):
 def checkpoint_differences(one, other):
     """Names of the entries of two checkpoints that are not equal bit for bit."""
     one, other = (torch.load(path, map_location="cpu", weights_only=True) for path in (one, other))
+    for checkpoint in (one, other):
+        loops = checkpoint["loops"]["fit_loop"]
+        for name in [name for name in loops if ".val_loop." in name]:
+            del loops[name]  # how often Lightning has validated in this epoch: nothing depends on it
     return [name for name in sorted(one.keys() | other.keys()) if not _equal(one.get(name), other.get(name))]
 
 
