@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import siglit
+from siglit.cache import CacheError
 from siglit.errors import UserError
 from siglit.models.text_tower import TextTower
 from siglit.runs import checkpoints
@@ -383,3 +384,21 @@ def test_epochs_are_counted_through_resumes_at_their_ends(place, folder):
     assert table(resumed) == table(undisturbed)
     loops = [torch.load(path / "checkpoints/last.ckpt", weights_only=True)["loops"] for path in (resumed, undisturbed)]
     assert loops[0]["fit_loop"]["epoch_progress"] == loops[1]["fit_loop"]["epoch_progress"]
+
+
+def test_a_shard_that_is_overwritten_while_it_is_trained_on_ends_the_run_unsaved(place, folder, monkeypatch):
+    """Its embeddings would be those of other images, and the captions would stay."""
+    first, second = sorted((place / "cache/small/train").glob("shard-*.h5"))[:2]
+    whole = first.read_bytes()
+
+    def overwrite(content):
+        with first.open("r+b") as file:  # never shorter, which would end this process
+            file.write(content)
+
+    at_step(monkeypatch, 5, lambda: overwrite(second.read_bytes()))
+    try:
+        with pytest.raises(CacheError, match=r"shard-000000\.h5 was written to while it was in use"):
+            siglit.train(experiment("stopped"))
+    finally:
+        overwrite(whole)
+    assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 3
