@@ -257,7 +257,8 @@ class EmbeddingCache:
 
     def find_problems(self) -> list[Problem]:
         """The problems that `verify` reports, with the shards to make again."""
-        return find_problems(self.path, self._shards, self.fingerprint, self.num_skipped, self._metadata_checksums)
+        indexed = self._shards, self.fingerprint, self.num_skipped, self._metadata_checksums, self.created_by
+        return find_problems(self.path, *indexed)
 
     def _locate(self, starts: np.ndarray, number: int, what: str) -> tuple[int, int]:
         self._check(number, int(starts[-1]), what)

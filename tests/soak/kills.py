@@ -239,14 +239,15 @@ def wait_for(run, folder, moment, at, delay):
 
 
 def _kill(run, victim, chance):
-    """Kill; False if there was nothing of this kind to kill, or it had just ended."""
+    """Kill, all where there is no process of this kind; False if the run had just ended."""
     processes = run.processes()
     if victim == "all":
         run.kill_all()
         return bool(processes)
     chosen = [pid for pid in processes if (pid == run.pid) == (victim == "first")]
     if not chosen:
-        return False
+        run.kill_all()
+        return bool(processes)
     run.kill(chance.choice(chosen))
     return True
 
