@@ -16,7 +16,7 @@ from tests.soak.disk import run_disk
 from tests.soak.kills import run_kills
 from tests.soak.project import make_damage_place, make_place
 
-PARTS = ("damage", "disk", "kills")
+PARTS = ("kills", "damage", "disk")
 
 
 def main(words=None):
