@@ -144,8 +144,7 @@ class ShardMaps:
             return self._maps[shard]
         if len(self._maps) == 0:
             _allow_open_files(len(self._shards))
-            if len(_in_use) == 0:
-                explain_bus_errors(_cut_off)
+            explain_bus_errors(_cut_off)
             _in_use.add(self)
         record = self._shards[shard]
         try:

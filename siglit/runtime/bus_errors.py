@@ -15,11 +15,12 @@ _explanations: list[Callable[[], str]] = []
 def explain_bus_errors(explanation: Callable[[], str]) -> None:
     """Add a function that names a damaged file that this process has mapped, or returns "".
 
-    At a bus error the first explanation is written to stderr and the process ends with status 1.
+    At a bus error the first explanation is written to stderr and the process ends with status 1. Each call installs the
+    handler again: Lightning, which cannot see it, sets the system's own when a training ends.
     """
-    if len(_explanations) == 0:
-        ctypes.CDLL(None).signal(signal.SIGBUS, _handler)
-    _explanations.append(explanation)
+    ctypes.CDLL(None).signal(signal.SIGBUS, _handler)
+    if explanation not in _explanations:
+        _explanations.append(explanation)
 
 
 def _end(_: int) -> None:

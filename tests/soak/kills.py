@@ -137,10 +137,10 @@ def run_chain(whole, place, number, seed, count):
             if run.poll() != 0:
                 return [f"{description}: exit {run.poll()} before that: {run.err}"]
             break
-        was_killed = _kill(run, victim, chance)
-        if was_killed:
-            count(victim)
-        if not run.end(GRACE if was_killed else LIMIT):
+        killed = _kill(run, victim, chance)
+        if killed:
+            count(killed)
+        if not run.end(GRACE if killed else LIMIT):
             return [f"{description}: the other processes live on"]
         problems = problems_left(run, folder, victim)
         if problems:
@@ -239,17 +239,14 @@ def wait_for(run, folder, moment, at, delay):
 
 
 def _kill(run, victim, chance):
-    """Kill, all where there is no process of this kind; False if the run had just ended."""
+    """Kill, all where there is no process of this kind; what was killed, None if the run had just ended."""
     processes = run.processes()
-    if victim == "all":
-        run.kill_all()
-        return bool(processes)
     chosen = [pid for pid in processes if (pid == run.pid) == (victim == "first")]
-    if not chosen:
+    if victim == "all" or not chosen:
         run.kill_all()
-        return bool(processes)
+        return "all" if processes else None
     run.kill(chance.choice(chosen))
-    return True
+    return victim
 
 
 def problems_left(run, folder, victim):
