@@ -70,7 +70,9 @@ def kill_row(title, tally):
 
 
 def disk_row(name, tally):
-    return row(name, f"{tally.done} runs, {tally.met} ended by it", tally, "named, then equal")
+    return row(
+        name, f"{tally.done} runs, {tally.met} ended by it", tally, "named, then equal" if tally.done else "not run"
+    )
 
 
 def damage_row(name, tally):
