@@ -65,7 +65,10 @@ def main(words=None):
 def kill_row(title, tally):
     kills = ", ".join(f"{name} {count}" for name, count in tally.kills.items())
     return row(
-        f"SIGKILL: {title}", f"{sum(tally.kills.values())} kills ({kills}), {tally.chains} chains", tally, "equal"
+        f"SIGKILL: {title}",
+        f"{sum(tally.kills.values())} kills ({kills}), {tally.chains} chains",
+        tally,
+        "equal" if tally.chains else "not run",
     )
 
 
