@@ -9,7 +9,7 @@ PYTEST := $(TEST) $(BIN)/python -m pytest -n auto
 # With versions that have not been tested together, deprecation warnings between packages are listed and do not fail.
 WARN := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
-.PHONY: quickstart test test-slow test-all test-latest test-oldest wheel check lint format types imports lock
+.PHONY: quickstart test test-slow test-all soak test-latest test-oldest wheel check lint format types imports lock
 
 quickstart: .venv/run
 	$(BIN)/siglit quickstart
@@ -22,6 +22,10 @@ test-slow: .venv/test
 
 test-all: .venv/test
 	$(PYTEST)
+
+# Kills, damaged files, full disks, for up to an hour; not part of any other target. `make soak ARGS="--part disk"`.
+soak: .venv/test
+	$(TEST) $(BIN)/python -m tests.soak $(ARGS)
 
 # The newest release of every package, in a separate environment.
 test-latest:

@@ -6,6 +6,7 @@ Knows how errors are reported, and no command by name: `siglit.commands` lists t
 import contextlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -78,6 +79,10 @@ def _run(words: list[str], debug: bool) -> int:
     except SystemExit as stop:  # jsonargparse leaves this way after --help and --print_config
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
+        if re.search(r"closed by peer|reset by peer|Broken pipe", str(error)) and "gloo" in str(error):
+            # The consequence of another rank's failure, which prints the reason itself unless it was killed.
+            text = "another process of this run has ended, so this one ends too; if it printed why, that is the error"
+            return _report(error, text, 1, debug) if _is_local_rank_zero() else 1
         hint = "" if debug else " (add --debug for the traceback)"
         return _report(error, f"{type(error).__name__}: {error}{hint}", 1, debug)
 

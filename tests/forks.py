@@ -62,11 +62,14 @@ def environment():
 
 
 def _command(words, cwd, env, out, err):
+    # As where a shell starts the command. The method that this process inherits would have every loader of worker
+    # processes start a further process that imports everything.
+    multiprocessing.set_start_method(None, force=True)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     for path, stream in ((out, 1), (err, 2)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, stream)
         os.close(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -182,6 +182,23 @@ def test_a_failure_of_the_work_exits_1_and_debug_shows_where(project, capsys, mo
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_end_of_another_rank_is_not_reported_as_an_error_of_the_network(project, capsys, monkeypatch, rank):
+    """The rank that failed says why; of the others, the first says in one line that this is not the reason."""
+
+    def lose_connection(*_, **__):
+        raise RuntimeError("[/pytorch/third_party/gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:3")
+
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("siglit.commands.Command.load", lambda _: lose_connection)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "-c", "experiment.yaml"])
+    assert stop.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:54] for line in lines] == ["siglit: another process of this run has ended, so this"] * (rank == "0")
+
+
 def test_the_launchers_are_the_same_command(tmp_path):
     """`python -m siglit` and the checkout's cli.py answer alike."""
     by_module = run_siglit("--version", cwd=tmp_path, check=0).stdout

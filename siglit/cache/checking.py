@@ -43,6 +43,7 @@ def find_problems(
     fingerprint: Mapping[str, Any],
     num_skipped: int,
     metadata_checksums: Sequence[str] | None,
+    created_by: Sequence[str],
 ) -> list[Problem]:
     """Read every byte and compare it with the index; empty if the cache is sound.
 
@@ -53,6 +54,7 @@ def find_problems(
         num_skipped: that of the index.
         metadata_checksums: those of the index, one per shard; None where an earlier siglit wrote none: bytes outside
             the datasets are then not compared.
+        created_by: that of the index; empty where an earlier siglit wrote none.
     """
     problems, readable = [], []
     for number, shard in enumerate(shards):
@@ -64,6 +66,10 @@ def find_problems(
     if sum(shard.skipped for shard in shards) != num_skipped:
         problems.append(
             Problem(f"{folder / INDEX_NAME}: counts of skipped images differ between index and shards; {REMAKE_INDEX}")
+        )
+    if len(created_by) > 0 and len(readable) == len(shards) and list(created_by) != _created_by(readable):
+        problems.append(
+            Problem(f"{folder / INDEX_NAME}: created_by is not what the shards say they were made with; {REMAKE_INDEX}")
         )
     indexed = {shard.file for shard in shards}
     problems += [
@@ -169,6 +175,15 @@ def _problems_of_shard(
     except CacheError as error:
         return [Problem(str(error), path)]
     return [Problem(f"{path}: {message}; {REMAKE_SHARD}", path) for message in messages]
+
+
+def _created_by(paths: Sequence[Path]) -> list[str]:
+    """What `finish` writes into the index: the different software versions of the shards, sorted."""
+    found = set()
+    for path in paths:
+        with open_shard(path) as file:
+            found.add(str(file.attrs.get("created_by", "")))
+    return sorted(found)
 
 
 def _problems_of_keys(folder: Path, paths: Sequence[Path]) -> list[Problem]:

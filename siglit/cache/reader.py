@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 from typing_extensions import override
 
-from siglit.cache.checking import REMAKE, REMAKE_INDEX, Problem, find_problems, no_cache
+from siglit.cache.checking import REMAKE, REMAKE_INDEX, REMAKE_SHARD, Problem, find_problems, no_cache
 from siglit.cache.format import (
     ALIGNMENT,
     DATASETS,
@@ -27,6 +27,7 @@ from siglit.cache.format import (
     ShardRecord,
     differing_fields,
     shard_files,
+    shard_problems,
     unpack_strings,
 )
 from siglit.cache.shard_maps import ShardMaps
@@ -230,6 +231,22 @@ class EmbeddingCache:
                 f"Change the configuration back, or run `siglit precompute` into another folder"
             )
 
+    def check_unchanged(self) -> None:
+        """Check that the shards that this process reads still have the bytes they had when it began to read them.
+
+        A shard is read again only if its file was written to meanwhile.
+
+        Raises:
+            CacheError: a shard was damaged or overwritten while it was in use.
+        """
+        for number in self._maps.written_since():
+            shard = self._shards[number]
+            problems = shard_problems(self._folder / shard.file, number, shard, self.fingerprint, None)
+            if len(problems) > 0:
+                raise CacheError(
+                    f"{self.path / shard.file} was written to while it was in use: {problems[0]}; {REMAKE_SHARD}"
+                )
+
     def verify(self) -> list[str]:
         """Read the whole cache and check it: checksums, counts, offsets, settings, keys, texts, finite values.
 
@@ -240,7 +257,8 @@ class EmbeddingCache:
 
     def find_problems(self) -> list[Problem]:
         """The problems that `verify` reports, with the shards to make again."""
-        return find_problems(self.path, self._shards, self.fingerprint, self.num_skipped, self._metadata_checksums)
+        indexed = self._shards, self.fingerprint, self.num_skipped, self._metadata_checksums, self.created_by
+        return find_problems(self.path, *indexed)
 
     def _locate(self, starts: np.ndarray, number: int, what: str) -> tuple[int, int]:
         self._check(number, int(starts[-1]), what)

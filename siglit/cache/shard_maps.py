@@ -8,7 +8,9 @@ Shapes: N rows of the cache, D embedding width, k requested rows.
 import errno
 import math
 import mmap
+import os
 import resource
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,9 @@ import numpy as np
 
 from siglit.cache.checking import REMAKE_SHARD
 from siglit.cache.format import DATASETS, INDEX_NAME, CacheError, ShardRecord, outside_datasets
+from siglit.runtime.bus_errors import explain_bus_errors
 
+_in_use: "weakref.WeakSet[ShardMaps]" = weakref.WeakSet()
 _MAX_STEPS = 3
 """Shards that a bucket of rows may reach over before a binary search is faster."""
 
@@ -38,10 +42,11 @@ class ShardMaps:
         """
         self._path, self._folder, self._shards, self._dim, self._starts = path, folder, shards, dim, starts
         self._maps: dict[int, mmap.mmap] = {}
+        self._mapped: dict[int, os.stat_result] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        lazy = ("_maps", "_window", "_buckets")
-        return {**{name: value for name, value in vars(self).items() if name not in lazy}, "_maps": {}}
+        lazy = ("_maps", "_mapped", "_window", "_buckets")
+        return {**{name: value for name, value in vars(self).items() if name not in lazy}, "_maps": {}, "_mapped": {}}
 
     def array(self, shard: int, name: str) -> np.ndarray:
         """A dataset of a shard, mapped and read-only.
@@ -64,6 +69,20 @@ class ShardMaps:
             return np.take(self.array(0, "embedding"), rows, axis=0)
         window, first, stride = self._window
         return window[first[self._shards_of(rows)] + rows * stride].view(DATASETS["embedding"]).reshape(-1, self._dim)
+
+    def written_since(self) -> list[int]:
+        """Numbers of the shards whose files were written to since they were mapped: these maps show other bytes now.
+
+        A file that was replaced or deleted is not one of them, as its map shows the bytes that were mapped.
+        """
+        return [shard for shard, before in self._mapped.items() if self._is_written(shard, before)]
+
+    def _is_written(self, shard: int, before: os.stat_result) -> bool:
+        try:
+            now = os.stat(self._folder / self._shards[shard].file)
+        except OSError:
+            return False
+        return os.path.samestat(now, before) and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
 
     def _shards_of(self, rows: np.ndarray) -> np.ndarray:
         """(k,) shard of each row: looked up for the row's bucket, then corrected by up to `_MAX_STEPS` shards.
@@ -125,9 +144,12 @@ class ShardMaps:
             return self._maps[shard]
         if len(self._maps) == 0:
             _allow_open_files(len(self._shards))
+            explain_bus_errors(_cut_off)
+            _in_use.add(self)
         record = self._shards[shard]
         try:
             with open(self._folder / record.file, "rb") as file:
+                status = os.fstat(file.fileno())
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             advice = "raise `ulimit -n`" if getattr(error, "errno", None) == errno.EMFILE else REMAKE_SHARD
@@ -139,8 +161,17 @@ class ShardMaps:
                 f"completed; {REMAKE_SHARD}"
             )
         self._check_identity(record, mapped)
-        self._maps[shard] = mapped
+        self._maps[shard], self._mapped[shard] = mapped, status
         return mapped
+
+    def cut_off(self) -> str:
+        """Message about the first mapped shard that is shorter than it was; "" if there is none."""
+        for shard in self.written_since():
+            path, size = self._path / self._shards[shard].file, self._shards[shard].size
+            actual = (self._folder / self._shards[shard].file).stat().st_size
+            if actual < size:
+                return f"{path} was cut off from {size} to {actual} bytes while it was in use; {REMAKE_SHARD}"
+        return ""
 
     def _check_identity(self, record: ShardRecord, mapped: mmap.mmap) -> None:
         """Refuse a shard of another cache, which may have the same size: it does not carry the index's checksum.
@@ -164,3 +195,7 @@ def _allow_open_files(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY not in (soft, hard):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + count, hard), hard))
+
+
+def _cut_off() -> str:
+    return next(filter(None, (maps.cut_off() for maps in _in_use)), "")

@@ -156,7 +156,7 @@ def _pair_blocks(arrays: list[Path], tables: list[Path], given: dict[str, str | 
     for array_path, table_path in zip(arrays, tables, strict=True):
         try:
             rows = np.load(array_path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+        except (EOFError, ValueError) as error:
             raise UserError(f"{array_path} is not a plain .npy file ({error}); nothing is unpickled") from None
         try:
             with pq.ParquetFile(table_path) as table:
@@ -172,7 +172,7 @@ def _pair_blocks(arrays: list[Path], tables: list[Path], given: dict[str, str | 
                     block = {name: values[column] for name, column in columns.items()}
                     yield _block(np.array(rows[start : start + batch.num_rows]), block, batch.num_rows)
                     start += batch.num_rows
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             text = " ".join(str(error).split())
             raise UserError(f"{table_path} is not a readable parquet file: {text}") from None
 

@@ -12,6 +12,7 @@ would leave out. Unlike there, they are not a fixed part of the batch: every pai
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ import numpy as np
 from siglit.config import DataConfig
 from siglit.data.random_hash import below, draw
 from siglit.models.tokenizer import Tokenizer
-from siglit.runtime.files import write_bytes
+from siglit.runtime.files import append_checksum, has_checksum, write_bytes
 
+_logger = logging.getLogger(__name__)
 _KINDS = ("image", "text", "alignment")
 # Words of the hash, one for each use; the hits of the kinds have the first ones.
 _NUMBER, _LENGTH, _PIECE, _PLACE, _PIXEL = range(len(_KINDS), len(_KINDS) + 5)
@@ -170,15 +172,18 @@ def noise_pool(
     assert pool.shape == (count, dim)
     data = io.BytesIO()
     np.save(data, pool)
+    append_checksum(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data.getvalue())
     return pool
 
 
 def _read_pool(path: Path) -> np.ndarray | None:
-    """The file's array, or None where there is no file, a truncated one, or not one of numpy's."""
-    try:
-        with path.open("rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (FileNotFoundError, ValueError):
+    """The file's array, or None where there is no file or a damaged one."""
+    if not path.exists():
         return None
+    if not has_checksum(path):
+        _logger.warning(f"{path} is damaged, or of an earlier siglit; the noise is embedded again")
+        return None
+    pool: np.ndarray = np.load(path, allow_pickle=False)
+    return pool

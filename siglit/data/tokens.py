@@ -5,6 +5,7 @@ cache's digest, so that a change of either makes another file. Shapes: M caption
 """
 
 import itertools
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -14,23 +15,24 @@ import numpy as np
 
 from siglit.cache import EmbeddingCache
 from siglit.models.tokenizer import Tokenizer
-from siglit.runtime.files import atomic_write, remove_leftovers
+from siglit.runtime.files import append_checksum, atomic_write, has_checksum, remove_leftovers
 from siglit.runtime.progress import Meter
 
+_logger = logging.getLogger(__name__)
 _BLOCK = 65_536
 
 
 def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
     """Return the (M, L) token ids of all captions in the cache's order, uint16 or int32, from the file or computed now.
 
-    Where the cache's folder cannot be written, the ids are computed in memory, with a warning.
+    The file ends with a checksum, for which it is read once: a changed id would be trained on like any other. Where the
+    cache's folder cannot be written, the ids are computed in memory, with a warning.
     """
     path = Path(cache.path) / f"tokens-{tokenizer.fingerprint}-{cache.digest[:16]}.npy"
     if path.exists():
-        try:
+        if has_checksum(path):
             return np.load(path, mmap_mode="r")
-        except ValueError:
-            path.unlink()  # truncated by a full disk or a crash: computed again
+        _logger.warning(f"{path} is damaged, or of an earlier siglit; the token ids are computed again")
     dtype: type = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     shape = (cache.num_captions, tokenizer.length)
     if shape[0] == 0:
@@ -42,6 +44,7 @@ def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
             ids = _map_of(file, dtype, shape)
             _fill(ids, cache, tokenizer)
             ids.flush()
+            append_checksum(file)
     except OSError as error:
         warnings.warn(
             f"cannot write token ids into {cache.path} ({error.strerror}); they are computed again each time",

@@ -5,6 +5,7 @@ Shapes: N images, T texts, D embedding width, K answers.
 """
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ import numpy as np
 from siglit.runtime.files import atomic_write, file_hash
 from siglit.runtime.progress import Meter
 
-_QUERIES_AT_ONCE = 16_384
+_logger = logging.getLogger(__name__)
+_QUERIES_AT_ONCE = _ROWS_AT_ONCE = 16_384
 _NEIGHBOURS = 10
 _NPROBES = (1, 4, 16, 64)
 _FATAL = re.compile(r"(?<!\d)0+(?!\d)|(?:HNSW1|NSG[12])(?!\d)")
@@ -115,12 +117,16 @@ def save_index(zimg: np.ndarray, path: Path) -> None:
 
 
 def is_index_of(path: Path, zimg: np.ndarray) -> bool:
-    """Tell whether a file is a complete index over as many images of this width; False if it is damaged or missing."""
+    """Tell whether a file is the index that `save_index` writes over these rows; False if it is damaged or missing."""
     try:
         index = _read(path)
     except (OSError, RuntimeError, MemoryError):
         return False
-    return (index.ntotal, index.d) == zimg.shape
+    if type(index) is not faiss.IndexFlatIP or (index.ntotal, index.d) != zimg.shape:
+        return False
+    # faiss checks no sums: a changed bit would be searched like any other.
+    blocks = ((start, zimg[start : start + _ROWS_AT_ONCE]) for start in range(0, len(zimg), _ROWS_AT_ONCE))
+    return all(np.array_equal(index.reconstruct_n(start, len(rows)), rows) for start, rows in blocks)
 
 
 def nearest_images(path: Path, ztxt: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +144,9 @@ def load_or_build(zimg: np.ndarray, factory: str, path: Path) -> ApproximateInde
         if saved is not None and (saved.ntotal, saved.d) == zimg.shape:
             return ApproximateIndex(factory, _on_gpus(saved), saved, float(note["seconds"]), path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
-        pass  # it is missing, damaged, or of a kind that faiss writes but cannot read: it is built again
+        pass  # it is missing, damaged, or of a kind that faiss writes but cannot read
+    if path.exists():
+        _logger.warning(f"{path} or {_note(path).name} is damaged; the index is built again")
     return build(zimg, factory, path)
 
 

@@ -3,13 +3,17 @@
 Knows the names of files; computes nothing.
 """
 
+import contextlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from siglit.config import EvalConfig
 from siglit.errors import UserError
 from siglit.runtime.files import write_json
+
+_logger = logging.getLogger(__name__)
 
 
 def ensure_folder(folder: Path) -> Path:
@@ -39,9 +43,20 @@ def result_path(folder: Path, config: EvalConfig, kind: str, suffix: str = ".jso
 
 
 def read_run_summary(folder: Path) -> dict[str, Any]:
-    """Return the run's summary.json, empty if there is none."""
+    """Return the run's summary.json, empty if there is none, or with a warning if it is damaged.
+
+    A command that has computed for hours must not fail on its last line.
+    """
     path = folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    summary: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        summary = json.loads(path.read_bytes())
+    if isinstance(summary, dict) and all(isinstance(figures, dict) for figures in summary.values()):
+        return summary
+    _logger.warning(f"{path} is damaged, not a JSON object of objects; the figures in it are left out")
+    return {}
 
 
 def add_to_summary(folder: Path, command: str, value: Any) -> None:

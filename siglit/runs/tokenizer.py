@@ -1,15 +1,17 @@
 """The run's tokenizer: where it is, and its training where it is missing."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from siglit.config import TokenizerConfig
 from siglit.errors import UserError
 from siglit.models.tokenizer import SentencePieceTokenizer, lowercases, train_sentencepiece
 from siglit.runs.folder import ensure_folder
-from siglit.runtime.files import atomic_write, write_json
+from siglit.runtime.files import atomic_write, file_hash, write_json
 
 _logger = logging.getLogger(__name__)
 
@@ -28,11 +30,11 @@ def tokenizer_path(folder: Path, config: TokenizerConfig, pretrained: str | None
 def ensure_tokenizer(folder: Path, config: TokenizerConfig, pretrained: str | None, captions: Iterable[str]) -> str:
     """Return `tokenizer_path`, after training a tokenizer on the captions if the run needs one and has none.
 
-    `tokenizer.json` beside it records what it was trained with, and as actual_vocab_size how many pieces it has; warns
-    if these are fewer than tokenizer.vocab_size.
+    `tokenizer.json` beside it records what it was trained with, its hash, and as actual_vocab_size how many pieces it
+    has; warns if these are fewer than tokenizer.vocab_size.
 
     Raises:
-        UserError: the run's tokenizer was trained with other settings.
+        UserError: the run's tokenizer was trained with other settings, or it or its record is damaged.
     """
     if config.path or pretrained:
         return tokenizer_path(folder, config, pretrained)
@@ -44,7 +46,12 @@ def ensure_tokenizer(folder: Path, config: TokenizerConfig, pretrained: str | No
     }
     note = path.with_suffix(".json")
     if path.exists():
-        saved = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings
+        saved = _read_note(note) if note.exists() else settings
+        if saved.get("blake2b", file_hash(path)) != file_hash(path):
+            raise UserError(
+                f"{path} is damaged: its hash is not the one in {note.name}; restore it, or train again with another "
+                "--output_dir"
+            )
         for name, expected in settings.items():
             if saved.get(name) != expected:
                 raise UserError(
@@ -54,7 +61,8 @@ def ensure_tokenizer(folder: Path, config: TokenizerConfig, pretrained: str | No
         return str(path)
     model = train_sentencepiece(captions, config)
     pieces = SentencePieceTokenizer(model, config.length, lowercases(config)).vocab_size
-    write_json(note, {**settings, "actual_vocab_size": pieces})
+    digest = hashlib.blake2b(model, digest_size=16).hexdigest()
+    write_json(note, {**settings, "actual_vocab_size": pieces, "blake2b": digest})
     with atomic_write(path) as file:
         file.write(model)
     if pieces < config.vocab_size:
@@ -63,3 +71,13 @@ def ensure_tokenizer(folder: Path, config: TokenizerConfig, pretrained: str | No
             "the captions do not support more"
         )
     return str(path)
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    try:
+        note = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it") from error
+    if not isinstance(note, dict):
+        raise UserError(f"{path} is damaged (not a JSON object); remove it")
+    return note

@@ -7,6 +7,7 @@ width of the image tower.
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from siglit.runs.checkpoints import LAST, newest
 from siglit.runs.folder import ensure_folder
 from siglit.runs.tokenizer import tokenizer_path
 
+_logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _MAX_LOG_SCALE = 80.0
 """e⁸⁰ times a cosine is still finite in float32."""
@@ -94,6 +96,10 @@ class TrainedRun:
     def ensure_exact_index(self) -> Path:
         """File of the exact faiss index over `zimg`, written if it is missing or damaged."""
         if not is_index_of(self.index_file, self.zimg):
+            if self.index_file.exists():
+                _logger.warning(
+                    f"{self.index_file} is damaged, or its rows were rounded differently; it is written again"
+                )
             save_index(self.zimg, self.index_file)
         return self.index_file
 

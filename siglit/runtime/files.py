@@ -25,6 +25,7 @@ MAX_BYTES = 1 << 30
 """Largest file that is read into memory, 1 GiB: an image, a text in a tar, a tokenizer, a list of class names."""
 MAX_LISTING_BYTES = 64 << 30
 """Largest listing, 64 GiB; its rows take more memory than the file takes disk."""
+_BLOCK, _DIGEST_BYTES = 1 << 20, 16
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -221,6 +222,35 @@ def _open_temporary(path: Path) -> BinaryIO:
         file.close()
 
 
+def append_checksum(file: BinaryIO) -> None:
+    """Append the BLAKE2b of all of an open file's bytes, 16 bytes, for `has_checksum`; formats with a length ignore it.
+
+    Call it in the block of `atomic_write`, after the last byte of the content.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    file.write(_digest_of_next(file, size))
+
+
+def has_checksum(path: Path | str) -> bool:
+    """Tell whether a file ends with the checksum of what is before it; reads every byte.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
+        return size >= 0 and _digest_of_next(file, size) == file.read()
+
+
+def _digest_of_next(file: BinaryIO, size: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    while size > 0 and (block := file.read(min(size, _BLOCK))):
+        digest.update(block)
+        size -= len(block)
+    return digest.digest()
+
+
 def file_hash(path: Path | str, algorithm: Literal["blake2b", "sha256"] = "blake2b") -> str:
     """Hash of a file's bytes in hexadecimal: BLAKE2b of 16 bytes (32 digits) or SHA-256 (64 digits).
 
@@ -228,5 +258,5 @@ def file_hash(path: Path | str, algorithm: Literal["blake2b", "sha256"] = "blake
         OSError: as `open_regular`.
     """
     with open_regular(path) as file:
-        new = hashlib.sha256 if algorithm == "sha256" else lambda: hashlib.blake2b(digest_size=16)
+        new = hashlib.sha256 if algorithm == "sha256" else lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)
         return hashlib.file_digest(file, new).hexdigest()

@@ -120,6 +120,8 @@ class CheckpointSaver(Checkpoint):
         mark_step_as_validated(checkpoint)
 
     def _save(self, trainer: pl.Trainer) -> None:
+        # What was learned from bytes that are not the cache's must not be kept.
+        trainer.datamodule.check_unchanged()  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             logger.save()
         trainer.save_checkpoint(self._path)

@@ -65,6 +65,9 @@ class TrainDataModule(pl.LightningDataModule, ABC):
     def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:
         """Build the image encoder for these batches; also return the fingerprint of the tower that it starts from."""
 
+    def check_unchanged(self) -> None:
+        """Check that the data is still what training began with; called before every checkpoint."""
+
     @override
     def prepare_data(self) -> None:
         """Train the tokenizer if there is none."""
@@ -137,6 +140,17 @@ class CacheDataModule(TrainDataModule):
     @override
     def captions(self) -> Iterable[str]:
         return self.train.iter_captions()
+
+    @override
+    def check_unchanged(self) -> None:
+        """Check the shards that are mapped; see `EmbeddingCache.check_unchanged`.
+
+        Raises:
+            CacheError: one was damaged or overwritten.
+        """
+        self.train.check_unchanged()
+        if self.val is not None:
+            self.val.check_unchanged()
 
     @override
     def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:

@@ -58,10 +58,16 @@ def mark_step_as_validated(checkpoint: dict[str, Any]) -> None:
 
     A run that is resumed from these counters starts with the next step and does not repeat the validation.
     """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    loops = checkpoint["loops"]["fit_loop"]
+    progress = loops["epoch_loop.batch_progress"]
     for counters in (progress["total"], progress["current"]):
         assert counters["completed"] == counters["processed"]
         counters["completed"] -= 1
+    if progress["is_last_batch"]:
+        # Lightning would count the next epoch as begun already, and from the second such resume on count one too few.
+        for counters in (loops["epoch_progress"]["total"], loops["epoch_progress"]["current"]):
+            counters["processed"] = counters["completed"] = counters["started"]
+        progress["is_last_batch"] = False
 
 
 def unscale_gradients_before_step(optimizer: torch.optim.Optimizer) -> None:

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 from typing_extensions import override
 
+from siglit.errors import UserError
 from siglit.runtime.files import atomic_write
 
 
@@ -31,9 +32,12 @@ class MetricsTable(Logger):
         """Keep the rows of the first `steps` steps; a run resumed from there logs the later ones again.
 
         For the first process alone.
+
+        Raises:
+            UserError: the file is damaged; of a run that starts anew, it is replaced without being read.
         """
         if self._path.exists():
-            rows = [row for row in _read(self._path) if int(row["step"]) < steps]
+            rows = [row for row in _read(self._path) if int(row["step"]) < steps] if steps > 0 else []
             self._columns = list(rows[0]) if rows else self._columns
             self._replace(rows)
 
@@ -103,6 +107,23 @@ class MetricsTable(Logger):
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    """All complete rows; a kill may have cut the last one short."""
-    text = path.read_bytes().rpartition(b"\n")[0].decode()
-    return list(csv.DictReader(io.StringIO(text, newline="")))
+    """All complete rows; a kill may have cut the last one short.
+
+    Raises:
+        UserError: another row is not one that this class writes.
+    """
+    content = path.read_bytes().rpartition(b"\n")[0]
+    try:
+        lines = list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True)) or [["none"]]
+        head, *rows = lines
+        if head[0] != "step" or len(set(head)) < len(head):
+            raise ValueError(f"its columns are {','.join(head)[:60]}")
+        for row in rows:
+            [float(value) for value in row if value]
+            if len(row) != len(head) or not row[0].isdecimal():
+                raise ValueError(f"{','.join(row)[:60]!r} is not a row of {len(head)} numbers")
+    except (ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); repair it, or remove it to continue with the curves from here on"
+        ) from error
+    return [dict(zip(head, row, strict=True)) for row in rows]

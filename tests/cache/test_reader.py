@@ -334,6 +334,14 @@ def test_an_index_that_is_not_json_is_refused(folder, text):
         EmbeddingCache(folder)
 
 
+def test_software_versions_that_are_not_the_shards_are_a_problem(folder):
+    """One flipped bit of the index is one too many, also where nothing is computed from it."""
+    file = folder / "index.json"
+    file.write_bytes(file.read_bytes().replace(b"HDF5", b"HDF4", 1))
+    (problem,) = EmbeddingCache(folder).verify()
+    assert problem.startswith(f"{file}: created_by is not what the shards say")
+
+
 def test_a_cut_shard_is_refused_before_its_map_kills_the_process(folder):
     path = folder / "shard-000002.h5"
     os.truncate(path, path.stat().st_size // 2)

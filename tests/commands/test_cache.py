@@ -191,6 +191,22 @@ def test_nothing_is_unpickled_and_rows_must_match(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_file_to_import_is_named(tmp_path, capsys):
+    words = ["--embeddings", tmp_path / "x.npy", "--metadata", tmp_path / "x.parquet", "--model", "m"]
+    np.save(tmp_path / "x.npy", np.ones((3, 2), np.float32))
+    pq.write_table(pa.table({"key": ["u", "v", "w"]}), tmp_path / "x.parquet")
+    for name, text in (("x.npy", "is not a plain .npy file"), ("x.parquet", "is not a readable parquet file")):
+        whole = (tmp_path / name).read_bytes()
+        for damaged in (b"", whole[:90], whole[:-200] + bytes(192) + whole[-8:]):
+            if name == "x.npy" and len(damaged) > 90:  # an array without values is not damaged
+                continue
+            (tmp_path / name).write_bytes(damaged)
+            code, _, err = run(capsys, "import", tmp_path / "out", *words)
+            assert (code, len(err)) == (2, 1)
+            assert f"{tmp_path / name} {text}" in err[0]
+        (tmp_path / name).write_bytes(whole)
+
+
 def test_an_imported_cache_is_known_by_its_model_alone(experiment, tmp_path, capsys):
     from siglit.errors import UserError
     from siglit.runs.caches import open_cache

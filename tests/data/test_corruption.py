@@ -328,6 +328,9 @@ def foreign(array):
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda path: path.write_bytes(
+            path.read_bytes()[:200] + bytes([path.read_bytes()[200] ^ 1]) + path.read_bytes()[201:]
+        ),
         lambda path: path.write_bytes(path.read_bytes()[:-7]),
         lambda path: path.write_bytes(path.read_bytes()[:40]),
         lambda path: path.write_bytes(b""),
@@ -336,7 +339,7 @@ def foreign(array):
         foreign(np.zeros((40, DIM + 1), np.float16)),
         foreign(np.array([Bomb()], dtype=object)),
     ],
-    ids=["cut", "header cut", "empty", "not numpy's", "another type", "another width", "pickled"],
+    ids=["flipped", "cut", "header cut", "empty", "not numpy's", "another type", "another width", "pickled"],
 )
 def test_a_truncated_or_foreign_pool_is_computed_again(tmp_path, damage):
     tower = Tower()

@@ -178,7 +178,9 @@ def test_a_damaged_exact_index_is_recognized(tmp_path):
     assert is_index_of(path, zimg)
     assert not is_index_of(path, zimg[:20])
     assert not is_index_of(path, zimg[:, :4])
-    for left in (path.read_bytes()[:-1], path.read_bytes()[:20], b"", b"garbage"):
+    whole = path.read_bytes()
+    flipped = whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:]
+    for left in (flipped, whole[:-1], whole[:20], b"", b"garbage"):
         path.write_bytes(left)
         assert not is_index_of(path, zimg)
 

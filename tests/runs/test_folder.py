@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from siglit.errors import UserError
 from siglit.models.text_tower import TextTower
 from siglit.models.tokenizer import load_tokenizer
 from siglit.runs import trained
+from siglit.runs.folder import add_to_summary, read_run_summary
 from siglit.runs.tokenizer import ensure_tokenizer, tokenizer_path
 from tests.models.text_models import save_model, save_tokenizer
 
@@ -53,6 +55,29 @@ class TestTokenizer:
         assert ensure(experiment_of(tmp_path, tokenizer=small), ["another"]) == path
         with pytest.raises(UserError, match="trained with tokenizer.lowercase True, but the experiment has False"):
             ensure(experiment_of(tmp_path, tokenizer=replace(small, lowercase=False)), [])
+
+    def test_a_damaged_one_is_named(self, tmp_path):
+        """Training would start with other ids, or be refused at its checkpoint without the file's name."""
+        experiment = experiment_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=300))
+        path = Path(ensure(experiment, ["a red dog"]))
+        assert ensure(experiment, []) == str(path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(UserError, match=r"tokenizer\.model is damaged: its hash is not the one in tokenizer\.json"):
+            ensure(experiment, [])
+        path.write_bytes(whole)
+        for content in (b"", b'{"vocab_size": 300', b"[3]", b'{"vocab_size": \xb5}'):
+            path.with_suffix(".json").write_bytes(content)
+            with pytest.raises(UserError, match=r"tokenizer\.json is damaged \(.*\); remove it"):
+                ensure(experiment, [])
+
+
+@pytest.mark.parametrize("content", [b"", b'{"train": {"steps": 4}', b'{"train": \xb5}', b"[1]", b'{"train": 3}'])
+def test_a_damaged_summary_is_named_and_does_not_end_the_command_that_adds_to_it(tmp_path, content, capsys):
+    (tmp_path / "summary.json").write_bytes(content)
+    add_to_summary(tmp_path, "train", {"steps": 6})
+    assert f"{tmp_path / 'summary.json'} is damaged" in capsys.readouterr().err
+    assert read_run_summary(tmp_path) == {"train": {"steps": 6}}
 
 
 class ThreeRows:

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from siglit.errors import UserError
 from siglit.training.metrics_csv import MetricsTable
 
 
@@ -44,6 +45,21 @@ def test_rows_after_the_step_to_resume_from_are_dropped(tmp_path):
     log(table, 3, 4, val=1)
     assert [row["step"] for row in rows(path)] == ["0", "1", "2", "3", "4"]
     assert rows(path)[4] == {"step": "4", "loss": "2.0", "val": "1"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b"\r\n1,", b"\r\n1-"), (b"step", b"stdp"), (b"0.5", b"0/5"), (b"0.5", b"0.\xb5"), (b",", b"")],
+)
+def test_a_damaged_table_is_named_before_training_goes_on(tmp_path, before, after):
+    """A run that starts anew needs no row of it."""
+    path = tmp_path / "metrics.csv"
+    log(MetricsTable(path), 0, 1, 2)
+    path.write_bytes(path.read_bytes().replace(before, after, 1))
+    with pytest.raises(UserError, match=r"metrics\.csv is damaged .*; repair it, or remove it"):
+        MetricsTable(path).keep_first(2)
+    MetricsTable(path).keep_first(0)
+    assert rows(path) == []
 
 
 @pytest.mark.parametrize("write", [lambda t: t.keep_first(2), lambda t: log(t, 2, val=1)])

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import siglit
+from siglit.cache import CacheError
 from siglit.errors import UserError
 from siglit.models.text_tower import TextTower
 from siglit.runs import checkpoints
@@ -165,7 +166,7 @@ class PowerCutError(RuntimeError):
     pass
 
 
-def cut_off_in_step(step):
+def cut_off_in_step(step, *more):
     """Train until an exception that nothing catches."""
 
     def cut():
@@ -174,7 +175,7 @@ def cut_off_in_step(step):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, step, cut)
         with pytest.raises(PowerCutError):
-            siglit.train(experiment("stopped"))
+            siglit.train(experiment("stopped", "locked", *more))
 
 
 @pytest.mark.slow
@@ -370,3 +371,34 @@ def test_checkpoints_are_saved_without_held_out_data_too(folder):
     siglit.train(experiment("stopped", "locked", "--data.val", "null"))
     saved = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
     assert saved == {"last.ckpt": 7, "previous.ckpt": 6}
+
+
+def test_epochs_are_counted_through_resumes_at_their_ends(place, folder):
+    """Two steps are an epoch, after which the run is saved and cut off, again and again."""
+    words = ("--train.val_every", "2")
+    siglit.train(experiment("epochs", "locked", *words))
+    for step in (3, 5, 7):
+        cut_off_in_step(step, *words, *(["--train.resume", "true"] if step > 3 else []))
+    siglit.train(experiment("stopped", "locked", *words, "--train.resume", "true"))
+    resumed, undisturbed = (place / "runs" / name for name in ("stopped", "epochs"))
+    assert table(resumed) == table(undisturbed)
+    loops = [torch.load(path / "checkpoints/last.ckpt", weights_only=True)["loops"] for path in (resumed, undisturbed)]
+    assert loops[0]["fit_loop"]["epoch_progress"] == loops[1]["fit_loop"]["epoch_progress"]
+
+
+def test_a_shard_that_is_overwritten_while_it_is_trained_on_ends_the_run_unsaved(place, folder, monkeypatch):
+    """Its embeddings would be those of other images, and the captions would stay."""
+    first, second = sorted((place / "cache/small/train").glob("shard-*.h5"))[:2]
+    whole = first.read_bytes()
+
+    def overwrite(content):
+        with first.open("r+b") as file:  # never shorter, which would end this process
+            file.write(content)
+
+    at_step(monkeypatch, 5, lambda: overwrite(second.read_bytes()))
+    try:
+        with pytest.raises(CacheError, match=r"shard-000000\.h5 was written to while it was in use"):
+            siglit.train(experiment("stopped"))
+    finally:
+        overwrite(whole)
+    assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 3
