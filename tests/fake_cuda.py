@@ -40,12 +40,15 @@ def to_fake_cuda(module):
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                value = torch.empty_like(parameter, device="cuda")
-                part._parameters[name] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+                part._parameters[name] = torch.nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = torch.empty_like(buffer, device="cuda")
+                part._buffers[name] = _like(buffer)
     return module
+
+
+def _like(tensor):
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A process group of one: NCCL where the device is a GPU, gloo on the CPU. More ranks are in test_training.py, by gloo."""
+"""A process group of one: NCCL where the device is a GPU, gloo on the CPU. test_training.py has more ranks, by gloo."""
 
 import pytest
 import torch
