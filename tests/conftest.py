@@ -54,6 +54,19 @@ def pytest_runtest_setup(item):
             pytest.skip("needs a CUDA device")
 
 
+def pytest_collection_modifyitems(items):
+    """Show warnings of what needs a GPU instead of failing: drivers and compilers of each machine have their own."""
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def on(device):
+    """Words of a command line that let all stages compute on a device, in float32 unless later words say otherwise."""
+    accelerators = [word for stage in ("cache", "train", "eval") for word in (f"--{stage}.accelerator", device)]
+    return [*accelerators, "--train.precision", "32-true", "--image_tower.precision", "fp32"]
+
+
 def run_siglit(*words, cwd, check=None, env=None, **options):
     """Run the command as a user would, in a separate process: a fork, unless there are options for subprocess.run."""
     words = [*map(str, words)]

@@ -37,6 +37,8 @@ def quiet_lightning() -> None:
         ".*LeafSpec.* is deprecated",
         "Grad strides do not match bucket view strides",  # of the one channel of a depthwise kernel, as in ConvNeXt
         "FSDP2-wrapped module .* returned a view tensor",  # nothing here changes embeddings in place
+        # In float16, the gradients of the first steps overflow until the scaler has found its factor; it skips them.
+        r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`",
     ):
         warnings.filterwarnings("ignore", message=harmless)
 
