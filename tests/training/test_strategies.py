@@ -162,16 +162,20 @@ def test_a_plain_run_resumes_sharded(place, plain):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_one_device_in_a_group_trains_like_one_without(plain, place, monkeypatch, strategy, device):
-    """One device has no group of its own accord; in one, NCCL on a GPU and gloo on a CPU reduce, gather and save."""
+    """Also stopped and resumed: with a group, NCCL on a GPU and gloo on a CPU reduce, gather and save."""
     expected = losses(plain("locked"))
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK"):
         monkeypatch.setenv(name, "")  # Lightning sets them for good; now they are as before after the test
         monkeypatch.delenv(name)
-    chosen = DDPStrategy(gradient_as_bucket_view=True) if strategy == "ddp" else FSDP2Strategy(1)
-    monkeypatch.setattr(trainer, "_strategy", lambda _: chosen)
+    made = {"ddp": lambda: DDPStrategy(gradient_as_bucket_view=True), "fsdp2": lambda: FSDP2Strategy(1)}[strategy]
+    monkeypatch.setattr(trainer, "_strategy", lambda _: made())
     name = f"{strategy}-{device}"
     try:
-        siglit.train(parse("train", *words(name, "locked"), *on(device)))
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                siglit.train(parse("train", *words(name, "locked"), *on(device)))
+        siglit.train(parse("train", *words(name, "locked"), *on(device), "--train.resume", "true"))
         assert torch.distributed.get_backend() == ("nccl" if device == "cuda" else "gloo")
     finally:
         torch.distributed.destroy_process_group()
