@@ -50,6 +50,7 @@ def test_rows_are_the_towers_own_output_for_each_key(experiment, tower_weights, 
         expected = model(x).numpy()
     np.testing.assert_allclose(cache.gather(np.arange(40)), expected, atol=tolerance, rtol=2e-3)
     assert cache.fingerprint["image_tower"]["precision"] == precision
+    assert not torch.backends.cudnn.allow_tf32, "fp32 is not TF32"
     assert cache.captions(7) == ["a grey square", "picture 7 is grey"]
     assert result.splits["train"].rows == 40
     assert EmbeddingCache("cache/small/train").verify() == []

@@ -53,9 +53,15 @@ def test_a_loss_reads_nothing_and_its_results_are_wide_and_on_the_device(kept, l
     assert {result.dtype for result in results} == {wide(dtype)}
     side = (N, DIM)
     assert [tuple(result.shape) for result in results] == [(), side, side, (), ()][: len(results)]
-    if loss == "plain" and host.names:
-        pytest.xfail("the number of positives of a diagonal tile is copied to the device")
     assert host.names == []
+
+
+@pytest.mark.parametrize("keep", ["random", "hardest"])
+def test_masked_negatives_are_found_on_the_device(kept, keep):
+    """Their number is a sum over all tiles and ranks, of which Python reads nothing."""
+    with traced():
+        value = sigmoid_loss(*inputs(torch.bfloat16), chunk_size=CHUNK, negatives=Negatives(keep, 2, seed=3), **ids())
+    assert {result.device.type for result in (value, *kept.gradients)} == {"cuda"}
 
 
 @pytest.mark.parametrize("loss", ["plain", "softmax"])
