@@ -88,6 +88,8 @@ def embed_source(
     units = source.units(config.shard_size)
     if precision == "auto":
         precision = "bf16" if fabric.device.type == "cuda" else "fp32"
+    # By default, convolutions on CUDA, such as that of the patches, read float32 with the 10 bits of TF32.
+    torch.backends.cudnn.allow_tf32 = False
     if workers is None:
         workers = machine.default_workers(config.devices)
     fingerprint = {

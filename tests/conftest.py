@@ -30,6 +30,54 @@ TOWER = {
 }
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+"""Values of `device` for a test that runs on every kind of device; "cuda" is skipped where there is none.
+
+A test compares what a device computes with the CPU's float64 or with a naive computation, within what the type's digits
+allow: TF32 is off, so float32 is float32 on both. That results are equal bit for bit is only claimed on the CPU.
+"""
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Name of the device that a test computes on."""
+    return request.param
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU where there is none, before any fixture is made for it."""
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def gpu_only_for_marked_tests(request):
+    """Hide the GPU from all other tests: "auto" is the CPU there, whose results are compared bit for bit."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("cuda"):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    """Show warnings of what needs a GPU instead of failing: drivers and compilers of each machine have their own."""
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def on(device):
+    """Words of a command line that let all stages compute on a device, in float32 unless later words say otherwise."""
+    accelerators = [word for stage in ("cache", "train", "eval") for word in (f"--{stage}.accelerator", device)]
+    return [*accelerators, "--train.precision", "32-true", "--image_tower.precision", "fp32"]
+
+
 def run_siglit(*words, cwd, check=None, env=None, **options):
     """Run the command as a user would, in a separate process: a fork, unless there are options for subprocess.run."""
     words = [*map(str, words)]

@@ -15,7 +15,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# No GPU: these are the ranks of gloo groups, and commands whose results are compared with the CPU's bit for bit. A fork
+# could not use CUDA anyway if the process that it was forked from had.
+ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 PRELOAD = [
     "siglit.commands.precompute",
     "siglit.commands.train",

@@ -12,6 +12,7 @@ from siglit.errors import UserError
 from siglit.parsing.arguments import parse_command
 from siglit.parsing.fields import section_of
 from siglit.runs.folder import read_run_summary
+from siglit.runs.launch import check_accelerator
 from tests.conftest import parse, run_siglit
 
 
@@ -135,6 +136,18 @@ def test_search_takes_several_words(experiment):
 def test_an_invalid_query_is_refused(experiment, query):
     with pytest.raises(UserError, match="the query is"):
         siglit.search(parse("eval-retrieval"), query)
+
+
+@pytest.mark.parametrize(("stage", "section"), [("precompute", "cache"), ("train", "train")])
+@pytest.mark.parametrize("accelerator", ["auto", "cuda"])
+def test_more_devices_than_there_are_are_refused(cached, monkeypatch, stage, section, accelerator):
+    """Processes on the CPU may be any number; GPUs may not."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    words = (f"--{section}.accelerator", accelerator, f"--{section}.devices", "2")
+    with pytest.raises(UserError, match=f"{section}.devices is 2, but this machine has 1 CUDA device; lower"):
+        getattr(siglit, stage)(parse("train", *words))
+    check_accelerator(section, "cpu", 2)
 
 
 @pytest.mark.parametrize("stage", ["precompute", "train", "eval_retrieval"])

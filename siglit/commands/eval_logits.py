@@ -63,7 +63,7 @@ def eval_logits(experiment: Experiment) -> LogitsResult:
         UserError: cache, checkpoint and tokenizer do not match, the cache has no captions, or the embeddings are not
             finite.
     """
-    device = choose_device("eval.accelerator", experiment.eval.accelerator)
+    device = choose_device("eval", experiment.eval.accelerator)
     trained = open_trained(experiment)
     cache = trained.cache
     if cache.num_captions == 0:

@@ -59,7 +59,7 @@ def eval_probe(experiment: Experiment) -> ProbeResult:
     Raises:
         UserError: a split has no cache or no labels.
     """
-    device = choose_device("eval.accelerator", experiment.eval.accelerator)
+    device = choose_device("eval", experiment.eval.accelerator)
     splits = open_splits(experiment)
     with Meter("linear probe", None, "epochs") as meter:
         probed = probe(

@@ -92,7 +92,7 @@ def eval_retrieval(experiment: Experiment) -> RetrievalResult:
         UserError: cache, checkpoint and tokenizer do not match, the cache has no captions, eval.folds does not divide
             its images, or faiss cannot build eval.index for them.
     """
-    device = choose_device("eval.accelerator", experiment.eval.accelerator)
+    device = choose_device("eval", experiment.eval.accelerator)
     trained = open_trained(experiment)
     cache, zimg = trained.cache, trained.zimg
     if cache.num_captions == 0:

@@ -86,7 +86,7 @@ def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
     Raises:
         UserError: cache and checkpoint do not match, images have no labels, or a label has no class name.
     """
-    device = choose_device("eval.accelerator", experiment.eval.accelerator)
+    device = choose_device("eval", experiment.eval.accelerator)
     given = prompts.class_names(experiment.eval.classes) if experiment.eval.classes else None
     templates = prompts.templates(experiment.eval.templates)
     trained = open_trained(experiment)

@@ -77,7 +77,7 @@ def precompute(experiment: Experiment) -> PrecomputeResult:
         raise UserError(
             f"mode is {experiment.mode}, which trains on images, so there is nothing to precompute; run `siglit train`"
         )
-    check_accelerator("cache.accelerator", experiment.cache.accelerator)
+    check_accelerator("cache", experiment.cache.accelerator, experiment.cache.devices)
     check_launched("cache.nodes", experiment.cache.nodes)
     check_slurm_tasks("cache", experiment.cache.devices, experiment.cache.nodes)
     ensure_folder(experiment.folder)

@@ -103,8 +103,9 @@ def _check_training(experiment: Experiment) -> None:
             raise UserError(f"{field} is {nodes}, but quickstart runs on one machine; leave it out")
     if experiment.mode != "locked":
         raise UserError(f"mode is {experiment.mode}, but quickstart runs locked training; leave mode out")
-    for section in ("cache", "train", "eval"):
-        check_accelerator(f"{section}.accelerator", getattr(experiment, section).accelerator)
+    check_accelerator("cache", experiment.cache.accelerator, experiment.cache.devices)
+    check_accelerator("train", experiment.train.accelerator, experiment.train.devices)
+    check_accelerator("eval", experiment.eval.accelerator)
     check_batch_size(experiment.train)
     check_batch_fits(experiment.train, _TRAIN_IMAGES)
     steps = total_steps(experiment.train, _TRAIN_IMAGES)

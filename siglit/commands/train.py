@@ -104,7 +104,7 @@ def _open_checked(experiment: Experiment) -> tuple[TrainDataModule, int]:
     """Open the data and compute the number of optimizer steps, after checks of the settings; writes nothing."""
     train = experiment.train
     check_batch_size(train)
-    check_accelerator("train.accelerator", train.accelerator)
+    check_accelerator("train", train.accelerator, train.devices)
     check_launched("train.nodes", train.nodes)
     check_slurm_tasks("train", train.devices, train.nodes)
     data = open_data(experiment)

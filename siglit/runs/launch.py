@@ -37,27 +37,40 @@ def quiet_lightning() -> None:
         ".*LeafSpec.* is deprecated",
         "Grad strides do not match bucket view strides",  # of the one channel of a depthwise kernel, as in ConvNeXt
         "FSDP2-wrapped module .* returned a view tensor",  # nothing here changes embeddings in place
+        # In float16, the gradients of the first steps overflow until the scaler has found its factor; it skips them.
+        r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`",
     ):
         warnings.filterwarnings("ignore", message=harmless)
 
 
-def check_accelerator(field: str, accelerator: str) -> None:
-    """Refuse CUDA where there is none.
+def check_accelerator(section: str, accelerator: str, devices: int = 1) -> None:
+    """Refuse CUDA where there is none, and more devices than there are.
+
+    Args:
+        section: "train", "cache" or "eval", whose accelerator and devices these are, for the message.
+        accelerator: auto, cpu or cuda.
+        devices: of this machine; on the CPU they are processes, of any number.
 
     Raises:
-        UserError: `field` is cuda, but the machine has no CUDA device.
+        UserError: the accelerator is cuda, but the machine has no CUDA device; or it has too few of them.
     """
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{field} is cuda, but this machine has no CUDA device; use cpu or auto")
+    available = torch.cuda.is_available()
+    if accelerator == "cuda" and not available:
+        raise UserError(f"{section}.accelerator is cuda, but this machine has no CUDA device; use cpu or auto")
+    if accelerator != "cpu" and available and devices > torch.cuda.device_count():
+        raise UserError(
+            f"{section}.devices is {devices}, but this machine has {plural(torch.cuda.device_count(), 'CUDA device')}; "
+            f"lower {section}.devices, or set {section}.accelerator to cpu"
+        )
 
 
-def choose_device(field: str, accelerator: str) -> torch.device:
-    """Return the device of `accelerator`; auto: CUDA where there is one, else the CPU.
+def choose_device(section: str, accelerator: str) -> torch.device:
+    """Return the device of a section's accelerator; auto: CUDA where there is one, else the CPU.
 
     Raises:
-        UserError: `field` is cuda, but the machine has no CUDA device.
+        UserError: the accelerator is cuda, but the machine has no CUDA device.
     """
-    check_accelerator(field, accelerator)
+    check_accelerator(section, accelerator)
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 

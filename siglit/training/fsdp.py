@@ -123,6 +123,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             set_optimizer_state_dict(self.lightning_module, optimizer, full, options=options)
             for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
                 group |= {**saved_group, "params": group["params"]}  # torch turns pairs such as betas into lists
+            _replicate_scalar_state(optimizer)
 
     def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
         """Gather all DTensors, one after the other, so that a device holds at most one full tensor at a time."""
@@ -133,3 +134,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         gathered: dict[str, Any] = tree_map_only(DTensor, full_on_first_rank, state)
         return gathered
+
+
+def _replicate_scalar_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the loaded state of scalar parameters DTensors again: torch takes all scalars for counters of steps."""
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, DTensor) or parameter.dim() > 0:
+            continue
+        for name, value in state.items():
+            if name != "step" and isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
+                device = parameter.device_mesh.device_type
+                state[name] = distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements)

@@ -9,28 +9,29 @@ import torch
 import siglit
 from siglit.cache import EmbeddingCache
 from siglit.evaluation.linear_probe import probe
-from tests.conftest import parse
+from tests.conftest import on, parse
 
 
-def test_the_probe_of_a_locked_tower_needs_its_caches_alone(classed, tmp_path):
-    result = siglit.eval_probe(parse("eval-probe", "--output_dir", str(tmp_path / "new")))
+def test_the_probe_of_a_locked_tower_needs_its_caches_alone(classed, tmp_path, device):
+    result = siglit.eval_probe(parse("eval-probe", "--output_dir", str(tmp_path / "new"), *on(device)))
     written = json.loads((tmp_path / "new/probe.json").read_text())
     train, val = EmbeddingCache("cache/small/train"), EmbeddingCache("cache/small/val")
     rows, test = train.gather(np.arange(40)), val.gather(np.arange(12))
     expected = probe(rows, train.labels, test, val.labels, 4, device=torch.device("cpu"))
     assert written["top1"] == expected.test.top[1]
     assert written["top1"] > 0.9, "pictures of one color each"
-    assert written["l2"] == expected.l2
-    assert written["held_out"] == {f"{l2:g}": share for l2, share in expected.held_out.items()}
+    if device == "cpu":  # elsewhere, rounding may choose another of equally good penalties
+        assert written["l2"] == expected.l2
+        assert written["held_out"] == {f"{l2:g}": share for l2, share in expected.held_out.items()}
     assert (written["train_images"], written["images"], written["classes"]) == (40, 12, 4)
     assert "top5" not in written
     assert set(written["provenance"]) == {"cache", "cache_digest", "train_cache", "train_cache_digest"}
     assert f"{100 * result.top1:.1f}" in str(result)
 
 
-def test_a_trained_tower_embeds_both_splits_for_all_three(classed, tmp_path):
+def test_a_trained_tower_embeds_both_splits_for_all_three(classed, tmp_path, device):
     """Each evaluation belongs to the checkpoint, and the second finds the images of the first."""
-    words = ("--mode", "unlocked", "--output_dir", str(tmp_path / "run"), "--eval.shots", "[1,5]")
+    words = ("--mode", "unlocked", "--output_dir", str(tmp_path / "run"), "--eval.shots", "[1,5]", *on(device))
     siglit.train(parse("train", *words))
     for name in ("fewshot", "probe", "zeroshot"):
         evaluate = getattr(siglit, f"eval_{name}")
@@ -53,8 +54,6 @@ def test_a_trained_tower_embeds_both_splits_for_all_three(classed, tmp_path):
 
 @pytest.mark.parametrize("stage", ["eval_probe", "eval_zeroshot"])
 def test_cuda_on_a_machine_without_is_refused(classed, stage):
-    if torch.cuda.is_available():
-        pytest.skip("there is CUDA here")
     from siglit.errors import UserError
 
     with pytest.raises(UserError, match="eval.accelerator is cuda"):

@@ -12,7 +12,7 @@ from siglit.commands import eval_retrieval
 from siglit.data.tokens import token_ids
 from siglit.errors import UserError
 from siglit.runs.trained import TrainedRun, open_trained
-from tests.conftest import parse
+from tests.conftest import on, parse
 from tests.evaluation.reference import full_ranking
 
 KS = (1, 5, 10)
@@ -42,9 +42,9 @@ def trained_arrays(experiment):
     return trained, (trained.zimg, ztxt, np.asarray(trained.cache.caption_rows))
 
 
-def test_all_options_together(run_of):
+def test_all_options_together(run_of, device):
     """Metrics, folds and the approximate index, from the checkpoint and the cache that are named."""
-    result, written = run_of("--eval.folds", "3", "--eval.index", "IVF2,Flat")
+    result, written = run_of("--eval.folds", "3", "--eval.index", "IVF2,Flat", *on(device))
     trained, (zimg, ztxt, image_of_text) = trained_arrays(parse("eval-retrieval"))
     expected = full_ranking(zimg, ztxt, image_of_text, KS)
     assert {name: written[name] for name in expected} == pytest.approx(expected)

@@ -17,7 +17,7 @@ from siglit.errors import UserError
 from siglit.models.tokenizer import SentencePieceTokenizer
 from siglit.reporting import fonts
 from siglit.runs.trained import open_trained
-from tests.conftest import COLORS, parse
+from tests.conftest import COLORS, on, parse
 
 NAMED = ("--eval.classes", "colors.json", "--eval.templates", "templates.txt")
 
@@ -32,9 +32,9 @@ def result(folder, name="zeroshot.json"):
     return json.loads((folder / "runs/small" / name).read_text())
 
 
-def test_metrics_equal_a_plain_computation(worded):
+def test_metrics_equal_a_plain_computation(worded, device):
     """Also the confusion matrix, in numbers and in a picture."""
-    experiment = parse("eval-zeroshot", *NAMED)
+    experiment = parse("eval-zeroshot", *NAMED, *on(device))
     evaluated = siglit.eval_zeroshot(experiment)
     trained = open_trained(experiment)
     prompts = [text.format(name) for name in COLORS for text in ("a {} square", "picture 3 is {}")]

@@ -22,7 +22,7 @@ from siglit.cache import CacheError, EmbeddingCache
 from siglit.commands import precompute
 from siglit.embedding import _Encoder
 from siglit.errors import UserError
-from tests.conftest import ROOT, TOWER, parse, run_siglit
+from tests.conftest import ROOT, TOWER, on, parse, run_siglit
 
 
 def rows_by_key(folder):
@@ -32,9 +32,12 @@ def rows_by_key(folder):
     return {key: (rows[i].tobytes(), tuple(cache.captions(i))) for i, key in enumerate(cache.keys)}
 
 
-def test_rows_are_the_towers_own_output_for_each_key(experiment, tower_weights):
+# The rows are stored in float16, 2^-11 of a value of up to 3. Each product of the tower rounds its inputs to 2^-12 in
+# float16 and to 2^-9 in bfloat16, and there are some ten one after the other.
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-3), ("fp16", 1e-2), ("bf16", 6e-2)])
+def test_rows_are_the_towers_own_output_for_each_key(experiment, tower_weights, precision, tolerance, device):
     """An independent forward pass with timm and PIL alone gives the same rows."""
-    result = siglit.precompute(experiment)
+    result = siglit.precompute(parse("precompute", *on(device), "--image_tower.precision", precision))
     cache = EmbeddingCache("cache/small/train")
     model = timm.create_model(TOWER["model"], num_classes=0, **TOWER["model_args"]).eval()
     state = load_file(tower_weights)
@@ -45,7 +48,9 @@ def test_rows_are_the_towers_own_output_for_each_key(experiment, tower_weights):
     x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():
         expected = model(x).numpy()
-    np.testing.assert_allclose(cache.gather(np.arange(40)), expected, atol=2e-3, rtol=2e-3)
+    np.testing.assert_allclose(cache.gather(np.arange(40)), expected, atol=tolerance, rtol=2e-3)
+    assert cache.fingerprint["image_tower"]["precision"] == precision
+    assert not torch.backends.cudnn.allow_tf32, "fp32 is not TF32"
     assert cache.captions(7) == ["a grey square", "picture 7 is grey"]
     assert result.splits["train"].rows == 40
     assert EmbeddingCache("cache/small/train").verify() == []

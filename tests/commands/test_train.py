@@ -23,7 +23,7 @@ from siglit.runtime.matmul import matmul_precision
 from siglit.training import module as training_module
 from siglit.training.callbacks import TrainProgress
 from siglit.training.module import SigLiT
-from tests.conftest import parse, run_siglit
+from tests.conftest import on, parse, run_siglit
 
 
 def weights(folder):
@@ -40,8 +40,8 @@ def losses(folder):
         return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")}
 
 
-def test_training_lowers_the_loss_and_writes_its_files(cached, project):
-    result = siglit.train(parse("train", "--train.steps", "60", "--train.val_every", "30"))
+def test_training_lowers_the_loss_and_writes_its_files(cached, project, device):
+    result = siglit.train(parse("train", "--train.steps", "60", "--train.val_every", "30", *on(device)))
     folder = project / "runs/small"
     curve = losses(folder)
     assert curve[59] < 0.5 * curve[1]
@@ -137,7 +137,6 @@ def test_matmul_precision_is_restored_after_an_error():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_matmul_precision_high_changes_the_towers_products_and_not_the_loss(project, monkeypatch, batch):
     monkeypatch.chdir(project)
     rows, losses = [], []
@@ -159,16 +158,16 @@ def test_matmul_precision_high_changes_the_towers_products_and_not_the_loss(proj
     assert torch.equal(*losses)
 
 
-def gradients(experiment, batch):
-    """{name: gradient} of one step of the module in float64, without a trainer's optimizer."""
+def gradients(experiment, batch, device="cpu"):
+    """{name: gradient} of one step of the module in float64 on a device, without a trainer's optimizer."""
     torch.manual_seed(0)
     module = SigLiT(experiment, 100)
     module.image_tower = ImageEncoder(None, width=16, head=None)
     module.text_tower = TextTower(experiment.text_tower, vocab_size=64, length=8, eos_id=1, pad_id=1, dim=16)
-    module.double()
+    module.double().to(device)
     module._trainer = SimpleNamespace(global_step=0, _logger_connector=SimpleNamespace(should_update_logs=False))
-    module.training_step(batch, 0).backward()
-    return {name: p.grad for name, p in module.named_parameters()}
+    module.training_step({name: rows.to(device) for name, rows in batch.items()}, 0).backward()
+    return {name: p.grad if p.grad is None else p.grad.cpu() for name, p in module.named_parameters()}
 
 
 @pytest.fixture
@@ -187,14 +186,14 @@ def batch():
 
 @pytest.mark.parametrize("size", [1, 5, 12, 100])
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-def test_micro_batches_have_the_gradients_of_the_whole_batch(project, monkeypatch, batch, size, loss):
+def test_micro_batches_have_the_gradients_of_the_whole_batch(project, monkeypatch, batch, size, loss, device):
     monkeypatch.chdir(project)
     words = ["--loss.name", loss]
     whole = gradients(parse("train", *words), batch)
     passes = []
     real = TextTower.forward
     monkeypatch.setattr(TextTower, "forward", lambda self, ids: (passes.append(len(ids)), real(self, ids))[1])
-    parts = gradients(parse("train", *words, "--train.micro_batch_size", str(size)), batch)
+    parts = gradients(parse("train", *words, "--train.micro_batch_size", str(size)), batch, device)
     assert max(passes) == min(size, 12)
     last = 12 % size or min(size, 12)
     assert sum(passes) == 12 + (12 - last), "all but the last one are computed again"
@@ -203,12 +202,13 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(project, monkeypatc
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
-def test_a_shared_caption_is_a_negative_unless_it_is_to_be_left_out(project, monkeypatch, batch):
+def test_a_shared_caption_is_a_negative_unless_it_is_to_be_left_out(project, monkeypatch, batch, device):
     """Rows 2 and 5 have the same text; `drop` removes just their two pairs from the gradient of the bias."""
     monkeypatch.chdir(project)
     grads = {}
     for treatment in ("negative", "drop", "positive"):
-        grads[treatment] = gradients(parse("train", "--loss.ambiguous", treatment), batch)["logit_bias"] * 12
+        of_step = gradients(parse("train", "--loss.ambiguous", treatment), batch, device)
+        grads[treatment] = of_step["logit_bias"] * 12
     removed = grads["negative"] - grads["drop"]
     assert 0 < removed < 2
     torch.testing.assert_close(grads["positive"], grads["negative"] - 2)
@@ -250,9 +250,12 @@ def test_choices_that_contradict_each_other_are_refused(project, monkeypatch, wo
         parse("train", *words)
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(cached, project, monkeypatch):
-    """Stopped after a checkpoint inside a pass, continued: the same weights, the same rows of metrics.csv."""
-    siglit.train(parse("train", "--output_dir", "runs/whole"))
+def test_a_resumed_run_equals_an_undisturbed_one(cached, project, monkeypatch, device):
+    """Stopped after a checkpoint inside a pass, continued: the same weights, the same rows of metrics.csv.
+
+    Bit for bit on the CPU. On CUDA, attention and embeddings add up in any order: a few of float32's last digits.
+    """
+    siglit.train(parse("train", "--output_dir", "runs/whole", *on(device)))
 
     real = TrainProgress.on_train_batch_end
 
@@ -263,14 +266,16 @@ def test_a_resumed_run_equals_an_undisturbed_one(cached, project, monkeypatch):
 
     monkeypatch.setattr(TrainProgress, "on_train_batch_end", stop_at_4)
     with pytest.raises(RuntimeError, match="power"):
-        siglit.train(parse("train", "--output_dir", "runs/broken"))
+        siglit.train(parse("train", "--output_dir", "runs/broken", *on(device)))
     monkeypatch.undo()
     monkeypatch.chdir(project)
-    siglit.train(parse("train", "--output_dir", "runs/broken", *RESUMED))
+    siglit.train(parse("train", "--output_dir", "runs/broken", *on(device), *RESUMED))
     whole, broken = weights(project / "runs/whole"), weights(project / "runs/broken")
+    exact = {"atol": 0, "rtol": 0} if device == "cpu" else {"atol": 1e-4, "rtol": 1e-3}
     for name in whole:
-        assert torch.equal(whole[name], broken[name]), name
-    assert losses(project / "runs/broken") == losses(project / "runs/whole")
+        if device == "cpu" or not name.endswith("k_proj.bias"):  # rounding noise, which Adam scales up to steps
+            torch.testing.assert_close(whole[name], broken[name], **exact, msg=name)
+    assert losses(project / "runs/broken") == pytest.approx(losses(project / "runs/whole"), rel=exact["rtol"], abs=0)
 
 
 def test_the_shuffle_is_chosen_once_logged_once_and_kept(cached, project, monkeypatch, capsys):

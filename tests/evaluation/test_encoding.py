@@ -12,8 +12,8 @@ CPU = torch.device("cpu")
 class CountingTower:
     """Linear in the ids; keeps its inputs."""
 
-    def __init__(self):
-        self.weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    def __init__(self, device=CPU):
+        self.weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(device)
         self.batches = []
 
     def __call__(self, ids):
@@ -41,9 +41,9 @@ def test_equal_captions_share_one_pass(batch_size, dtype):
     assert max(len(block) for block in tower.batches) <= batch_size
 
 
-def test_rows_are_units_in_the_captions_order():
+def test_rows_are_units_in_the_captions_order(device):
     _, ids = repeated_ids()
-    actual = encode_ids(CountingTower(), ids, batch_size=3, device=CPU, quiet=True)
+    actual = encode_ids(CountingTower(device), ids, batch_size=3, device=torch.device(device), quiet=True)
     raw = CountingTower()(torch.from_numpy(ids.astype(np.int64))).numpy()
     assert actual.dtype == np.float32
     assert actual == pytest.approx(raw / np.linalg.norm(raw, axis=1, keepdims=True), abs=1e-6)

@@ -25,9 +25,9 @@ def images(count, seed=0, noise=2.0):
     return rows.astype(np.float16), labels
 
 
-def features(count=240):
+def features(count=240, device=CPU):
     rows, labels = images(count)
-    return fit_standardizer(rows, CPU, torch.float64)(rows), torch.from_numpy(labels)
+    return fit_standardizer(rows, device, torch.float64)(rows), torch.from_numpy(labels).to(device)
 
 
 def by_autograd(x, y, weight, bias, l2):
@@ -38,19 +38,19 @@ def by_autograd(x, y, weight, bias, l2):
 
 
 @pytest.mark.parametrize("at_once", [1 << 24, 50])
-def test_objective_and_gradient_are_torchs(monkeypatch, at_once):
+def test_objective_and_gradient_are_torchs(monkeypatch, at_once, device):
     """Also where the logits are held for a few rows at a time."""
     monkeypatch.setattr(linear_probe, "_LOGITS_AT_ONCE", at_once)
-    x, y = features()
+    x, y = features(device=device)
     torch.manual_seed(0)
-    weight, bias = torch.randn(CLASSES, WIDTH).double(), torch.randn(CLASSES).double()
+    weight, bias = (torch.randn(*size).double().to(device) for size in ((CLASSES, WIDTH), (CLASSES,)))
     for actual, expected in zip(objective(x, y, weight, bias, 0.3), by_autograd(x, y, weight, bias, 0.3), strict=True):
         torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
-def test_the_gradient_vanishes_at_the_fitted_weights(l2):
-    x, y = features()
+def test_the_gradient_vanishes_at_the_fitted_weights(l2, device):
+    x, y = features(device=device)
     model = fit(x, y, CLASSES, l2)
     _, *gradients = by_autograd(x, y, model.weight, model.bias, l2)
     assert max(float(g.abs().max()) for g in gradients) < 1e-8
@@ -58,8 +58,8 @@ def test_the_gradient_vanishes_at_the_fitted_weights(l2):
     assert float(model.weight.abs().max()) > 0.01
 
 
-def test_float32_reaches_the_same_weights():
-    x, y = features()
+def test_float32_reaches_the_same_weights(device):
+    x, y = features(device=device)
     exact, actual = fit(x, y, CLASSES, 1e-2), fit(x.float(), y, CLASSES, 1e-2)
     torch.testing.assert_close(actual.weight.double(), exact.weight, atol=2e-3, rtol=1e-3)
     assert actual.gradient < 1e-4
@@ -120,16 +120,15 @@ def test_the_probe_classifies_test_images_with_its_best_penalty():
     assert len(passes) > 10
 
 
-def test_constant_outputs_score_no_more_than_chance():
+def test_constant_outputs_score_no_more_than_chance(device):
     """All rows are equal: logits depend on the biases alone, and ties count against the probe."""
     rows = np.ones((120, WIDTH), np.float16)
     labels = np.arange(120) % CLASSES
-    actual = probe(rows, labels, rows[:60], labels[:60], CLASSES, device=CPU).test
+    actual = probe(rows, labels, rows[:60], labels[:60], CLASSES, device=torch.device(device)).test
     assert actual.top[1] <= 1 / CLASSES + 1e-9
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_accuracy_of_the_cpu():
     (rows, labels), (test, test_labels) = images(600), images(300, seed=1)
     here = probe(rows, labels, test, test_labels, CLASSES, device=CPU)

@@ -21,16 +21,16 @@ KS = (1, 5, 10, 100)
 @pytest.mark.parametrize(
     ("images", "texts", "dim"), [(1, 1, 4), (3, 2, 8), (7, 30, 5), (40, 40, 16), (200, 90, 3), (150, 700, 24)]
 )
-def test_equals_a_full_ranking(make, images, texts, dim):
+def test_equals_a_full_ranking(make, images, texts, dim, device):
     """Several captions per image, images without, cut-offs beyond the number of texts, and ties."""
     arrays = make(images, texts, dim)
-    actual = retrieval_metrics(*arrays, ks=KS)
+    actual = retrieval_metrics(*arrays, ks=KS, device=device)
     assert list(actual)[:6] == [f"image_to_text/{n}" for n in ("R@1", "R@5", "R@10", "R@100", "median_rank", "mAP@10")]
     assert actual == pytest.approx(full_ranking(*arrays, KS))
 
 
 @pytest.mark.parametrize("make", [random_set, integer_set])
-def test_metrics_do_not_depend_on_the_blocks(monkeypatch, make):
+def test_metrics_do_not_depend_on_the_blocks(monkeypatch, make, device):
     """Blocks that divide the set evenly and that do not, of single rows and larger than the set."""
     arrays = make(60, 170, 8)
     whole = retrieval_metrics(*arrays, ks=KS)
@@ -38,7 +38,7 @@ def test_metrics_do_not_depend_on_the_blocks(monkeypatch, make):
     for images, texts in ((7, 11), (1, 170), (60, 1), (20, 17), (59, 169)):
         monkeypatch.setattr(retrieval, "_IMAGES", images)
         monkeypatch.setattr(retrieval, "_TEXTS", texts)
-        assert retrieval_metrics(*arrays, ks=KS) == whole, (images, texts)
+        assert retrieval_metrics(*arrays, ks=KS, device=device) == whole, (images, texts)
 
 
 def test_order_of_images_and_texts_does_not_matter():
@@ -124,12 +124,13 @@ def test_thousands_of_texts_of_an_image_are_compared_by_its_best_ten():
 
 @pytest.mark.parametrize("texts_per_image", [1, 5])
 @pytest.mark.parametrize(("images", "dim"), [(2, 7), (21, 48), (37, 100), (333, 768)])
-def test_a_collapsed_model_scores_nothing(images, dim, texts_per_image):
+def test_a_collapsed_model_scores_nothing(images, dim, texts_per_image, device):
     """All embeddings equal: 0 at every K smaller than the set of wrong answers, and correct answers are ranked last."""
     row = unit(np.random.default_rng(0).standard_normal((1, dim)))
     image_of_text = np.repeat(np.arange(images), texts_per_image)
     ks = tuple(k for k in (1, 5, 10, images - 1) if k <= images - 1)
-    actual = retrieval_metrics(row.repeat(images, 0), row.repeat(len(image_of_text), 0), image_of_text, ks=ks)
+    rows = row.repeat(images, 0), row.repeat(len(image_of_text), 0)
+    actual = retrieval_metrics(*rows, image_of_text, ks=ks, device=device)
     assert {value for name, value in actual.items() if "/R@" in name} == {0.0}
     assert actual["image_to_text/median_rank"] == (images - 1) * texts_per_image + 1
     assert actual["text_to_image/median_rank"] == images
@@ -137,24 +138,24 @@ def test_a_collapsed_model_scores_nothing(images, dim, texts_per_image):
         assert actual["image_to_text/mAP@10"] == actual["text_to_image/mAP@10"] == 0.0
 
 
-def test_ties_count_against():
+def test_ties_count_against(device):
     """A wrong answer as good as the correct one is ranked before it, wherever search happens to put it."""
     zimg = np.eye(3, dtype=np.float32)
     for wrong_first in (True, False):
         ztxt = np.eye(3, dtype=np.float32)[[0, 0, 1, 2]]
         image_of_text = np.array([2, 0, 1, 2] if wrong_first else [0, 2, 1, 2])
-        actual = retrieval_metrics(zimg, ztxt, image_of_text, ks=(1, 2))
+        actual = retrieval_metrics(zimg, ztxt, image_of_text, ks=(1, 2), device=device)
         # Image 0 has a wrong text as near as its own; image 2 has its second text to itself.
         assert actual["image_to_text/R@1"] == pytest.approx(2 / 3)
         assert actual["image_to_text/R@2"] == 1.0
 
 
-def test_embeddings_with_nan_or_inf_retrieve_nothing():
+def test_embeddings_with_nan_or_inf_retrieve_nothing(device):
     """A diverged model scores 0, also at a K larger than the set and for the image of the last text."""
     zimg, ztxt, image_of_text = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32), np.arange(4)
 
     def values(images, texts, kind):
-        actual = retrieval_metrics(images, texts, image_of_text, ks=KS)
+        actual = retrieval_metrics(images, texts, image_of_text, ks=KS, device=device)
         return {value for name, value in actual.items() if kind in name}
 
     for bad in (np.nan, np.inf):
@@ -200,16 +201,15 @@ def test_arrays_of_any_type_and_layout_are_accepted():
     assert np.array_equal(wide, zimg)
 
 
-def test_autocast_does_not_round_the_scores():
+def test_autocast_does_not_round_the_scores(device):
     """bfloat16 scores have 3 digits and would have other ranks."""
     arrays = random_set(200, 300, 32)
-    expected = retrieval_metrics(*arrays)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert retrieval_metrics(*arrays) == expected
+    expected = retrieval_metrics(*arrays, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert retrieval_metrics(*arrays, device=device) == expected
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_metrics_on_a_gpu_are_the_same():
     arrays = random_set(2500, 5000, 64)
     assert retrieval_metrics(*arrays, device="cuda") == pytest.approx(retrieval_metrics(*arrays), abs=1e-3)

@@ -34,12 +34,15 @@ def batch(n, dim, seed=0):
     return zimg, ztxt, torch.randint(0, max(3, n - 2), (2, n), generator=generator)
 
 
-def leaves(*values):
-    """Copies that require gradients; numbers become float64 scalars."""
-    return [
-        (v.detach().clone() if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.float64)).requires_grad_()
-        for v in values
-    ]
+def leaves(*values, device="cpu"):
+    """Copies on a device that require gradients; numbers become float64 scalars."""
+    tensors = (v.detach() if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.float64) for v in values)
+    return [tensor.to(device, copy=True).requires_grad_() for tensor in tensors]
+
+
+def on_device(options, device):
+    """Arguments of a loss with their tensors on a device."""
+    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
 
 
 def options(mask, ids, rows=slice(None)):
@@ -50,14 +53,16 @@ def options(mask, ids, rows=slice(None)):
     return arguments
 
 
-def masks_of(cosines, **options):
+def masks_of(cosines, device="cpu", **options):
     """Which pairs of (n, n) cosines, text by image, sigmoid_loss takes for positives, and which it counts at all.
 
     With unit vectors as images, a text is its own row of cosines and its gradient shows the grad_logits of each pair.
     """
-    (ztxt,) = leaves(cosines)
-    sigmoid_loss(torch.eye(len(cosines), dtype=cosines.dtype), ztxt, 1.0, 0.0, **options).backward()
-    return ztxt.grad < 0, ztxt.grad != 0
+    (ztxt,) = leaves(cosines, device=device)
+    images = torch.eye(len(cosines), dtype=cosines.dtype, device=device)
+    sigmoid_loss(images, ztxt, 1.0, 0.0, **on_device(options, device)).backward()
+    grad_logits = ztxt.grad.cpu()
+    return grad_logits < 0, grad_logits != 0
 
 
 def labels(cosines, negatives=None, image_ids=None, text_ids=None, ambiguous="drop"):
@@ -105,11 +110,13 @@ def softmax(zimg, ztxt, scale):
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def value_and_gradients(loss, *inputs, **options):
-    """[loss, gradient in each input]; the inputs become leaves that require them."""
-    inputs = leaves(*inputs)
-    value = loss(*inputs, **options)
-    return [value.detach(), *torch.autograd.grad(value, inputs)]
+def value_and_gradients(loss, *inputs, device="cpu", **options):
+    """[loss, gradient in each input], computed on a device; the inputs become leaves that require them."""
+    inputs = leaves(*inputs, device=device)
+    value = loss(*inputs, **on_device(options, device))
+    results = [value.detach(), *torch.autograd.grad(value, inputs)]
+    assert {result.device.type for result in results} == {device}
+    return [result.cpu() for result in results]
 
 
 def assert_equal(actual, expected, tolerance=1e-10):

@@ -25,8 +25,8 @@ def some_cosines(n, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("per_positive", [0, 0.1, 1, 3.5, 18])
 @pytest.mark.parametrize("keep", ["random", "hardest", "easiest"])
-def test_exactly_the_requested_number_of_negatives_is_kept_and_every_positive(keep, per_positive, dtype):
-    positive, kept = masks_of(some_cosines(20, dtype), negatives=Negatives(keep, per_positive), chunk_size=7)
+def test_exactly_the_requested_number_of_negatives_is_kept_and_every_positive(keep, per_positive, dtype, device):
+    positive, kept = masks_of(some_cosines(20, dtype), device, negatives=Negatives(keep, per_positive), chunk_size=7)
     assert torch.equal(positive, torch.eye(20, dtype=torch.bool))
     assert int((kept & ~positive).sum()) == round(20 * per_positive)
 
@@ -34,10 +34,10 @@ def test_exactly_the_requested_number_of_negatives_is_kept_and_every_positive(ke
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-30])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("keep", ["hardest", "easiest"])
-def test_kept_negatives_are_the_hardest_or_easiest_of_the_global_batch(keep, dtype, scale):
+def test_kept_negatives_are_the_hardest_or_easiest_of_the_global_batch(keep, dtype, scale, device):
     """Also where they differ in their last bits only, and on both sides of zero."""
     cosines = some_cosines(20, dtype) * scale
-    positive, kept = masks_of(cosines, negatives=Negatives(keep, 4), chunk_size=6)
+    positive, kept = masks_of(cosines, device, negatives=Negatives(keep, 4), chunk_size=6)
     of_kept, of_masked = cosines[kept & ~positive], cosines[~kept & ~positive]
     assert len(of_kept) == 80
     assert of_kept.min() > of_masked.max() if keep == "hardest" else of_kept.max() < of_masked.min()
@@ -45,26 +45,27 @@ def test_kept_negatives_are_the_hardest_or_easiest_of_the_global_batch(keep, dty
 
 @pytest.mark.parametrize("keep", ["random", "hardest", "easiest"])
 @pytest.mark.parametrize("per_positive", [19, 19.4, 1000])
-def test_requesting_more_negatives_than_exist_gives_the_plain_loss(keep, per_positive):
+def test_requesting_more_negatives_than_exist_gives_the_plain_loss(keep, per_positive, device):
     inputs = *batch(20, 6)[:2], SCALE, BIAS
-    actual = value_and_gradients(sigmoid_loss, *inputs, negatives=Negatives(keep, per_positive))
+    actual = value_and_gradients(sigmoid_loss, *inputs, negatives=Negatives(keep, per_positive), device=device)
     assert_equal(actual, value_and_gradients(sigmoid, *inputs), 1e-13)
 
 
 @pytest.mark.parametrize("keep", ["hardest", "easiest"])
-def test_ties_with_the_last_one_kept_are_kept_too(keep):
+def test_ties_with_the_last_one_kept_are_kept_too(keep, device):
     cosines = torch.full((6, 6), 0.25, dtype=torch.float64)
     cosines[0, 1], cosines[0, 2] = 0.5, -0.5
-    kept = masks_of(cosines, negatives=Negatives(keep, 1 / 3))[1]
+    kept = masks_of(cosines, device, negatives=Negatives(keep, 1 / 3))[1]
     masked = (0, 2) if keep == "hardest" else (0, 1)
     assert (~kept).nonzero().tolist() == [list(masked)]
 
 
-def test_the_random_choice_is_the_seeds_whatever_the_tiles_and_the_embeddings():
+def test_the_random_choice_is_the_seeds_whatever_the_tiles_the_embeddings_and_the_device(device):
     negatives = Negatives("random", 3, seed=5)
     kept = masks_of(some_cosines(30), negatives=negatives)[1]
     for chunk in (1, 7, 100):
-        assert torch.equal(masks_of(some_cosines(30, seed=chunk), negatives=negatives, chunk_size=chunk)[1], kept)
+        of_chunk = masks_of(some_cosines(30, seed=chunk), device, negatives=negatives, chunk_size=chunk)[1]
+        assert torch.equal(of_chunk, kept)
     other = masks_of(some_cosines(30), negatives=Negatives("random", 3, seed=6))[1]
     both = int((kept & other).sum()) - 30
     # 90 of 870 each: 9.3 are common by chance, with a deviation of 2.7.
@@ -103,7 +104,7 @@ def test_the_random_choice_is_even_over_rows_columns_and_diagonals(seed):
 
 @pytest.mark.parametrize("which", ["image_ids", "text_ids", "both"])
 @pytest.mark.parametrize("chunk", [1, 4, None])
-def test_ids_change_exactly_the_pairs_that_share_one(which, chunk):
+def test_ids_change_exactly_the_pairs_that_share_one(which, chunk, device):
     """Dropping removes their terms as negatives; counting them as positives adds their terms as positives."""
     n = 10
     zimg, ztxt, ids = batch(n, 5)
@@ -111,15 +112,16 @@ def test_ids_change_exactly_the_pairs_that_share_one(which, chunk):
     same = torch.stack([one[:, None] == one for one in shared.values()]).any(0) & ~torch.eye(n, dtype=torch.bool)
     assert 0 < same.sum() < n * n - n
     logits = (ztxt @ zimg.T * SCALE + BIAS)[same]
-    plain = sigmoid_loss(zimg, ztxt, SCALE, BIAS)
-    drop = sigmoid_loss(zimg, ztxt, SCALE, BIAS, chunk_size=chunk, **shared)
-    positive = sigmoid_loss(zimg, ztxt, SCALE, BIAS, chunk_size=chunk, ambiguous="positive", **shared)
+    arguments = {"chunk_size": chunk, "device": device, **shared}
+    plain = value_and_gradients(sigmoid_loss, zimg, ztxt, SCALE, BIAS)[0]
+    drop = value_and_gradients(sigmoid_loss, zimg, ztxt, SCALE, BIAS, **arguments)[0]
+    positive = value_and_gradients(sigmoid_loss, zimg, ztxt, SCALE, BIAS, ambiguous="positive", **arguments)[0]
     torch.testing.assert_close(plain - drop, F.softplus(logits).sum() / n, rtol=0, atol=1e-12)
     torch.testing.assert_close(positive - drop, F.softplus(-logits).sum() / n, rtol=0, atol=1e-12)
     own = torch.eye(n, dtype=torch.bool)
     cosines = some_cosines(n)
-    assert all(map(torch.equal, masks_of(cosines, **shared), (own, ~same)))
-    assert all(map(torch.equal, masks_of(cosines, ambiguous="positive", **shared), (own | same, own | ~own)))
+    assert all(map(torch.equal, masks_of(cosines, device, **shared), (own, ~same)))
+    assert all(map(torch.equal, masks_of(cosines, device, ambiguous="positive", **shared), (own | same, own | ~own)))
 
 
 def test_ids_that_no_two_pairs_share_change_nothing():

@@ -76,8 +76,8 @@ def test_the_next_block_is_on_its_way_before_the_first_is_worked_on(ranks, excha
 
 
 @pytest.mark.parametrize("exchange", [*EXCHANGES, None])
-def test_one_process_has_its_own_block_only(exchange):
-    rows, block_grad = torch.zeros(2, 3), torch.ones(2, 3)
+def test_one_process_has_its_own_block_only(exchange, device):
+    rows, block_grad = torch.zeros(2, 3, device=device), torch.ones(2, 3, device=device)
     blocks = BlockExchange([rows], exchange)
     for owner, (block,) in blocks:
         assert (owner, block.data_ptr()) == (0, rows.data_ptr())

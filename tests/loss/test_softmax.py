@@ -24,9 +24,10 @@ CASES = list(itertools.product(EXCHANGES, (None, 1, 2, 7), (True, False)))
 
 @pytest.mark.parametrize("chunk", [1, 3, 100, None])
 @pytest.mark.parametrize(("n", "dim"), [(1, 3), (1, 1), (2, 1), (7, 5), (16, 32)])
-def test_value_and_gradients_are_those_of_cross_entropy(n, dim, chunk):
+def test_value_and_gradients_are_those_of_cross_entropy(n, dim, chunk, device):
     inputs = *batch(n, dim)[:2], 10.0
-    assert_equal(value_and_gradients(softmax_loss, *inputs, chunk_size=chunk), value_and_gradients(softmax, *inputs))
+    actual = value_and_gradients(softmax_loss, *inputs, chunk_size=chunk, device=device)
+    assert_equal(actual, value_and_gradients(softmax, *inputs))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, None])
@@ -77,14 +78,14 @@ def test_the_mean_over_ranks_is_that_of_open_clips_clip_loss(ranks, size):
     assert_equal(mean_over_ranks(ours), mean_over_ranks(theirs))
 
 
-def test_only_inputs_that_require_gradients_get_them():
+def test_only_inputs_that_require_gradients_get_them(device):
     expected = value_and_gradients(softmax, *batch(5, 4)[:2], SCALE)
     for only in range(3):
-        inputs = leaves(*batch(5, 4)[:2], SCALE)
+        inputs = leaves(*batch(5, 4)[:2], SCALE, device=device)
         for number, leaf in enumerate(inputs):
             leaf.requires_grad_(number == only)
         softmax_loss(*inputs).backward()
-        assert_equal([inputs[only].grad], [expected[1 + only]])
+        assert_equal([inputs[only].grad.cpu()], [expected[1 + only]])
         assert all(leaf.grad is None for number, leaf in enumerate(inputs) if number != only)
 
 
@@ -98,20 +99,20 @@ def test_without_grad_mode_the_value_is_the_same():
 
 @pytest.mark.parametrize("noise", [1.2, 1.6, 3.0], ids=["fitted", "half fitted", "not fitted"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near_float64(dtype, noise):
+def test_half_precision_is_near_float64(dtype, noise, device):
     """Also where probabilities of own pairs are so near 1 that bfloat16 could not tell what is left to learn."""
     ztxt, other, _ = batch(256, 64)
     zimg, ztxt = F.normalize(ztxt + noise * other).to(dtype), ztxt.to(dtype)
     expected = value_and_gradients(softmax, zimg.double(), ztxt.double(), 30.0)
-    actual = value_and_gradients(softmax_loss, zimg, ztxt, 30.0, chunk_size=100)
+    actual = value_and_gradients(softmax_loss, zimg, ztxt, 30.0, chunk_size=100, device=device)
     assert actual[0].item() == pytest.approx(expected[0].item(), rel=1e-3)
     for one, exact in zip(actual[1:], expected[1:], strict=True):
         assert (one.double() - exact).norm() <= 1e-2 * exact.norm()
 
 
-def test_extreme_logits_stay_finite():
+def test_extreme_logits_stay_finite(device):
     zimg, ztxt, _ = batch(6, 4)
-    actual = value_and_gradients(softmax_loss, zimg.float(), ztxt.float(), 1e4)
+    actual = value_and_gradients(softmax_loss, zimg.float(), ztxt.float(), 1e4, device=device)
     expected = value_and_gradients(softmax, zimg, ztxt, 1e4)
     assert all(tensor.isfinite().all() for tensor in actual)
     assert actual[0].item() == pytest.approx(expected[0].item(), rel=1e-5)

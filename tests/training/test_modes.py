@@ -12,7 +12,7 @@ from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
 from siglit.runs.trained import open_trained
 from tests.commands.test_train import losses, weights
-from tests.conftest import parse, run_siglit
+from tests.conftest import on, parse, run_siglit
 
 TRAINED_MODES = ("unlocked", "scratch")
 
@@ -23,9 +23,9 @@ def image_weights(folder):
 
 
 @pytest.mark.parametrize("mode", TRAINED_MODES)
-def test_a_trained_image_tower_is_what_is_evaluated(experiment, project, mode):
+def test_a_trained_image_tower_is_what_is_evaluated(experiment, project, mode, device):
     """The rows that eval-retrieval searches in are the trained tower's, embedded once for each checkpoint."""
-    experiment = parse("train", "--mode", mode, "--train.steps", "40")
+    experiment = parse("train", "--mode", mode, "--train.steps", "40", *on(device))
     result = siglit.train(experiment)
     folder = project / "runs/small"
     curve = losses(folder)
@@ -81,15 +81,15 @@ def test_two_devices_train_both_towers_like_one(experiment, project):
     assert losses(project / "runs/2") == pytest.approx(losses(project / "runs/1"), rel=1e-3)
 
 
-def test_micro_batches_of_both_towers_train_like_whole_ones(experiment, project):
-    siglit.train(parse("train", "--mode", "unlocked", "--output_dir", "runs/1"))
+def test_micro_batches_of_both_towers_train_like_whole_ones(experiment, project, device):
+    siglit.train(parse("train", "--mode", "unlocked", "--output_dir", "runs/1", *on(device)))
     words = ["--output_dir", "runs/2", "--tokenizer.path", "runs/1/tokenizer.model", "--train.micro_batch_size", "5"]
-    siglit.train(parse("train", "--mode", "unlocked", *words))
+    siglit.train(parse("train", "--mode", "unlocked", *words, *on(device)))
     assert losses(project / "runs/2") == pytest.approx(losses(project / "runs/1"), rel=1e-4)
 
 
-def test_a_head_on_locked_rows_is_trained_and_evaluated(cached, project):
-    cached = parse("train", "--image_tower.head", "24")
+def test_a_head_on_locked_rows_is_trained_and_evaluated(cached, project, device):
+    cached = parse("train", "--image_tower.head", "24", *on(device))
     result = siglit.train(cached)
     head = weights(project / "runs/small")["image_tower.head.weight"]
     assert head.shape == (24, 48)

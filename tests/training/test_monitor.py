@@ -78,11 +78,12 @@ def batches():
     )
 
 
-def fit(module, batches, folder, log_every, *others):
+def fit(module, batches, folder, log_every, *others, device="cpu"):
     """Train without a checkpoint."""
     quiet_lightning()
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=device,
+        devices=1,
         max_steps=len(batches),
         gradient_clip_val=0.5,
         log_every_n_steps=log_every,
@@ -102,12 +103,12 @@ def rows_of(folder):
     return [row for row in rows if "train/grad_norm" in row]
 
 
-def test_the_norms_are_those_of_a_loop_written_out(batches, tmp_path):
+def test_the_norms_are_those_of_a_loop_written_out(batches, tmp_path, device):
     """Gradients before clipping, weights after the step, and their difference; the frozen tower is none."""
     module = Tiny()
     other = copy.deepcopy(module)
     other.log = lambda *_: None
-    fit(module, batches, tmp_path, 1)
+    fit(module, batches, tmp_path, 1, device=device)
     rows = rows_of(tmp_path)
     assert len(rows) == STEPS
     optimizer = other.configure_optimizers()
@@ -126,8 +127,8 @@ def test_the_norms_are_those_of_a_loop_written_out(batches, tmp_path):
         assert not any(name.startswith("train/image_tower") for name in row)
 
 
-def test_shares_of_the_time_add_up_to_one(batches, tmp_path):
-    fit(Tiny(), batches, tmp_path, 2)
+def test_shares_of_the_time_add_up_to_one(batches, tmp_path, device):
+    fit(Tiny(), batches, tmp_path, 2, device=device)
     for row in rows_of(tmp_path):
         shares = {name: value for name, value in row.items() if name.startswith("time/")}
         assert set(shares) == {"time/data", "time/towers", "time/loss", "time/optimizer"}

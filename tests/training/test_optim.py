@@ -200,25 +200,25 @@ class Adafactor:
     # The cap of Adafactor's second beta is reached at step 43.
     [("lion", Lion(), 20), ("adamw", Adam(), 20), ("adafactor", Adafactor(), 60)],
 )
-def test_twenty_steps_and_more_equal_big_visions(name, rule, steps, decay_pretrained):
+def test_twenty_steps_and_more_equal_big_visions(name, rule, steps, decay_pretrained, device):
     """clip(1) → rule → · lr · multiplier → + wd · p on kernels → · schedule: equal to 1e-6."""
     config = OptimConfig(
         name=name, lr=1e-2, weight_decay=3e-2, decay_pretrained=decay_pretrained, warmup_steps=5, clip=1.0
     )
     decaying = KERNELS | (PRETRAINED_KERNELS if decay_pretrained else set())
     torch.manual_seed(0)
-    model = Model().double()
+    model = Model().double().to(device)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(model, config, MULTIPLIERS)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_multiplier(step, config, steps, 8))
 
-    expected = {n: p.detach().numpy().copy() for n, p in trained.items()}
+    expected = {n: p.detach().cpu().numpy().copy() for n, p in trained.items()}
     states = {n: {} for n in trained}
     rng = np.random.default_rng(0)
     for count in range(steps):
         grads = {n: rng.normal(size=p.shape) * 10 ** rng.uniform(-3, 0) for n, p in trained.items()}
         for n, parameter in trained.items():
-            parameter.grad = torch.from_numpy(np.array(grads[n]))
+            parameter.grad = torch.from_numpy(np.array(grads[n])).to(device)
         nn.utils.clip_grad_norm_(trained.values(), config.clip)
         optimizer.step()
         scheduler.step()
@@ -229,28 +229,29 @@ def test_twenty_steps_and_more_equal_big_visions(name, rule, steps, decay_pretra
             update = rule(grads[n] / max(1.0, norm), count, states[n]) * config.lr * MULTIPLIERS.get(n, 1.0)
             expected[n] = p - schedule * (update + config.weight_decay * p * (n in decaying))
     for n, parameter in trained.items():
-        np.testing.assert_allclose(parameter.detach().numpy(), expected[n], rtol=1e-6, atol=1e-6, err_msg=n)
+        np.testing.assert_allclose(parameter.detach().cpu().numpy(), expected[n], rtol=1e-6, atol=1e-6, err_msg=n)
 
 
 @pytest.mark.parametrize("name", ["lion", "adamw", "adafactor"])
-def test_a_saved_optimizer_resumes_bit_for_bit(name, tmp_path):
+def test_a_saved_optimizer_resumes_bit_for_bit(name, tmp_path, device):
     """Its state is read without unpickling."""
 
     def steps(model, optimizer, seeds):
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             for parameter in model.parameters():
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
             optimizer.step()
 
     config = OptimConfig(name=name, lr=1e-2)
-    model, other = Model(), Model()
+    model, other = Model().to(device), Model().to(device)
     optimizer = build_optimizer(model, config, MULTIPLIERS)
     steps(model, optimizer, [1, 2])
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved")
     steps(model, optimizer, [3, 4])
 
-    saved = torch.load(tmp_path / "saved", weights_only=True)
+    # As Lightning reads it, into the host's memory.
+    saved = torch.load(tmp_path / "saved", weights_only=True, map_location="cpu")
     other.load_state_dict(saved["model"])
     resumed = build_optimizer(other, config, MULTIPLIERS)
     resumed.load_state_dict(saved["optimizer"])
@@ -277,14 +278,14 @@ def test_betas_are_the_papers_or_those_of_the_experiment(config, expected):
 
 @pytest.mark.parametrize("name", ["lion", "adamw", "adafactor"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_lightning_clips_for_every_optimizer_in_mixed_precision(name, precision):
+def test_lightning_clips_for_every_optimizer_in_mixed_precision(name, precision, device):
     """It refuses for optimizers that offer to unscale gradients, as fused ones do."""
-    model = nn.Linear(2, 1, bias=False)
+    model = nn.Linear(2, 1, bias=False).to(device)
     optimizer = build_optimizer(model, OptimConfig(name=name), {})
-    model.weight.grad = torch.tensor([[30.0, 40.0]])
-    scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
-    MixedPrecision(precision, "cpu", scaler).clip_gradients(optimizer, 1.0)
-    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.8]]))
+    model.weight.grad = torch.tensor([[30.0, 40.0]], device=device)
+    scaler = torch.amp.GradScaler(device) if precision == "16-mixed" else None
+    MixedPrecision(precision, device, scaler).clip_gradients(optimizer, 1.0)
+    torch.testing.assert_close(model.weight.grad.cpu(), torch.tensor([[0.6, 0.8]]))
 
 
 @pytest.mark.parametrize("name", ["lion", "adamw", "adafactor"])
