@@ -1,7 +1,7 @@
 """Lets a process reuse the memory that it frees, where glibc would hand it back to the kernel.
 
-glibc maps a block of more than 32 MiB afresh and unmaps it when it is freed. The activations of a tower are such blocks,
-and the kernel clears all their pages again at every layer: for a convolution tower that is most of the time.
+glibc maps a block of more than 32 MiB afresh and unmaps it when it is freed. The activations of a tower are such
+blocks, and the kernel clears all their pages again at every layer: for a convolution tower that is most of the time.
 Knows nothing of tensors; does nothing with another C library, such as musl's or macOS's.
 """
 

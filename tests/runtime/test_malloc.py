@@ -54,7 +54,11 @@ def calls(monkeypatch):
 def test_freed_blocks_are_reused_inside_and_returned_at_the_end():
     """Counts page faults: a block that comes from the kernel has one for each of its pages."""
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
 
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
