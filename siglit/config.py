@@ -150,8 +150,8 @@ class CacheConfig:
     """Folder that holds one cache per split; default: cache/<name>."""
     shard_size: int = field(default=8192, metadata=_ONE_OR_MORE)
     """Samples per shard, the unit that is committed and assigned to a device (webdataset: one shard per tar)."""
-    batch_size: int = field(default=128, metadata=_ONE_OR_MORE)
-    """Images per forward pass, per device."""
+    batch_size: int | None = field(default=None, metadata=_ONE_OR_MORE)
+    """Images per forward pass, per device; default: 128 on CUDA, 32 on a CPU."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the image tower runs."""
     devices: int = field(default=1, metadata=_ONE_OR_MORE)

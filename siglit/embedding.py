@@ -100,7 +100,9 @@ def embed_source(
     }
     own = _own_units(fabric, units, path, fingerprint, config.retry_skipped)
     encoder = _Encoder(fabric, tower, precision)
-    pixels = UnitPixels(source, own, tower.transform(), config.batch_size, max_image_pixels, tower.draft())
+    # On a CPU more images are no faster, but hold more memory: benchmarks/RESULTS.md.
+    batch_size = config.batch_size or (32 if fabric.device.type == "cpu" else 128)
+    pixels = UnitPixels(source, own, tower.transform(), batch_size, max_image_pixels, tower.draft())
     begin = time.monotonic()
     images = sum(u.stop - u.start for u in own) or None  # unknown where units are tars
     title += f" (1 of {fabric.world_size} devices)" if fabric.world_size > 1 else ""

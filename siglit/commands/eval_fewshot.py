@@ -15,6 +15,7 @@ from siglit.evaluation.fewshot import L2, draw_shots, fit_ridge
 from siglit.runs.folder import result_path
 from siglit.runs.labelled import LabelledSplits, open_splits
 from siglit.runtime.files import write_json
+from siglit.runtime.malloc import reusing_freed_memory
 from siglit.runtime.progress import Meter
 from siglit.runtime.text import plural
 
@@ -59,6 +60,7 @@ class FewshotResult:
         return "\n".join(lines)
 
 
+@reusing_freed_memory()
 def eval_fewshot(experiment: Experiment) -> FewshotResult:
     """Evaluate the image tower on eval.shots images per class of data.train; write fewshot.json.
 

@@ -16,6 +16,7 @@ from siglit.runs.folder import result_path
 from siglit.runs.launch import choose_device
 from siglit.runs.trained import TrainedRun, open_trained
 from siglit.runtime.files import write_json
+from siglit.runtime.malloc import reusing_freed_memory
 
 _CAPTIONS, _NEIGHBORS = 12, 5
 """Captions whose nearest other captions are listed, and how many of these."""
@@ -53,6 +54,7 @@ class LogitsResult:
         return "\n".join(lines)
 
 
+@reusing_freed_memory()
 def eval_logits(experiment: Experiment) -> LogitsResult:
     """Compute the logits of all pairs of eval.split and write logits.json.
 

@@ -12,6 +12,7 @@ from siglit.runs.folder import result_path
 from siglit.runs.labelled import open_splits
 from siglit.runs.launch import choose_device
 from siglit.runtime.files import write_json
+from siglit.runtime.malloc import reusing_freed_memory
 from siglit.runtime.progress import Meter
 from siglit.runtime.text import plural
 
@@ -53,6 +54,7 @@ class ProbeResult:
         return "\n".join(lines)
 
 
+@reusing_freed_memory()
 def eval_probe(experiment: Experiment) -> ProbeResult:
     """Fit the probe to the image tower's outputs for data.train and test it on data.val; write probe.json.
 

@@ -20,6 +20,7 @@ from siglit.runs.folder import result_path
 from siglit.runs.launch import choose_device
 from siglit.runs.trained import TrainedRun, open_trained
 from siglit.runtime.files import write_json
+from siglit.runtime.malloc import reusing_freed_memory
 from siglit.runtime.text import plural
 
 _DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
@@ -85,6 +86,7 @@ class RetrievalResult:
         return [f"{metrics[name] * (1 if 'rank' in name else 100):8.1f}" for name in self.metrics]
 
 
+@reusing_freed_memory()
 def eval_retrieval(experiment: Experiment) -> RetrievalResult:
     """Evaluate the run on its cache; write retrieval.json (of the training cache: retrieval-train.json) and the index.
 

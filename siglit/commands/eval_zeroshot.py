@@ -24,6 +24,7 @@ from siglit.runs.labelled import class_folders_of, labels_of
 from siglit.runs.launch import choose_device
 from siglit.runs.trained import open_trained
 from siglit.runtime.files import atomic_write, write_json
+from siglit.runtime.malloc import reusing_freed_memory
 from siglit.runtime.text import plural
 
 _logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class ZeroshotResult:
         return "\n".join([*lines, self.confusion])
 
 
+@reusing_freed_memory()
 def eval_zeroshot(experiment: Experiment) -> ZeroshotResult:
     """Evaluate the run on the images of eval.split; write zeroshot.json, and the confusion matrix as .npy and .png.
 

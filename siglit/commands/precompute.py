@@ -22,6 +22,7 @@ from siglit.errors import UserError
 from siglit.models.image_tower import ImageTower
 from siglit.runs.folder import add_to_summary, ensure_folder, read_run_summary
 from siglit.runs.launch import check_accelerator, check_launched, check_slurm_tasks, is_first_process, quiet_lightning
+from siglit.runtime.malloc import reusing_freed_memory
 from siglit.runtime.paths import expand
 from siglit.runtime.signals import ending_with_first_process, stopping_at_signals
 from siglit.runtime.text import plural
@@ -64,6 +65,7 @@ class PrecomputeResult:
         return "\n".join(lines)
 
 
+@reusing_freed_memory()
 def precompute(experiment: Experiment) -> PrecomputeResult:
     """Encode the images of cache.splits into their caches; continues where an interrupted run stopped.
 

@@ -8,6 +8,7 @@ from siglit.config import Experiment
 from siglit.errors import UserError
 from siglit.evaluation.index import nearest_images
 from siglit.runs.trained import open_trained
+from siglit.runtime.malloc import reusing_freed_memory
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class SearchResult:
         return "\n".join(lines + [f"{score:6.3f}  {probability:11.4f}  {key}" for score, probability, key in images])
 
 
+@reusing_freed_memory()
 def search(experiment: Experiment, query: str) -> SearchResult:
     """Rank the images of eval.split by their cosine with the query; returns the best eval.top_k.
 

@@ -63,6 +63,9 @@ class ImageTower(nn.Module):
         # Any: timm models have no common type with forward_features and the like.
         self.backbone: Any = _build(config)
         _check_pooling(self.backbone, config)
+        # Convolutions are faster on (N, H, W, C) in memory, on a CPU and with bf16 on CUDA. A ViT has a single one.
+        several = sum(isinstance(m, nn.Conv2d) for m in self.backbone.modules()) > 1
+        self._memory_format = torch.channels_last if several else torch.contiguous_format
         own = timm.data.resolve_model_data_config(self.backbone)
         # timm's data config does not include an img_size passed to create_model.
         built_for = config.model_args.get("img_size") or own["input_size"][-1]
@@ -87,7 +90,8 @@ class ImageTower(nn.Module):
     @override
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embed (N, 3, H, W) uint8 pixels as (N, D), not normalized."""
-        x = (pixels - self.mean) / self.std
+        # The layers pass the layout on. Weights keep theirs: FSDP2 refuses others, and they are small.
+        x = (pixels.contiguous(memory_format=self._memory_format) - self.mean) / self.std
         pooling = self.config.pooling
         if pooling == "tower":
             return self.backbone(x)

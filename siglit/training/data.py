@@ -318,7 +318,7 @@ class ImageDataModule(TrainDataModule):
     def _val_pixels(self) -> UnitPixels:
         assert self.val is not None
         tower = self._image_tower()
-        size = self._experiment.cache.batch_size
+        size = self._experiment.cache.batch_size or 128  # only decoded together
         max_pixels = self._experiment.data.max_image_pixels
         return UnitPixels(self.val, self.val.units(size), tower.transform(), size, max_pixels, tower.draft())
 

@@ -185,6 +185,16 @@ def test_rows_do_not_depend_on_workers_batches_or_processes(project, monkeypatch
             assert (np.abs(got - expected) <= np.spacing(np.maximum(np.abs(got), np.abs(expected)))).all()
 
 
+def test_a_forward_pass_has_32_images_on_a_cpu_unless_set(experiment, project, monkeypatch):
+    sizes = []
+    forward = _Encoder._forward
+    monkeypatch.setattr(_Encoder, "_forward", lambda self, x: sizes.append(len(x)) or forward(self, x))
+    monkeypatch.setattr(_Encoder, "tower_rate", lambda self: None)
+    words = ["--cache.splits", "[train]", "--cache.shard_size", "64", "--cache.batch_size", "null"]
+    siglit.precompute(parse("precompute", *words))
+    assert sizes == [32, 8]
+
+
 def test_samples_without_a_caption_are_skipped(experiment, project):
     (project / "train.csv").write_text("filepath,title\nimages/0000.png,a red square\nimages/0001.png,  \n")
     result = siglit.precompute(parse("precompute", "--data.max_skipped", "1"))

@@ -382,6 +382,46 @@ class TestFingerprint:
         assert {**after, "weights": None} == {**before, "weights": None}
 
 
+class TestLayout:
+    """Convolution towers run on channels-last pixels; others as they did."""
+
+    def seen(self, tower):
+        """The memory formats in which the convolutions get their inputs, and the embeddings."""
+        formats = []
+
+        def look(_, inputs):
+            # Of one channel or one pixel an input has both formats.
+            if min(inputs[0].shape[1:3]) > 1:
+                last = inputs[0].is_contiguous(memory_format=torch.channels_last)
+                formats.append(torch.channels_last if last else torch.contiguous_format)
+
+        for module in tower.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_pre_hook(look)
+        return formats, tower(images(side=tower.image_size))
+
+    @pytest.mark.parametrize("model", ["test_efficientnet", "test_resnet", "test_convnext"])
+    def test_convolutions_run_channels_last_and_embed_the_same(self, model):
+        tower = ImageTower(ImageTowerConfig(model=model, pretrained=False, image_size=64))
+        formats, rows = self.seen(tower)
+        assert len(formats) > 2
+        assert set(formats) == {torch.channels_last}
+        tower._memory_format = torch.contiguous_format
+        before, contiguous = self.seen(tower)
+        assert torch.contiguous_format in before
+        torch.testing.assert_close(rows, contiguous, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("trainable", [False, True])
+    def test_weights_keep_their_layout(self, trainable):
+        """FSDP2 refuses any other, and the fingerprint and checkpoints are of these."""
+        tower = ImageTower(ImageTowerConfig(model="test_resnet", pretrained=False), trainable=trainable)
+        assert all(parameter.is_contiguous() for parameter in tower.parameters())
+
+    def test_a_vit_is_unaffected(self):
+        formats, _ = self.seen(ImageTower(VIT))
+        assert formats == [torch.contiguous_format]
+
+
 class TestFrozen:
     def test_no_parameter_requires_a_gradient(self):
         tower = ImageTower(SIGLIP)
