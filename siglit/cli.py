@@ -79,7 +79,9 @@ def _run(words: list[str], debug: bool) -> int:
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
         hint = "" if debug else " (add --debug for the traceback)"
-        return _report(error, f"{type(error).__name__}: {error}{hint}", 1, debug)
+        # Some of torch's messages go on with a stack of C++ frames.
+        text = (str(error).strip().splitlines() or [""])[0]
+        return _report(error, f"{type(error).__name__}: {text}{hint}", 1, debug)
 
 
 def _call(name: str, words: list[str]) -> Any:
@@ -208,5 +210,7 @@ def _report(error: BaseException, text: str, code: int, debug: bool) -> int:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"siglit: {text}", file=sys.stderr)
+    # One line, whatever a name or a cell of a file holds: no line ends, and no codes that terminals act on.
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(text.splitlines()))
+    print(f"siglit: {line}", file=sys.stderr)
     return code

@@ -10,6 +10,7 @@ from typing import Any
 from siglit.config import EvalConfig
 from siglit.errors import UserError
 from siglit.runtime.files import write_json
+from siglit.runtime.text import json_problem
 
 
 def ensure_folder(folder: Path) -> Path:
@@ -39,9 +40,28 @@ def result_path(folder: Path, config: EvalConfig, kind: str, suffix: str = ".jso
 
 
 def read_run_summary(folder: Path) -> dict[str, Any]:
-    """Return the run's summary.json, empty if there is none."""
+    """Return the run's summary.json, empty if there is none.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
     path = folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json_object(path, "remove it") if path.exists() else {}
+
+
+def read_json_object(path: Path, advice: str) -> dict[str, Any]:
+    """Read a file that siglit wrote into a run's folder.
+
+    Raises:
+        UserError: it does not hold a JSON object; the text ends with the advice.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, not JSON ({json_problem(error)}); {advice}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds JSON other than an object {{…}}; {advice}")
+    return value
 
 
 def add_to_summary(folder: Path, command: str, value: Any) -> None:

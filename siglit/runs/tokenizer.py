@@ -1,6 +1,5 @@
 """The run's tokenizer: where it is, and its training where it is missing."""
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from siglit.config import TokenizerConfig
 from siglit.errors import UserError
 from siglit.models.tokenizer import SentencePieceTokenizer, lowercases, train_sentencepiece
-from siglit.runs.folder import ensure_folder
+from siglit.runs.folder import ensure_folder, read_json_object
 from siglit.runtime.files import atomic_write, write_json
 
 _logger = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ def ensure_tokenizer(folder: Path, config: TokenizerConfig, pretrained: str | No
     }
     note = path.with_suffix(".json")
     if path.exists():
-        saved = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings
+        saved = read_json_object(note, f"remove it and {path.name}, or restore both") if note.exists() else settings
         for name, expected in settings.items():
             if saved.get(name) != expected:
                 raise UserError(
