@@ -84,7 +84,9 @@ def _run(words: list[str], debug: bool) -> int:
             text = "another process of this run has ended, so this one ends too; if it printed why, that is the error"
             return _report(error, text, 1, debug) if _is_local_rank_zero() else 1
         hint = "" if debug else " (add --debug for the traceback)"
-        return _report(error, f"{type(error).__name__}: {error}{hint}", 1, debug)
+        # Some of torch's messages go on with a stack of C++ frames.
+        text = (str(error).strip().splitlines() or [""])[0]
+        return _report(error, f"{type(error).__name__}: {text}{hint}", 1, debug)
 
 
 def _call(name: str, words: list[str]) -> Any:
@@ -213,5 +215,7 @@ def _report(error: BaseException, text: str, code: int, debug: bool) -> int:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"siglit: {text}", file=sys.stderr)
+    # One line, whatever a name or a cell of a file holds: no line ends, and no codes that terminals act on.
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(text.splitlines()))
+    print(f"siglit: {line}", file=sys.stderr)
     return code

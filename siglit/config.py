@@ -35,17 +35,35 @@ def _bound(text: str, holds: Callable[[Any], bool]) -> dict[str, Bound]:
     return {"bound": Bound(text, holds)}
 
 
-_ONE_OR_MORE = _bound("1 or more", lambda v: v >= 1)
-_ZERO_OR_MORE = _bound("0 or more", lambda v: v >= 0)
-_FINITE = _bound("finite", math.isfinite)
+# torch, faiss and sentencepiece hold sizes in 32 bits, and fail on larger ones in their own words.
+_MAX_INT = 2**31 - 1
+_ONE_OR_MORE = _bound("1 or more, at most 2,147,483,647", lambda v: 1 <= v <= _MAX_INT)
+_ZERO_OR_MORE = _bound("0 or more, at most 2,147,483,647", lambda v: 0 <= v <= _MAX_INT)
+_UP_TO_1024 = _bound("from 1 to 1,024", lambda v: 1 <= v <= 1024)
+_WORKERS = _bound("from 0 to 1,024", lambda v: 0 <= v <= 1024)
+_SEED = _bound("from 0 to 4,294,967,295", lambda v: 0 <= v < 2**32)
+_UP_TO_A_MILLION = _bound("between -1,000,000 and 1,000,000", lambda v: abs(v) <= 1e6)
+_POSITIVE_UP_TO_A_MILLION = _bound("greater than 0 and at most 1,000,000", lambda v: 0 < v <= 1e6)
 _FINITE_ZERO_OR_MORE = _bound("a finite number, 0 or greater", lambda v: 0 <= v < math.inf)
 _POSITIVE = _bound("a finite number greater than 0", lambda v: 0 < v < math.inf)
 _SHARE = _bound("between 0 and 1", lambda v: 0 <= v <= 1)
 _POSITIVE_SHARE = _bound("more than 0 and at most 1", lambda v: 0 < v <= 1)
-_TEXT_AND_END = _bound("2 or more, a piece of text and the end of the sentence", lambda v: v >= 2)
+_COVERAGE = _bound("between 0.98 and 1, which is what SentencePiece takes", lambda v: 0.98 <= v <= 1)
+_TEXT_AND_END = _bound("from 2, a piece of text and the end of the sentence, to 65,536", lambda v: 2 <= v <= 65_536)
 _BETAS = _bound("two numbers from 0 to less than 1", lambda v: all(0 <= beta < 1 for beta in v))
-_PER_CHANNEL = _bound("three numbers, one per channel", lambda v: len(v) == 3)
-_SHOTS = _bound("a list of numbers of 1 or more", lambda v: len(v) > 0 and min(v) >= 1)
+_MEAN = _bound("three finite numbers, one per channel", lambda v: len(v) == 3 and all(map(math.isfinite, v)))
+_STD = _bound(
+    "three finite numbers greater than 0, one per channel", lambda v: len(v) == 3 and all(0 < s < math.inf for s in v)
+)
+_SHOTS = _bound("a list of numbers of 1 or more", lambda v: len(v) > 0 and all(1 <= n <= _MAX_INT for n in v))
+_SEPARATOR = _bound("one character, such as ',' or '\\t'", lambda v: len(v) == 1 or v == r"\t")
+_FOLDER_NAME = _bound(
+    "the name of a folder: printable characters, at most 200 bytes, and no way upwards",
+    lambda v: (
+        v.isprintable() and v.strip() != "" and all(part != ".." and len(part.encode()) <= 200 for part in v.split("/"))
+    ),
+)
+_PERCENTAGES = _bound("a mapping to finite numbers", lambda v: all(map(math.isfinite, v.values())))
 _SPLITS = _bound("[train], [val] or both", lambda v: len(v) > 0)
 
 
@@ -74,7 +92,7 @@ class SourceSpec:
     (class_folders: position of the image's folder among all, sorted by name, from 0.)"""
     lang_column: str | None = None
     """Column of the language: one for all captions of the row, or a list with one per caption."""
-    separator: str | None = None
+    separator: str | None = field(default=None, metadata=_SEPARATOR)
     """csv: the character between cells. Default: a comma for .csv, a tab for .tsv and any other name."""
     split: str | None = None
     """karpathy: train (with restval), val or test; hub: name of the split. Required for both."""
@@ -90,7 +108,7 @@ class DataConfig:
     """Samples to train on."""
     val: SourceSpec | None = None
     """Held-out samples for validation and eval-retrieval; default: none."""
-    workers: int | None = field(default=None, metadata=_ZERO_OR_MORE)
+    workers: int | None = field(default=None, metadata=_WORKERS)
     """Processes that decode images, per device; default: the usable cores divided by the devices, at most 16."""
     max_skipped: float = field(default=0.01, metadata=_SHARE)
     """precompute fails if a larger share of images is unusable (or has an embedding beyond float16), 0.0–1.0."""
@@ -131,9 +149,9 @@ class ImageTowerConfig:
     """Decode JPEGs of at least twice the input size at 1/2, 1/4 or 1/8 scale: faster, embeddings differ slightly."""
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None
     """Resampling filter; default: the tower's."""
-    mean: list[float] | None = field(default=None, metadata=_PER_CHANNEL)
+    mean: list[float] | None = field(default=None, metadata=_MEAN)
     """Pixel mean per channel, on a scale of 0–1; default: the tower's."""
-    std: list[float] | None = field(default=None, metadata=_PER_CHANNEL)
+    std: list[float] | None = field(default=None, metadata=_STD)
     """Pixel standard deviation per channel, on a scale of 0–1; default: the tower's."""
     head: int | None = field(default=None, metadata=_ONE_OR_MORE)
     """Width of a trained linear projection after the tower (or after its cached embeddings); default: none, texts are
@@ -154,7 +172,7 @@ class CacheConfig:
     """Images per forward pass, per device; default: 128 on CUDA, 32 on a CPU."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the image tower runs."""
-    devices: int = field(default=1, metadata=_ONE_OR_MORE)
+    devices: int = field(default=1, metadata=_UP_TO_1024)
     """Devices (or processes on the CPU) per machine that share the shards."""
     nodes: int = field(default=1, metadata=_ONE_OR_MORE)
     """Machines, started by torchrun or SLURM; all must see the folder of the cache."""
@@ -177,8 +195,8 @@ class TokenizerConfig:
     """Tokens per caption, end-of-sentence included; longer captions are truncated."""
     lowercase: bool | None = None
     """Lower-case the text first; default: true for SentencePiece, the tokenizer's own setting for transformers."""
-    character_coverage: float = field(default=1.0, metadata=_SHARE)
-    """Share of characters that a trained vocabulary covers, 0.0–1.0; 0.9995 for large Chinese or Japanese sets."""
+    character_coverage: float = field(default=1.0, metadata=_COVERAGE)
+    """Share of characters that a trained vocabulary covers, 0.98–1.0; 0.9995 for large Chinese or Japanese sets."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +207,7 @@ class TextTowerConfig:
     """Preset of width, depth and heads; L12 is the paper's four-chip text tower."""
     width: int | None = field(default=None, metadata=_ONE_OR_MORE)
     """Hidden width; default: the preset's."""
-    depth: int | None = field(default=None, metadata=_ONE_OR_MORE)
+    depth: int | None = field(default=None, metadata=_UP_TO_1024)
     """Layers; default: the preset's."""
     heads: int | None = field(default=None, metadata=_ONE_OR_MORE)
     """Attention heads; default: the preset's."""
@@ -213,9 +231,9 @@ class LossConfig:
 
     name: Literal["sigmoid", "softmax"] = "sigmoid"
     """sigmoid (arXiv:2303.15343, eq. 1), or softmax, the InfoNCE that the paper compares it with."""
-    logit_scale: float = field(default=10.0, metadata=_POSITIVE)
+    logit_scale: float = field(default=10.0, metadata=_POSITIVE_UP_TO_A_MILLION)
     """Initial t, which multiplies the cosine; t' = log t is learned."""
-    logit_bias: float = field(default=-10.0, metadata=_FINITE)
+    logit_bias: float = field(default=-10.0, metadata=_UP_TO_A_MILLION)
     """Initial b, which is added to every logit; the softmax loss has none."""
     exchange: Literal["bidir", "shift", "reduce", "gather"] = "bidir"
     """How image embeddings are exchanged between devices; the loss value does not depend on it."""
@@ -261,7 +279,7 @@ class OptimConfig:
     """Cool-down in examples, instead of steps."""
     timescale_steps: int = field(default=10_000, metadata=_ONE_OR_MORE)
     """rsqrt: steps of its timescale."""
-    clip: float = field(default=1.0, metadata=_ZERO_OR_MORE)
+    clip: float = field(default=1.0, metadata=_FINITE_ZERO_OR_MORE)
     """Maximum global gradient norm; 0 disables clipping."""
 
 
@@ -278,14 +296,14 @@ class TrainConfig:
     """Optimizer steps; set this, examples or epochs."""
     examples: int | str | None = None
     """Pairs to train on, such as 450M; set this, steps or epochs."""
-    epochs: float | None = field(default=None, metadata=_POSITIVE)
+    epochs: float | None = field(default=None, metadata=_POSITIVE_UP_TO_A_MILLION)
     """Epochs over the images, one caption per image and epoch; set this, steps or examples."""
     shuffle: Literal["auto", "rows", "blocks"] = "auto"
     """Order of an epoch: rows, an exact permutation; blocks, blocks of 4096 rows shuffled 32 at a time, for caches
     larger than memory; auto: blocks if the embeddings take more than half of the free memory."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    devices: int = field(default=1, metadata=_ONE_OR_MORE)
+    devices: int = field(default=1, metadata=_UP_TO_1024)
     """Devices (or processes on the CPU) that share the global batch."""
     nodes: int = field(default=1, metadata=_ONE_OR_MORE)
     """Machines, started by torchrun or SLURM."""
@@ -353,7 +371,7 @@ class EvalConfig:
     """eval-fewshot: labelled training images per class."""
     seeds: int = field(default=3, metadata=_ONE_OR_MORE)
     """eval-fewshot: random draws of the shots, with seeds 0, 1, …"""
-    paper: dict[str, float] = field(default_factory=dict)
+    paper: dict[str, float] = field(default_factory=dict, metadata=_PERCENTAGES)
     """report: the paper's numbers to show beside this run's, in percent, by result file and metric, such as
     {"zeroshot-imagenet/top1": 79.7}."""
 
@@ -367,12 +385,12 @@ def count(value: int | str) -> int:
     """A number of examples: 450000000 or "450M"; K, M and B are thousands, millions and billions.
 
     Raises:
-        ValueError: the value is not a whole number of 0 or more.
+        ValueError: the value is not a whole number of 0 or more, or has more than 18 digits.
     """
     parts = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?) ?([KMB]?)", str(value).strip(), re.IGNORECASE)
     number = float(parts[1]) * _SUFFIXES[parts[2].upper()] if parts else 0.5
-    if number != math.floor(number):
-        raise ValueError(f"{value!r} is not a number of examples, such as 450M or 12800")
+    if number >= 1e18 or number != math.floor(number):
+        raise ValueError(f"{str(value)!r:.80} is not a number of examples, such as 450M or 12800")
     return int(number)
 
 
@@ -385,11 +403,11 @@ class Experiment:
     mode: Literal["locked", "unlocked", "scratch"] = "locked"
     """How the image tower is trained. locked: not at all, its embeddings come from the cache; unlocked: from its
     pretrained weights; scratch: from random weights."""
-    name: str = "experiment"
+    name: str = field(default="experiment", metadata=_FOLDER_NAME)
     """Name of the experiment, and of its default folders."""
     output_dir: str | None = None
     """Folder for results; default: runs/<name>."""
-    seed: int = field(default=0, metadata=_ZERO_OR_MORE)
+    seed: int = field(default=0, metadata=_SEED)
     """Random seed of weights, shuffling and caption choice."""
     image_tower: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     """The image tower."""
@@ -420,7 +438,10 @@ class Experiment:
             try:
                 count(operator.attrgetter(name)(self) or 0)
             except ValueError as error:
-                raise UserError(f"{name}: {error}") from error
+                value = f"{str(operator.attrgetter(name)(self))!r:.80}"
+                raise UserError(
+                    f"{name} is {value}, but it must be a number of examples, such as 450M or 12800"
+                ) from error
         _check_augmentation(self.data, self.mode)
         _check_loss(self.loss)
 
@@ -456,8 +477,22 @@ def _check_bounds(section: Any, prefix: str = "") -> None:
         if is_dataclass(value):
             _check_bounds(value, f"{name}.")
         bound = entry.metadata.get("bound")
+        if isinstance(value, str):
+            _check_string(name, value, blank=bound is not None)
         if bound is not None and value is not None and not bound.holds(value):
-            raise UserError(f"{name} is {value}, but it must be {bound.text}")
+            shown = f"{value!r:.200}" if isinstance(value, str) else value
+            raise UserError(f"{name} is {shown}, but it must be {bound.text}")
+
+
+def _check_string(name: str, value: str, *, blank: bool) -> None:
+    """Refuse strings that are no path or name: empty ones, as of "$UNSET", and what no file or record can hold."""
+    if value == "" or (value.isspace() and not blank):
+        raise UserError(f"{name} is {value!r}, but it must have a visible character; leave it out for the default")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(
+            f"{name} is {value!r:.200}, but it must be valid Unicode without null characters, as the run's records are "
+            "UTF-8; rename the file if it has such a name"
+        )
 
 
 def _check_eval_name(name: str) -> None:

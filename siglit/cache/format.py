@@ -18,6 +18,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from siglit.runtime.text import first_line
+
 FORMAT_NAME = "siglit-cache"
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -219,7 +221,7 @@ def open_shard(path: Path) -> h5py.File:
     except OSError as error:
         raise CacheError(f"{path} cannot be read as HDF5 ({error}); {_REMAKE_SHARD}") from None
     try:
-        name, version = file.attrs["format"], int(file.attrs["version"])
+        name, version = str(file.attrs["format"]), int(file.attrs["version"])
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         file.close()
         raise CacheError(f"{path} is not a shard of a cache ({error}); {_REMAKE_SHARD}") from None
@@ -232,6 +234,24 @@ def open_shard(path: Path) -> h5py.File:
     return file
 
 
+def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """A dataset whose bytes are in this file: HDF5 can also read those of any other file on the machine.
+
+    Raises:
+        KeyError: there is no such dataset.
+        TypeError: it is not a dataset, or a link or a view of another file.
+    """
+    # The link is looked at first: following it opens the other file.
+    if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
+        raise TypeError(f"{name!r} is a link to another file")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise TypeError(f"{name!r} is not a dataset")
+    if dataset.is_virtual or dataset.external or dataset.file.filename != file.filename:
+        raise TypeError(f"{name!r} is a view of another file")
+    return dataset
+
+
 def shard_fingerprint(file: h5py.File) -> dict[str, Any]:
     """The fingerprint in an open shard.
 
@@ -240,8 +260,10 @@ def shard_fingerprint(file: h5py.File) -> dict[str, Any]:
     """
     try:
         fingerprint: dict[str, Any] = json.loads(file.attrs["fingerprint"])
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise CacheError(f"{file.filename} has no fingerprint ({error}); {_REMAKE_SHARD}") from None
+        if not isinstance(fingerprint, dict):
+            raise TypeError("it is not a JSON object")
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise CacheError(f"{file.filename} has no fingerprint ({first_line(error)}); {_REMAKE_SHARD}") from None
     return fingerprint
 
 
@@ -252,10 +274,10 @@ def describe_shard(file: h5py.File, path: Path) -> ShardRecord:
         CacheError: a dataset is missing, cannot be read, or has a layout that cannot be mapped.
     """
     try:
-        labels, codes = file["label"][()], file["lang_code"][()]
-        stored = {name: file[name] for name in DATASETS}
+        stored = {name: own_dataset(file, name) for name in DATASETS}
+        labels, codes = stored["label"][()], stored["lang_code"][()]
         for name, dataset in stored.items():
-            if dataset.dtype != DATASETS[name] or dataset.chunks is not None or dataset.external:
+            if dataset.dtype != DATASETS[name] or dataset.chunks is not None:
                 raise TypeError(f"dataset {name!r} has another type, or is not contiguous")
         return ShardRecord(
             file=path.name,

@@ -31,7 +31,7 @@ from siglit.cache.format import (
     unpack_strings,
 )
 from siglit.cache.shard_maps import ShardMaps
-from siglit.runtime.text import plural
+from siglit.runtime.text import first_line, json_problem, plural
 
 _ABSENT = object()
 
@@ -57,13 +57,17 @@ class EmbeddingCache:
         self._folder = self.path.absolute()
         index = _read_index(self.path)
         try:
-            self._set_shards([ShardRecord(**shard) for shard in index["shards"]], index["dim"], index["fingerprint"])
+            shards = [ShardRecord(**shard) for shard in index["shards"]]
+            elsewhere = next((shard.file for shard in shards if "/" in shard.file), None)
+            if elsewhere is not None:
+                raise ValueError(f"it names a shard outside its folder, {elsewhere}")
+            self._set_shards(shards, index["dim"], index["fingerprint"])
             self.num_skipped = index["skipped"]
             self.created_by = index.get("created_by", [])
             self._metadata_checksums = index.get("metadata_checksums")
             totals = index["rows"], index["captions"]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise CacheError(f"{self.path / INDEX_NAME} is damaged ({error!r}); {REMAKE_INDEX}") from None
+            raise CacheError(f"{self.path / INDEX_NAME} is damaged ({first_line(error)}); {REMAKE_INDEX}") from None
         outside = self._metadata_checksums
         if (len(self), self.num_captions) != totals or (outside is not None and len(outside) != len(self._shards)):
             raise CacheError(
@@ -85,6 +89,8 @@ class EmbeddingCache:
         self._caption_starts = _starts([shard.captions for shard in shards])
         self.num_captions = int(self._caption_starts[-1])
         self.num_skipped = sum(shard.skipped for shard in shards)
+        if not isinstance(fingerprint, dict):
+            raise TypeError("its fingerprint is not an object")
         for shard in shards:
             if not shard.datasets.keys() >= DATASETS.keys() or not all(shard.datasets.values()):
                 raise KeyError(f"datasets of {shard.file}")
@@ -315,8 +321,8 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise CacheError(f"{path} is not complete: it has {count}, but no {INDEX_NAME}; {REMAKE}")
     try:
         index = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CacheError(f"{file} is damaged, not JSON ({error}); {REMAKE_INDEX}") from None
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{file} is damaged, not JSON ({json_problem(error)}); {REMAKE_INDEX}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT_NAME or not isinstance(index.get("version"), int):
         raise CacheError(f"{file} is not the index of a cache; check the path, or {REMAKE_INDEX}")
     if index["version"] > FORMAT_VERSION:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from siglit.cache.checking import REMAKE_SHARD
+from siglit.cache.checking import REMAKE_INDEX, REMAKE_SHARD
 from siglit.cache.format import DATASETS, INDEX_NAME, CacheError, ShardRecord, outside_datasets
 from siglit.runtime.bus_errors import explain_bus_errors
 
@@ -160,6 +160,13 @@ class ShardMaps:
                 f"{self._path / record.file} has {len(mapped)} bytes, but had {record.size} when the cache was "
                 f"completed; {REMAKE_SHARD}"
             )
+        for name, (offset, *shape) in record.datasets.items():
+            end = 0 if offset is None else offset + math.prod(shape) * DATASETS[name].itemsize
+            if not 0 <= end <= record.size:
+                raise CacheError(
+                    f"{self._path / INDEX_NAME} is damaged (it places {name} of {record.file} outside the file); "
+                    f"{REMAKE_INDEX}"
+                )
         self._check_identity(record, mapped)
         self._maps[shard], self._mapped[shard] = mapped, status
         return mapped

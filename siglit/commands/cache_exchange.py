@@ -4,7 +4,9 @@ clip-retrieval's layout is `img_emb/img_emb_0000.npy` and `metadata/metadata_000
 read and written in blocks, and nothing is unpickled. Shapes: D embedding width.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import pyarrow.parquet as pq
 
 from siglit.cache import CacheWriter, EmbeddingCache, PlainHdf5
 from siglit.commands.cache import WrittenRows
+from siglit.data.sources.columns import Columns, parse_label, string_list
 from siglit.errors import UserError
-from siglit.runtime.files import atomic_write
+from siglit.runtime.files import atomic_write, check_regular
 from siglit.runtime.text import plural
 
 _BLOCK = 8192
@@ -154,10 +157,7 @@ def _files(path: Path, suffix: str) -> list[Path]:
 
 def _pair_blocks(arrays: list[Path], tables: list[Path], given: dict[str, str | None]) -> Iterator[dict[str, Any]]:
     for array_path, table_path in zip(arrays, tables, strict=True):
-        try:
-            rows = np.load(array_path, mmap_mode="r", allow_pickle=False)
-        except (EOFError, ValueError) as error:
-            raise UserError(f"{array_path} is not a plain .npy file ({error}); nothing is unpickled") from None
+        rows = _map_npy(array_path)
         try:
             with pq.ParquetFile(table_path) as table:
                 if rows.ndim != 2 or len(rows) != table.metadata.num_rows:
@@ -170,18 +170,22 @@ def _pair_blocks(arrays: list[Path], tables: list[Path], given: dict[str, str | 
                 for batch in table.iter_batches(_BLOCK, columns=sorted(set(columns.values()))):
                     values = batch.to_pydict()
                     block = {name: values[column] for name, column in columns.items()}
-                    yield _block(np.array(rows[start : start + batch.num_rows]), block, batch.num_rows)
+                    embedding = np.array(rows[start : start + batch.num_rows])
+                    yield _block(embedding, block, partial(_place, table_path, start))
                     start += batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            text = " ".join(str(error).split())
-            raise UserError(f"{table_path} is not a readable parquet file: {text}") from None
+            text = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"{table_path} is not a readable parquet file: {text}. Write it again.") from None
 
 
 def _hdf5_blocks(path: Path, given: dict[str, str | None]) -> Iterator[dict[str, Any]]:
     columns = _choose_columns(given, PlainHdf5(path, ["embedding"]).names(), path)
+    start = 0
     for block in PlainHdf5(path, ["embedding", *columns.values()]).blocks(_BLOCK):
         values = {name: np.asarray(block[column]).tolist() for name, column in columns.items()}
-        yield _block(np.asarray(block["embedding"]), values, len(block["embedding"]))
+        embedding = np.asarray(block["embedding"])
+        yield _block(embedding, values, partial(_place, path, start))
+        start += len(embedding)
 
 
 def _choose_columns(given: dict[str, str | None], names: list[str], path: Path) -> dict[str, str]:
@@ -204,15 +208,48 @@ def _choose_columns(given: dict[str, str | None], names: list[str], path: Path) 
     return columns
 
 
-def _block(embedding: np.ndarray, values: dict[str, list[Any]], rows: int) -> dict[str, Any]:
-    """The arguments of `CacheWriter.add` for one block."""
-    captions = [_texts(value) for value in values.get("captions", [None] * rows)]
-    labels = [None if x is None or x < 0 else int(x) for x in values.get("label", [None] * rows)]
-    keys = [str(key) for key in values["key"]]
+def _block(embedding: np.ndarray, values: dict[str, list[Any]], place: Callable[[int], str]) -> dict[str, Any]:
+    """The arguments of `CacheWriter.add` for one block; `place` says in words where row i of it is.
+
+    Raises:
+        UserError: a key is neither text nor an integer, a caption is not text, or a label is not an integer.
+    """
+    columns, rows = Columns(key="key"), len(embedding)
+    keys = [columns.key_of({"key": key}, "", place(i)) for i, key in enumerate(values["key"])]
+    captions = [_texts(value, place(i)) for i, value in enumerate(values.get("captions", [None] * rows))]
+    labels = [_label(value, place(i)) for i, value in enumerate(values.get("label", [None] * rows))]
     return {"embedding": embedding, "key": keys, "captions": captions, "label": labels, "langs": values.get("langs")}
 
 
-def _texts(value: Any) -> list[str]:
+def _place(path: Path, start: int, row: int) -> str:
+    return f"row {start + row} of {path}"
+
+
+def _texts(value: Any, place: str) -> list[str]:
     if isinstance(value, str):
         return [value] if value.strip() else []
-    return [text for text in value if text is not None] if value is not None else []
+    texts = [text for text in value if text is not None] if isinstance(value, list) else value
+    return string_list(texts, "the caption", place)
+
+
+def _label(value: Any, place: str) -> int | None:
+    # pandas turns integers with a gap among them into floats and a NaN.
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    label = parse_label(int(value) if isinstance(value, float) and value.is_integer() else value, f"{place}: the label")
+    return None if label < 0 else label
+
+
+def _map_npy(path: Path) -> np.ndarray:
+    try:
+        check_regular(path)
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        text = str(error)
+        reason = "it holds pickled objects, or something else" if "pickle" in text or "objects" in text else text
+        raise UserError(
+            f"{path} is not a plain .npy file ({reason}), and nothing is unpickled; write it with numpy.save"
+        ) from None
+    if not isinstance(rows, np.ndarray):  # of a zip archive, numpy opens a folder of arrays
+        raise UserError(f"{path} is an .npz archive, but one array is expected; write it with numpy.save")
+    return rows

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from siglit.cache import CacheError, exclusive
 from siglit.config import Experiment
 from siglit.errors import UserError
+from siglit.models.text_tower import check_sizes
 from siglit.runs import checkpoints, resume
 from siglit.runs.folder import add_to_summary, ensure_folder, read_run_summary
 from siglit.runs.launch import (
@@ -104,6 +105,7 @@ def _open_checked(experiment: Experiment) -> tuple[TrainDataModule, int]:
     """Open the data and compute the number of optimizer steps, after checks of the settings; writes nothing."""
     train = experiment.train
     check_batch_size(train)
+    check_sizes(experiment.text_tower)
     check_accelerator("train", train.accelerator, train.devices)
     check_launched("train.nodes", train.nodes)
     check_slurm_tasks("train", train.devices, train.nodes)

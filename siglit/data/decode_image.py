@@ -94,4 +94,4 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:200]

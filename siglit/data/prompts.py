@@ -18,6 +18,7 @@ from siglit.data.sources.texts import is_unicode
 from siglit.errors import UserError
 from siglit.runtime.files import read_regular
 from siglit.runtime.paths import expand
+from siglit.runtime.text import json_problem
 
 Names = tuple[str, ...]
 """All names of one class; results use the first."""
@@ -177,20 +178,19 @@ def _read_list(where: str, option: str) -> list[Any]:
     try:
         text = read_regular(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}). Convert the file (iconv -t utf-8).") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}. Convert the file (iconv -t utf-8).") from error
+    except OSError as error:
         raise UserError(
-            f"{option} is {where or 'empty'}, which cannot be read ({reason}); name a JSON list, a text "
+            f"{option} is {where or 'empty'}, which cannot be read ({error.strerror}); name a JSON list, a text "
             f"file with one entry per line, or one of {', '.join(_builtin_lists(option))}"
         ) from error
     if path.suffix.lower() == ".json":
         try:
             entries = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from error
+            raise UserError(f"{path} is not valid JSON: {json_problem(error)}. Fix it, or write it again.") from error
         if not isinstance(entries, list):
-            raise UserError(f"{path} is a JSON {type(entries).__name__}, expected a list")
+            raise UserError(f"{path} holds JSON other than a list, but {option} needs a list of strings")
     else:
         entries = text.rstrip().splitlines()
         blank = next((number for number, line in enumerate(entries, start=1) if line.strip() == ""), None)

@@ -4,6 +4,7 @@ Knows caches and the tokenizer's interface, not towers. The file is named after 
 cache's digest, so that a change of either makes another file. Shapes: M captions, L tokens.
 """
 
+import contextlib
 import itertools
 import logging
 import os
@@ -29,12 +30,14 @@ def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
     cache's folder cannot be written, the ids are computed in memory, with a warning.
     """
     path = Path(cache.path) / f"tokens-{tokenizer.fingerprint}-{cache.digest[:16]}.npy"
-    if path.exists():
-        if has_checksum(path):
-            return np.load(path, mmap_mode="r")
-        _logger.warning(f"{path} is damaged, or of an earlier siglit; the token ids are computed again")
     dtype: type = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     shape = (cache.num_captions, tokenizer.length)
+    if path.exists():
+        with contextlib.suppress(ValueError, EOFError):
+            saved = np.load(path, mmap_mode="r") if has_checksum(path) else None
+            if isinstance(saved, np.ndarray) and (saved.shape, saved.dtype) == (shape, dtype):
+                return saved
+        _logger.warning(f"{path} is damaged, or of an earlier siglit; the token ids are computed again")
     if shape[0] == 0:
         return np.empty(shape, dtype)
     # Of every tokenizer: the file of another one may never be opened again.

@@ -1,6 +1,7 @@
 """The Hugging Face Hub: if it cannot be reached, load from its local cache at once.
 
-Knows nothing of models. huggingface_hub by itself retries six times per file, up to a minute for one name.
+Knows nothing of models, only how the libraries that load them talk. huggingface_hub by itself retries six times per
+file, up to a minute for one name.
 """
 
 import threading
@@ -9,6 +10,38 @@ from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 
 from huggingface_hub import constants, get_session
+
+from siglit.runtime.text import first_line
+
+
+def describe_failure(error: BaseException) -> str:
+    """Why a library could not read the files of a model or tokenizer, as one short phrase without its own advice."""
+    if isinstance(error, RecursionError):
+        return "one of its JSON files is nested too deeply"
+    text = first_line(error)
+    if "custom code" in text:
+        return "it needs code of its own, which siglit never runs"
+    # Whatever a library stumbles over where a file has another layout is no news to the reader.
+    stumbles = (AttributeError, IndexError, KeyError, TypeError, UnicodeDecodeError)
+    if isinstance(error, stumbles) or "backend tokenizer" in text:
+        return "its files are missing or of another kind"
+    return text
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' remarks on the files that it reads: what matters raises an exception."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -8,8 +8,10 @@ Shapes: N images, H = W = image_size, T tokens, C tower width, D embedding width
 import difflib
 import hashlib
 import math
+import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing_extensions import override
 
 from siglit.config import ImageTowerConfig
 from siglit.errors import UserError
-from siglit.models.hub import hub_or_cache
+from siglit.models.hub import describe_failure, hub_or_cache
 from siglit.models.unused import freeze_unused, graph_only
 from siglit.runtime.files import check_regular, open_regular
 from siglit.runtime.paths import expand
@@ -223,12 +225,23 @@ def _build(config: ImageTowerConfig) -> nn.Module:
     try:
         with hub_or_cache() if by_hub else nullcontext():
             backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **config.model_args)
-    except TypeError as error:
-        raise UserError(f"{config.model} does not take image_tower.model_args {config.model_args}: {error}") from error
     except Exception as error:
+        if isinstance(error, TypeError) and config.model_args:
+            raise UserError(
+                f"{config.model} does not take image_tower.model_args {config.model_args}: {first_line(error)}"
+            ) from error
+        if by_hub:
+            raise UserError(
+                f"cannot load {config.model} ({first_line(error)}). Without access to the Hub give the weights as a "
+                "file (image_tower.weights: FILE.safetensors) or a folder (image_tower.model: local-dir:FOLDER)"
+            ) from error
+        if folder is not None:
+            raise UserError(
+                f"cannot load {config.model} ({describe_failure(error)}). Name a folder as timm saves it: config.json, "
+                "with the name of the architecture, and the weights"
+            ) from error
         raise UserError(
-            f"cannot load {config.model} ({first_line(error)}). Without access to the Hub give the weights as a file "
-            "(image_tower.weights: FILE.safetensors) or a folder (image_tower.model: local-dir:FOLDER)"
+            f"cannot build {config.model} ({first_line(error)}); check image_tower.model and image_tower.model_args"
         ) from error
     if config.weights is not None:
         path = expand(config.weights, "image_tower.weights")
@@ -259,14 +272,19 @@ def _load_weights(backbone: Any, path: str) -> None:
             timm.models.load_checkpoint(backbone, path)
             return
         read = load_state_dict_from_path if Path(path).is_dir() else timm.models.load_state_dict
-        state = read(path, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch comments on pickles that it then refuses
+            state = read(path, weights_only=True)
         # Released checkpoints come in several layouts; each timm architecture has a function that converts its own.
         adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
         state = adapt(state, backbone) if adapt is not None else state
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"cannot read the weights {path} into the image tower: {first_line(error)}") from error
+        raise UserError(
+            f"cannot read the weights {path} into the image tower: {_weights_problem(error)}; expected .safetensors, "
+            ".pth or .pt of tensors alone, .npz (AugReg), or a folder as timm saves it. Download or convert it again"
+        ) from error
     heads = backbone.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     state = {k: v for k, v in state.items() if k.rsplit(".", 1)[0] not in heads}
@@ -287,6 +305,18 @@ def _load_weights(backbone: Any, path: str) -> None:
             "Check image_tower.model and model_args"
         )
     backbone.load_state_dict(state)
+
+
+def _weights_problem(error: Exception) -> str:
+    """Why a file of weights cannot be read, without the libraries' advice to trust it."""
+    text = first_line(error)
+    if isinstance(error, pickle.UnpicklingError) or "pickle" in text:
+        return "it holds pickled objects, and siglit unpickles nothing"
+    if isinstance(error, (AttributeError, TypeError)) or "load_pretrained" in text:
+        return "it does not hold tensors by their names in this model"
+    if isinstance(error, EOFError) or "No data left" in text:
+        return "it is empty or cut off"
+    return "it is damaged or cut off" if "miniz" in text else text.removeprefix("Error while deserializing header: ")
 
 
 def _check_depth(backbone: Any, path: str) -> None:

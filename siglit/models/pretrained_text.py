@@ -7,20 +7,17 @@ Shapes: N captions, L tokens, W hidden width.
 import inspect
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig
-from transformers.utils import logging
 
 from siglit.errors import UserError
-from siglit.models.hub import hub_or_cache
+from siglit.models.hub import describe_failure, hub_or_cache, quiet_transformers
 from siglit.runtime.files import check_regular
 from siglit.runtime.paths import expand
-from siglit.runtime.text import first_line
 
 
 def load_text_model(name: str) -> nn.Module:
@@ -34,7 +31,7 @@ def load_text_model(name: str) -> nn.Module:
         is_here = os.path.exists(folder)
         if is_here:
             check_regular(folder)
-        with _quiet(), nullcontext() if is_here else hub_or_cache():
+        with quiet_transformers(), nullcontext() if is_here else hub_or_cache():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             _check_kernels(config, name)
             model_class, options = _class_of(config, name)
@@ -51,7 +48,7 @@ def load_text_model(name: str) -> nn.Module:
         raise
     except Exception as error:
         raise UserError(
-            f"cannot load text_tower.pretrained {name!r} ({first_line(error)}). Without access to the Hub give a "
+            f"cannot load text_tower.pretrained {name!r} ({describe_failure(error)}). Without access to the Hub give a "
             "folder with config.json and model.safetensors"
         ) from error
     missing = sorted(loading["missing_keys"])
@@ -166,17 +163,3 @@ def _width(model: Any, length: int) -> int | None:
     except Exception:  # whatever a model of another kind does with token ids
         return None
     return states.shape[2] if states.ndim == 3 and states.shape[1] == length else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' reports on weights: superfluous ones do not matter, missing ones raise a UserError."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

@@ -75,14 +75,11 @@ class TextTower(nn.Module):
                 cannot be loaded or does not fit the tokenizer.
         """
         super().__init__()
+        check_sizes(config)
         self._pooling, self._locked = config.pooling, config.locked
         self._special = {"eos_id": eos_id, "pad_id": pad_id}
         self.model: nn.Module
         if config.pretrained is None:
-            if config.locked:
-                raise UserError(
-                    "text_tower.locked is set, but random weights must be trained; set text_tower.pretrained"
-                )
             self.model = _random_model(
                 config, vocab_size=vocab_size, length=length, projection_size=dim, eos_id=eos_id, pad_id=pad_id
             )
@@ -99,7 +96,6 @@ class TextTower(nn.Module):
         self, config: TextTowerConfig, name: str, vocab_size: int, length: int, architecture: dict[str, Any] | None
     ) -> int:
         """Load or rebuild the pretrained model, and return its hidden width W."""
-        _refuse_sizes(config)
         # The default device may be another one; transformers would need the package accelerate to load there.
         with torch.device("cpu"):
             model = load_text_model(name) if architecture is None else rebuild_text_model(architecture)
@@ -149,8 +145,6 @@ def _random_model(
 ) -> nn.Module:
     width, depth, heads = PRESETS[config.size]
     width, depth, heads = config.width or width, config.depth or depth, config.heads or heads
-    if width % heads:
-        raise UserError(f"text_tower.width {width} is not divisible by text_tower.heads {heads}; change one of them")
     model = SiglipTextModel(
         SiglipTextConfig(
             vocab_size=vocab_size,
@@ -210,7 +204,22 @@ def _head(width: int, dim: int) -> nn.Linear:
     return head
 
 
-def _refuse_sizes(config: TextTowerConfig) -> None:
+def check_sizes(config: TextTowerConfig) -> None:
+    """Check the fields against each other; needs no tokenizer, so that none is trained for a tower that cannot be.
+
+    Raises:
+        UserError: the width is not divisible by the heads, or fields of random and of pretrained weights are mixed.
+    """
+    if config.pretrained is None:
+        if config.locked:
+            raise UserError("text_tower.locked is set, but random weights must be trained; set text_tower.pretrained")
+        width, _, heads = PRESETS[config.size]
+        width, heads = config.width or width, config.heads or heads
+        if width % heads:
+            raise UserError(
+                f"text_tower.width {width} is not divisible by text_tower.heads {heads}; change one of them"
+            )
+        return
     for name in ("width", "depth", "heads", "mlp_width", "embedding_width"):
         value = getattr(config, name)
         if value is not None:

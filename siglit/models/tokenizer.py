@@ -19,10 +19,9 @@ import sentencepiece
 
 from siglit.config import TokenizerConfig
 from siglit.errors import UserError
-from siglit.models.hub import hub_or_cache
+from siglit.models.hub import describe_failure, hub_or_cache, quiet_transformers
 from siglit.runtime.files import check_regular, read_regular
 from siglit.runtime.paths import expand
-from siglit.runtime.text import first_line
 
 
 class Tokenizer(Protocol):
@@ -89,14 +88,16 @@ class TransformersTokenizer:
             is_here = os.path.exists(name)
             if is_here:
                 check_regular(name)
-            with nullcontext() if is_here else hub_or_cache():
+            with quiet_transformers(), nullcontext() if is_here else hub_or_cache():
                 self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
-            raise UserError(
-                f"cannot load the tokenizer {name!r} ({first_line(error)}). "
-                "Without access to the Hub give a folder or a SentencePiece .model as tokenizer.path, or a folder as "
-                "text_tower.pretrained"
-            ) from error
+            advice = (
+                "Give a folder that holds tokenizer.json and tokenizer_config.json, or a SentencePiece .model"
+                if os.path.exists(name)
+                else "There is no such folder. Without access to the Hub give a folder or a SentencePiece .model as "
+                "tokenizer.path, or a folder as text_tower.pretrained"
+            )
+            raise UserError(f"cannot load the tokenizer {name!r} ({describe_failure(error)}). {advice}") from error
         eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
         eos = eos if eos is not None else self._tokenizer.sep_token_id
         if pad is None:

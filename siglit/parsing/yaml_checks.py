@@ -14,6 +14,8 @@ _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "
 _PLAIN_TAGS |= {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
 _MAX_BYTES = 1 << 24
 """Largest experiment file, 16 MiB."""
+_MAX_VALUES = 100_000
+"""Most values of an experiment, those that aliases repeat counted each time: ten lists of ten aliases are 10¹⁰."""
 
 
 def check_file(path: str) -> set[str]:
@@ -23,18 +25,28 @@ def check_file(path: str) -> set[str]:
         UserError: the file cannot be read, is not YAML, sets an unknown name, or holds more than plain data.
     """
     try:
-        text = read_regular(path, _MAX_BYTES)
+        text = read_regular(path, _MAX_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 at byte {error.start}, so it is no experiment file in YAML; convert it (iconv -t "
+            "utf-8), or check the path"
+        ) from error
     except FileNotFoundError as error:
-        raise UserError(f"there is no experiment file {path}") from error
+        raise UserError(f"there is no experiment file {path or repr(path)}") from error
     except OSError as error:
         raise UserError(f"cannot read the experiment file {path}: {error.strerror}") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply; write sections, fields, and lists of values") from error
     except yaml.YAMLError as error:
-        hint = "; put quotes around a string with ${...} inside braces" if b"${" in text else ""
+        hint = "; put quotes around a string with ${...} inside braces" if "${" in text else ""
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        problem = getattr(error, "problem", None) or f"{getattr(error, 'reason', error)}".splitlines()[0]
+        position = getattr(error, "position", None)
+        if position is not None:
+            place = f", line {text.count(chr(10), 0, position) + 1}"
         raise UserError(f"{path}{place} is not YAML: {problem}{hint}") from error
     if node is None:
         raise UserError(f"{path} is empty; it needs at least data.train")
@@ -50,6 +62,8 @@ def check_section_option(section: str, value: str) -> None:
     """
     try:
         node = yaml.compose(value, Loader=yaml.SafeLoader)
+    except RecursionError as error:
+        raise UserError(f"--{section} {short(value)} is nested too deeply") from error
     except yaml.YAMLError as error:
         raise UserError(f"--{section} {short(value)} is not YAML: {' '.join(str(error).split())}") from error
     if node is not None and node.tag == "tag:yaml.org,2002:null" and is_optional(SECTIONS[section]):
@@ -70,20 +84,24 @@ def short(value: str) -> str:
 
 
 def _check_plain(node: yaml.Node, where: str) -> None:
-    """Refuse values other than strings, numbers, lists and mappings, and a mapping with one key twice."""
-    done: set[int] = set()
+    """Refuse values other than strings, numbers, lists and mappings, a key twice, and too many values."""
+    values: dict[int, int] = {}
     parents: list[yaml.Node] = []
 
-    def visit(node: yaml.Node) -> None:
+    def visit(node: yaml.Node) -> int:
         place = _line(where, node)
         if node in parents:
             raise UserError(f"{place}: a value contains itself; write it out")
-        if id(node) in done:
-            return
-        done.add(id(node))
+        if id(node) in values:
+            return values[id(node)]
+        count = 1
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
             raise UserError(f"{place}: {tag} is not accepted; use strings, numbers, lists and mappings")
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > 100:
+            raise UserError(f"{place}: a number has {len(node.value):,} digits; shorten it")
+        if isinstance(node, yaml.ScalarNode) and any("\ud800" <= char <= "\udfff" for char in node.value):
+            raise UserError(f"{place}: {short(ascii(node.value))} is half of a surrogate pair; write the character out")
         parents.append(node)
         if isinstance(node, yaml.MappingNode):
             keys = set()
@@ -94,11 +112,14 @@ def _check_plain(node: yaml.Node, where: str) -> None:
                 if key.value in keys:
                     raise UserError(f"{_line(where, key)}: {key.value} is given twice; keep one of them")
                 keys.add(key.value)
-                visit(value)
+                count += visit(value)
         elif isinstance(node, yaml.SequenceNode):
-            for value in node.value:
-                visit(value)
+            count += sum(map(visit, node.value))
         parents.pop()
+        if count > _MAX_VALUES:
+            raise UserError(f"{place} holds more than {_MAX_VALUES:,} values, with its aliases written out; use fewer")
+        values[id(node)] = count
+        return count
 
     visit(node)
 
@@ -125,7 +146,8 @@ def _check_names(node: yaml.Node, section: str, where: str) -> set[str]:
             elif not is_optional(SECTIONS[name]):
                 raise UserError(f"the section {name} is empty; fill it, or remove its line to use the defaults")
         elif not is_field(name):
-            raise UserError(f"{_line(where, key)}: {name} is not a field{did_you_mean(name, {*FIELDS, *SECTIONS})}")
+            hint = did_you_mean(name, {*FIELDS, *SECTIONS})
+            raise UserError(f"{_line(where, key)}: {short(name)} is not a field{hint}")
     return names
 
 

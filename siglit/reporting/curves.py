@@ -69,6 +69,7 @@ def read_metrics_csv(folder: Path) -> dict[str, Curve]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; give output folders of `siglit train`")
     curves: dict[str, Curve] = {}
+    line = 1
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file, strict=True):
@@ -80,8 +81,15 @@ def read_metrics_csv(folder: Path) -> dict[str, Curve]:
                 for name, value in row.items():
                     if value and abs(float(value)) < _MAX_VALUE:
                         curves.setdefault(name, []).append((step, float(value)))
+                line += 1
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not the metrics.csv of a run ({type(error).__name__}: {error})") from error
+        if isinstance(error, KeyError):
+            reason = "it has no column step"
+        elif isinstance(error, UnicodeDecodeError):
+            reason = f"it is not UTF-8 at byte {error.start}"
+        else:
+            reason = f"after line {line}, {' '.join(str(error).split()).rpartition(': ')[2][:60]} is not a number of it"
+        raise UserError(f"{path} is not the metrics.csv of a run: {reason}; restore it, or remove it") from error
     return {name: sorted(curve) for name, curve in curves.items()}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from siglit.errors import UserError
 from siglit.reporting import tables
+from siglit.runtime.text import json_problem
 
 Check = Callable[[Any], bool]
 
@@ -123,9 +124,9 @@ def _read(path: Path, schema: Any, advice: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); {advice}") from error
+        raise UserError(f"{path} is not JSON ({json_problem(error)}); {advice}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is a {type(value).__name__}, but a JSON object is expected; {advice}")
+        raise UserError(f"{path} holds JSON other than an object {{…}}; {advice}")
     problem = _find_problem(value, schema, "")
     if problem is not None:
         raise UserError(f"{path}: {problem}; {advice}")

@@ -40,7 +40,8 @@ def open_cache(experiment: Experiment, split: str) -> EmbeddingCache:
         cache.check_fingerprint(*_expected_fingerprint(experiment.image_tower, cache.fingerprint))
         _check_source(spec, cache)
     except CacheError as error:
-        raise UserError(str(error)) from error
+        text = str(error)
+        raise UserError(text if str(path) in text else f"{path}: {text}") from error
     if len(cache) == 0:
         raise UserError(f"{path} holds no image; check data.{split}")
     return cache
@@ -68,7 +69,9 @@ def _expected_fingerprint(config: ImageTowerConfig, actual: dict[str, Any]) -> t
     from the cache's `actual` fingerprint; a local weights file is compared by hash if it is there. Fields that an
     earlier siglit did not record are left out.
     """
-    tower = actual["image_tower"]
+    tower = actual.get("image_tower")
+    if not isinstance(tower, dict) or not (tower.get("imported") or isinstance(tower.get("transform"), dict)):
+        raise CacheError("its index.json does not say which image tower it was made with; make the cache again")
     if tower.get("imported"):  # of rows that somebody else embedded, only the model's name is known
         return {"image_tower": {"model": config.model}}, ["image_tower.model"]
     weights = config.weights and os.path.expandvars(os.path.expanduser(config.weights))

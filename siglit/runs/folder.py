@@ -12,6 +12,7 @@ from typing import Any
 from siglit.config import EvalConfig
 from siglit.errors import UserError
 from siglit.runtime.files import write_json
+from siglit.runtime.text import json_problem
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +58,21 @@ def read_run_summary(folder: Path) -> dict[str, Any]:
         return summary
     _logger.warning(f"{path} is damaged, not a JSON object of objects; the figures in it are left out")
     return {}
+
+
+def read_json_object(path: Path, advice: str) -> dict[str, Any]:
+    """Read a file that siglit wrote into a run's folder.
+
+    Raises:
+        UserError: it does not hold a JSON object; the text ends with the advice.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, not JSON ({json_problem(error)}); {advice}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds JSON other than an object {{…}}; {advice}")
+    return value
 
 
 def add_to_summary(folder: Path, command: str, value: Any) -> None:

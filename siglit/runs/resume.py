@@ -183,10 +183,11 @@ def _read(path: Path) -> Any:
     """
     try:
         return yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise UserError(
-            f"{path} is not YAML, so siglit cannot tell what has changed since the run was trained "
-            f"({' '.join(str(error).split())}); fix or remove it"
+            f"{path} is not YAML, so siglit cannot tell what has changed since the run was trained ({reason}); fix or "
+            "remove it"
         ) from error
 
 

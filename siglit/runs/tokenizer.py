@@ -1,16 +1,14 @@
 """The run's tokenizer: where it is, and its training where it is missing."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from siglit.config import TokenizerConfig
 from siglit.errors import UserError
 from siglit.models.tokenizer import SentencePieceTokenizer, lowercases, train_sentencepiece
-from siglit.runs.folder import ensure_folder
+from siglit.runs.folder import ensure_folder, read_json_object
 from siglit.runtime.files import atomic_write, file_hash, write_json
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +44,7 @@ def ensure_tokenizer(folder: Path, config: TokenizerConfig, pretrained: str | No
     }
     note = path.with_suffix(".json")
     if path.exists():
-        saved = _read_note(note) if note.exists() else settings
+        saved = read_json_object(note, f"remove it and {path.name}, or restore both") if note.exists() else settings
         if saved.get("blake2b", file_hash(path)) != file_hash(path):
             raise UserError(
                 f"{path} is damaged: its hash is not the one in {note.name}; restore it, or train again with another "
@@ -71,13 +69,3 @@ def ensure_tokenizer(folder: Path, config: TokenizerConfig, pretrained: str | No
             "the captions do not support more"
         )
     return str(path)
-
-
-def _read_note(path: Path) -> dict[str, Any]:
-    try:
-        note = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it") from error
-    if not isinstance(note, dict):
-        raise UserError(f"{path} is damaged (not a JSON object); remove it")
-    return note

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,6 +42,8 @@ _MAX_LOG_SCALE = 80.0
 """e⁸⁰ times a cosine is still finite in float32."""
 _KEYS = {"mode", "tokenizer", "image_head", "text_tower", "built_for"}
 """What every checkpoint of siglit has under "siglit"."""
+_SCALARS = ("log_scale", "logit_bias")
+"""The loss's parameters in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +178,15 @@ def _read(experiment: Experiment) -> tuple[str, dict[str, Any]]:
             f"there is no checkpoint {path}; run `siglit train` with this experiment, or set eval.checkpoint"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch comments on pickles that it then refuses
+            state = torch.load(path, map_location="cpu", weights_only=True)
         missing = _KEYS - state["siglit"].keys()
-        state["state_dict"].items(), state["global_step"]
+        int(state["global_step"])
+        if not all(isinstance(weight, torch.Tensor) for weight in state["state_dict"].values()):
+            missing = _KEYS
+        if any(state["state_dict"][name].numel() != 1 for name in _SCALARS if name in state["state_dict"]):
+            missing = _KEYS
     except OSError:
         raise
     except Exception:  # torch raises errors of many types for a file that is not a checkpoint
@@ -195,7 +204,7 @@ def _part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 def _check_finite(path: str, weights: dict[str, torch.Tensor]) -> None:
     """Refuse a model that has diverged: its metrics look like any others, and some of them look good."""
-    for name in ("log_scale", "logit_bias"):
+    for name in _SCALARS:
         if name not in weights:
             raise UserError(f"{path} has no {name}; train again, or set eval.checkpoint")
     non_finite = [name for name, value in weights.items() if not value.isfinite().all()]
@@ -293,7 +302,9 @@ def _index_file(folder: Path, split: str, cache: EmbeddingCache, head: torch.Ten
     return folder / f"images-{split}-{name}.faiss"
 
 
-def _describe_tower(tower: dict[str, Any]) -> str:
+def _describe_tower(tower: Any) -> str:
+    if not isinstance(tower, dict) or not tower.keys() >= {"model"}:
+        return "an image tower that it does not name"
     if tower.get("imported"):
         return f"{tower['model']} (imported)"
     return f"{tower['model']} (pooling {tower['pooling']}, weights {tower['weights'][:8]})"

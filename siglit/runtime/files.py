@@ -154,6 +154,7 @@ def open_regular(path: Path | str) -> BufferedReader:
     Raises:
         OSError: there is no such file, it cannot be read, or it is not a regular file; `strerror` says which.
     """
+    check_name(path)
     # Without O_NONBLOCK, opening a pipe waits for its writer before its kind can be checked.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -164,12 +165,27 @@ def open_regular(path: Path | str) -> BufferedReader:
         raise
 
 
+def check_name(path: Path | str) -> None:
+    """Refuse a path that no file can have, for which Python raises a ValueError of its own.
+
+    Raises:
+        OSError: the path has a null character, or half of a surrogate pair that stands for no byte.
+    """
+    try:
+        is_name = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise OSError(errno.EINVAL, "no file has such a name: it has a null character or invalid Unicode", str(path))
+
+
 def check_regular(path: Path | str) -> None:
     """Check a file, or all files directly in a folder, before a library opens them by name; subfolders are skipped.
 
     Raises:
         OSError: the path does not exist, or it or a file in it is not a regular file; `strerror` says which.
     """
+    check_name(path)
     mode = os.stat(path).st_mode
     if not stat.S_ISDIR(mode):
         _check_kind(mode, path)

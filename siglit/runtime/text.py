@@ -1,9 +1,26 @@
-"""Parts of messages: counts with their nouns, and first lines of errors. Knows nothing of what the messages say."""
+"""Parts of messages: counts with their nouns, and errors of others in a few words.
+
+Knows nothing of what the messages say.
+"""
+
+import json
 
 
 def first_line(error: BaseException) -> str:
     """First line of an error's message, at most 200 characters; the name of its class where it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    text = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+
+
+def json_problem(error: ValueError | RecursionError) -> str:
+    """Why `json.loads` refused a text, in words for someone who has not written a parser."""
+    if isinstance(error, json.JSONDecodeError):
+        start = "it is empty" if error.doc.strip() == "" else error.msg[:1].lower() + error.msg[1:]
+        line = f"line {error.lineno}, " if error.doc.count("\n", 0, len(error.doc.rstrip())) > 0 else ""
+        return start if error.doc.strip() == "" else f"{start} at {line}column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def plural(count: int, noun: str) -> str:

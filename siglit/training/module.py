@@ -274,7 +274,8 @@ class SigLiT(pl.LightningModule):
             UserError: mode, towers, tokenizer, optimizer, its parameter groups, batch size or seed of the checkpoint
                 are not the experiment's.
         """
-        saved = checkpoint.get("siglit", {})
+        saved = checkpoint.get("siglit")
+        saved = saved if isinstance(saved, dict) else {}
         for name, expected in self._description.items():
             if saved.get(name) != expected:
                 label, before, now = _first_difference(name, saved.get(name), expected)

@@ -37,7 +37,7 @@ def test_prompts_are_every_name_in_every_template(tmp_path):
     ("name", "content", "message"),
     [
         ("n.json", "{", "not valid JSON"),
-        ("n.json", {"cat": 0}, "JSON dict"),
+        ("n.json", {"cat": 0}, "JSON other than a list"),
         ("n.json", ["cat", 3], "class 1 is 3"),
         ("n.json", ["cat", []], r"class 1 is \[\]"),
         ("n.json", ["cat", ["dog", " "]], "class 1 is"),

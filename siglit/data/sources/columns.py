@@ -48,7 +48,9 @@ class Columns:
         names = list(names)
 
         def missing(what: str, option: str) -> NoReturn:
-            raise UserError(f"{where} has no column {what}; its columns: {', '.join(names)}. Set {option}.")
+            shown = f"{', '.join(names)}"
+            shown = shown if len(shown) <= 300 else f"{shown[:300]} …"
+            raise UserError(f"{where} has no column {what}; its columns: {shown}. Set {option}.")
 
         images, captions = DEFAULTS[fmt]
         image = self.image or next((name for name in images if name in names), None)
@@ -75,7 +77,8 @@ class Columns:
         """
         value = record.get(self.key) if self.key else default
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-            raise UserError(f"{place}: the key is {value!r}, expected a non-empty text or an integer")
+            state = f"the key ({self.key}) is missing" if value is None else f"the key is {value!r:.80}"
+            raise UserError(f"{place}: {state}, expected a non-empty text or an integer")
         key = str(value)
         if not is_unicode(key):
             raise UserError(f"{place}: the key {key!r} is not valid Unicode (half of a surrogate pair)")

@@ -62,6 +62,11 @@ def read_csv(path: Path, columns: Columns, separator: str, fmt: str = "csv") -> 
                     )
                 yield line, dict(zip(header, cells, strict=True))
         except csv.Error as error:
+            if "universal-newline" in str(error):
+                raise UserError(
+                    f"{path}, line {start} holds a carriage return without a line feed (line ends of old programs). "
+                    "Convert the line ends (tr '\\r' '\\n'), or quote the cell."
+                ) from error
             raise UserError(
                 f'{path}, line {start} is not valid csv: {error}. Close every quote; within quotes, write "" for one.'
             ) from error
@@ -120,7 +125,8 @@ def read_coco(path: Path) -> list[Row]:
             if image["id"] in captions:
                 raise UserError(f"{path}: image {number} has the id {image['id']} of an earlier one. Remove one.")
             captions[image["id"]] = []
-            rows.append((image["id"], Row(number, image["file_name"], image["file_name"], ())))
+            name = _file_name(image["file_name"], f"{path}, image {number}: file_name")
+            rows.append((image["id"], Row(number, name, name, ())))
         for number, annotation in enumerate(listing["annotations"]):
             if annotation["image_id"] not in captions:
                 raise UserError(f"{path}: annotation {number} is for image id {annotation['image_id']}, not in images")
@@ -145,7 +151,8 @@ def read_karpathy(path: Path, split: str | None) -> list[Row]:
     try:
         for number, image in enumerate(listing["images"]):
             if image["split"] in splits_read:
-                name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
+                name = _file_name(image["filename"], f"{path}, image {number}: filename")
+                name = "/".join(part for part in (image.get("filepath"), name) if part)
                 texts = [string_list(s["raw"], "raw", f"{path}, image {number}") for s in image["sentences"]]
                 rows.append(Row(number, name, name, not_blank(text for sentence in texts for text in sentence)))
         splits = sorted({image["split"] for image in listing["images"]})
@@ -181,11 +188,15 @@ def read_xm3600(path: Path, images: Path) -> list[Row]:
 
 def _row(record: Mapping[str, Any], columns: Columns, path: Path, line: int) -> Row:
     place = f"{path}, line {line}"
-    image = record.get(columns.image or "")
-    if not isinstance(image, str) or not image.strip():
-        raise UserError(f"{place}: {columns.image} is {image!r}, expected the path of an image")
+    image = _file_name(record.get(columns.image or ""), f"{place}: {columns.image}")
     captions, langs = columns.captions_of(record, place)
     return Row(line, columns.key_of(record, image, place), image, captions, langs, columns.label_of(record, place))
+
+
+def _file_name(value: Any, place: str) -> str:
+    if isinstance(value, str) and value.strip():
+        return value
+    raise UserError(f"{place} is {'missing' if value is None else f'{value!r:.80}'}, expected the path of an image")
 
 
 def _merge(path: Path, rows: Iterable[Row]) -> list[Row]:

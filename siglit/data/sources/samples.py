@@ -145,10 +145,17 @@ def check_unique(keys: Sequence[Any], place: Callable[[int], str]) -> None:
     """Compare keys; `place` says in words where number i is.
 
     Raises:
-        UserError: two keys are equal.
+        UserError: two keys are equal, or a key is a list or a mapping.
     """
-    if len(set(keys)) == len(keys):
-        return
+    try:
+        if len(set(keys)) == len(keys):
+            return
+    except TypeError as error:
+        i = next(i for i, key in enumerate(keys) if isinstance(key, (list, dict)))
+        raise UserError(
+            f"{place(i)}: the key is {keys[i]!r:.80}, expected a non-empty text or an integer. Choose another "
+            "key_column."
+        ) from error
     first: dict[Any, int] = {}
     for i, key in enumerate(keys):
         if key in first:

@@ -166,7 +166,9 @@ class ParquetTable(Table):
                 with pq.ParquetFile(self._paths[file]) as parquet:
                     group_read = (index, parquet.read_row_group(group, columns=list(names)))
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{self._paths[file]}, row group {group} cannot be read: {_one_line(error)}") from error
+                raise UserError(
+                    f"{self._paths[file]}, row group {group} cannot be read: {_one_line(error)}. Download it again."
+                ) from error
             self._last_read[names] = group_read
         return self._starts[index], group_read[1]
 
@@ -191,7 +193,7 @@ class HubTable(Table):
         # Offline, no such set, no such split, a set that runs code: each has an exception type of its own.
         except Exception as error:
             raise UserError(
-                f"hub data set {name} (split {split}) could not be loaded: {type(error).__name__}: {_one_line(error)} "
+                f"hub data set {name} (split {split}) could not be loaded: {type(error).__name__}: {_one_line(error)}. "
                 "Or download its parquet files and use format: parquet with their path."
             ) from error
         self._image_type = datasets.Image
@@ -245,4 +247,4 @@ class HubTable(Table):
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split()).rstrip(".")[:300]

@@ -43,7 +43,9 @@ def index_tar(path: Path) -> dict[str, dict[str, Member]]:
         # tarfile takes a broken header in the middle, or a cut between two members, for the end of the archive.
         if read_part(path, end, 512).strip(b"\0") or path.stat().st_size < end + 512:
             raise tarfile.ReadError(f"no end-of-archive mark at byte {end}")
-    except tarfile.TarError as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, ValueError) as error:  # ValueError: a header whose size is no offset in a file
         magic = read_part(path, 0, 6)
         packed = any(magic.startswith(start) for start in (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
         state = "is compressed; images need byte offsets, so unpack it (gunzip, unzstd, …)"

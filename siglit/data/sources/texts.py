@@ -7,6 +7,9 @@ import json
 from typing import Any
 
 from siglit.errors import UserError
+from siglit.runtime.text import json_problem
+
+_JSON_KINDS = {list: "list", str: "string", bool: "true or false", int: "number", float: "number"}
 
 
 def decode_text(data: bytes, place: str, offset: int = 0) -> str:
@@ -38,9 +41,10 @@ def json_object(text: str, place: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not valid JSON: {error}") from error
+        raise UserError(f"{place} is not valid JSON: {json_problem(error)}. Fix it, or write it again.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{place} is a JSON {type(value).__name__}, expected an object {{…}}")
+        kind = "null" if value is None else f"a {_JSON_KINDS[type(value)]}"
+        raise UserError(f"{place} is {kind} in JSON, expected an object {{…}}. Check the format.")
     return value
 
 

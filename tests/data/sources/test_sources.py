@@ -139,7 +139,9 @@ class TestText:
 
     def test_image_path_missing_in_a_row(self, tmp_path):
         refused("csv", write(tmp_path / "x.csv", "filepath,title\n,one\n"), "line 2", "filepath is ''")
-        refused("jsonl", write_jsonl(tmp_path / "x.jsonl", {"image": "a"}, {"caption": "b"}), "line 2", "image is None")
+        refused(
+            "jsonl", write_jsonl(tmp_path / "x.jsonl", {"image": "a"}, {"caption": "b"}), "line 2", "image is missing"
+        )
 
     def test_key_column_and_its_duplicates(self, tmp_path):
         path = write(tmp_path / "x.csv", "filepath,title,id\na.jpg,one,1\nb.jpg,two,2\nc.jpg,three,1\na.jpg,four,1\n")
@@ -147,7 +149,7 @@ class TestText:
         path = write(tmp_path / "x.csv", "filepath,title,id\na.jpg,one,1\na.jpg,two,2\na.jpg,three,1\n")
         assert captions_of(samples("csv", path, key_column="id")) == {"1": ("one", "three"), "2": ("two",)}
         path = write_jsonl(tmp_path / "x.jsonl", {"image": "a", "caption": "b", "id": None})
-        refused("jsonl", path, "line 1", "key is None", key_column="id")
+        refused("jsonl", path, "line 1", "key (id) is missing", key_column="id")
 
     def test_jsonl_lists_several_columns_and_languages(self, tmp_path):
         path = write_jsonl(
@@ -360,7 +362,7 @@ class TestCocoAndKarpathy:
         refused("coco", write_json(path, {"images": []}), "not a COCO", "annotations")
         refused("coco", write_json(path, {"images": [1], "annotations": []}), "not a COCO")
         refused("coco", write_json(path, {"images": [], "annotations": []}), "no samples")
-        refused("coco", write_json(path, [1]), "JSON list")
+        refused("coco", write_json(path, [1]), "list in JSON")
         refused("coco", write(path, "{"), "not valid JSON")
         notes = [{"image_id": 5, "caption": "one"}]
         refused("coco", write_json(path, {"images": self.IMAGES, "annotations": notes}), "annotation 0", "image id 5")
@@ -408,7 +410,7 @@ class TestXm3600:
     def test_mistakes(self, tmp_path):
         path = tmp_path / "x.jsonl"
         refused("xm3600", write_jsonl(path, {"image/key": "a"}, {"image/key": "a"}), "line 1 and line 2")
-        refused("xm3600", write_jsonl(path, {"en": {"caption": ["a"]}}), "line 1", "key is None")
+        refused("xm3600", write_jsonl(path, {"en": {"caption": ["a"]}}), "line 1", "key (image/key) is missing")
 
 
 class TestParquet:
@@ -480,7 +482,9 @@ class TestParquet:
         self.table(tmp_path, "a.parquet", 3, id=["p", "q", "r"])
         self.table(tmp_path, "b.parquet", 2, id=["s", "q"])
         refused("parquet", tmp_path, "'q'", "row 1 of", "a.parquet", "row 1 of", "b.parquet", key_column="id")
-        refused("parquet", self.table(tmp_path, count=2, id=["p", None]), "row 1", "key is None", key_column="id")
+        refused(
+            "parquet", self.table(tmp_path, count=2, id=["p", None]), "row 1", "key (id) is missing", key_column="id"
+        )
 
     def test_labels(self, tmp_path):
         result = samples("parquet", self.table(tmp_path, count=2, label=[1, None]))
