@@ -310,8 +310,9 @@ class TrainConfig:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Lightning precision; auto: bf16-mixed on CUDA, 32-true elsewhere."""
     matmul_precision: Literal["highest", "high"] = "highest"
-    """Float32 matrix products of the towers; high: TF32 where the hardware has it, with 10 bits of mantissa instead of
-    23, which is faster. For 32-true: mixed precision has few such products. The loss and all metrics stay float32."""
+    """Float32 matrix products and convolutions of the towers; high: TF32 where the hardware has it, with 10 bits of
+    mantissa instead of 23, which is faster. For 32-true: mixed precision has few such products. The loss and all
+    metrics stay float32."""
     compile: bool = False
     """Compile the towers with torch.compile: faster steps after about a minute at the start."""
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"

@@ -32,6 +32,7 @@ from siglit.data.sources.samples import Sample, Source, Unit
 from siglit.models.image_tower import ImageTower
 from siglit.runtime import machine
 from siglit.runtime.files import file_hash
+from siglit.runtime.matmul import matmul_precision
 from siglit.runtime.paths import expand
 from siglit.runtime.progress import Meter
 from siglit.runtime.provenance import versions
@@ -88,8 +89,6 @@ def embed_source(
     units = source.units(config.shard_size)
     if precision == "auto":
         precision = "bf16" if fabric.device.type == "cuda" else "fp32"
-    # By default, convolutions on CUDA, such as that of the patches, read float32 with the 10 bits of TF32.
-    torch.backends.cudnn.allow_tf32 = False
     if workers is None:
         workers = machine.default_workers(config.devices)
     fingerprint = {
@@ -181,7 +180,8 @@ class _Encoder:
 
     def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
         enabled = self._dtype != torch.float32
-        with torch.inference_mode(), torch.autocast(pixels.device.type, self._dtype, enabled=enabled):
+        autocast = torch.autocast(pixels.device.type, self._dtype, enabled=enabled)
+        with torch.inference_mode(), autocast, matmul_precision("highest"):
             return self.tower(pixels)
 
 

@@ -107,6 +107,8 @@ def _compiled_or_not(function: Callable[..., Any], *args: Any) -> Any:
     if not _failures:
         try:
             return _compiled(function)(*args)
+        except torch.OutOfMemoryError:  # of the device, which the uncompiled function would run out of too
+            raise
         except Exception as error:  # torch raises a dozen types when a compiler is missing or fails
             _failures.append((str(error).strip() or type(error).__name__).splitlines()[0][:200])
             warnings.warn(f"the loss is not compiled and therefore slower: {_failures[0]}", stacklevel=2)

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from siglit.loss.agreement import Agreement, disagreement
 from siglit.loss.exchange import EXCHANGES, Exchange, world
-from siglit.loss.tiles import full_float32, wide
+from siglit.loss.tiles import wide
+from siglit.runtime.matmul import matmul_precision
 from siglit.runtime.torch_internals import graph_is_kept
 
 Compute = Callable[..., tuple[torch.Tensor | None, ...]]
@@ -32,7 +33,7 @@ class LossWithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compute: Compute, *inputs: torch.Tensor) -> torch.Tensor:
         """Return the first result of `compute`, the loss, and keep the others: each input's gradient, or None."""
-        with torch.autocast(inputs[0].device.type, enabled=False), full_float32():
+        with torch.autocast(inputs[0].device.type, enabled=False), matmul_precision("highest"):
             loss, *gradients = compute(*(tensor.detach() for tensor in inputs))
         assert loss is not None
         ctx.save_for_backward(*gradients)

@@ -4,7 +4,6 @@ Knows neither losses nor ranks. Shapes: n texts, m images, D embedding width.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -16,29 +15,6 @@ into one kernel. On a CPU a tile should stay near the caches; on CUDA it must ke
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the type of logits, sums and gradients: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Compute matrix products of float32 tensors in float32, whatever precision the process allows for them.
-
-    With TF32 a cosine is off by up to 1e-3, and a logit at scale 100 by a tenth.
-    """
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses to say once the precision of a single backend was set
-        before = None
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    each = [backend.fp32_precision for backend in backends]
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        if before is not None:
-            torch.set_float32_matmul_precision(before)
-        else:
-            for backend, precision in zip(backends, each, strict=True):
-                backend.fp32_precision = precision
 
 
 def tiles(
