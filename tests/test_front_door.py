@@ -112,7 +112,6 @@ def test_a_users_script_passes_mypy_strict(tmp_path):
         ({"image_tower.model_args": {"depth": 3}}, "image_tower", "model_args", {"depth": 3}),
         ({"eval.paper": {"zeroshot/top1": 79.7}}, "eval", "paper", {"zeroshot/top1": 79.7}),
         ({"eval.name": "-c"}, "eval", "name", "-c"),
-        ({"eval.classes": ""}, "eval", "classes", ""),
     ],
 )
 def test_load_experiment_takes_python_values(experiment, overrides, section, field, value):

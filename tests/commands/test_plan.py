@@ -173,6 +173,7 @@ def test_command_measures_here_and_leaves_plan_json(small, tmp_path):
     assert plan["cache_bytes"] == 5000 * 96 * 2
 
 
+@pytest.mark.slow
 def test_speed_is_measured_with_the_warm_up_and_the_products_of_the_run(small, monkeypatch):
     """A warm-up must fit into the run that is planned, not into the few steps that are timed."""
     from siglit.training.module import SigLiT

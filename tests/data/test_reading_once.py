@@ -89,6 +89,7 @@ def test_precompute_indexes_every_tar_once(tmp_path, index_passes, workers):
     assert index_passes.take() == TARS
 
 
+@pytest.mark.slow
 def test_one_row_group_is_in_memory(tmp_path, monkeypatch):
     """Counted whenever the image column of another one begins to be read."""
     source, alive, counts = written(tmp_path / "set", write_parquet), [], []

@@ -68,7 +68,7 @@ class TestTokenizer:
         path.write_bytes(whole)
         for content in (b"", b'{"vocab_size": 300', b"[3]", b'{"vocab_size": \xb5}'):
             path.with_suffix(".json").write_bytes(content)
-            with pytest.raises(UserError, match=r"tokenizer\.json is damaged \(.*\); remove it"):
+            with pytest.raises(UserError, match=r"tokenizer\.json is damaged.*; remove it and tokenizer\.model"):
                 ensure(experiment, [])
 
 

@@ -207,7 +207,7 @@ def test_stopped_at_every_step_in_turn(mode, place, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("devices", "number", "code"),
     [
-        (1, signal.SIGTERM, 143),
+        pytest.param(1, signal.SIGTERM, 143, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGTERM, 143, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGINT, 130, marks=pytest.mark.slow),

@@ -120,7 +120,8 @@ def assert_close(folder, other):
         assert row == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["locked", pytest.param("unlocked", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["locked", "unlocked"])
 def test_two_sharded_devices_train_like_one(mode, plain, sharded):
     """Weights, moments, losses and norms: with a head on cached rows and Lion; both towers in micro-batches, AdamW."""
     assert_close(sharded(mode), plain(mode))
