@@ -28,6 +28,7 @@ from siglit.runs.launch import (
     is_first_process,
     quiet_lightning,
 )
+from siglit.runtime.malloc import reusing_freed_memory
 from siglit.runtime.matmul import matmul_precision
 from siglit.runtime.signals import Signals, ending_with_first_process, stopping_at_signals
 from siglit.runtime.text import plural
@@ -98,6 +99,8 @@ def train(experiment: Experiment) -> TrainResult:
                 except CacheError as error:
                     raise UserError(str(error)) from None
             stack.enter_context(matmul_precision(experiment.train.matmul_precision))
+            if experiment.mode != "locked":  # with cached images there are no activations large enough to matter
+                stack.enter_context(reusing_freed_memory())
             return _run(experiment, data, steps, folder, signals)
 
 

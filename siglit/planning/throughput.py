@@ -3,6 +3,7 @@
 Knows neither data nor files; leaves out reading and the exchange between devices.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing_extensions import override
 from siglit.config import Experiment
 from siglit.data.epoch_loader import Batch
 from siglit.planning.memory import RandomDataModule
+from siglit.runtime.malloc import reusing_freed_memory
 from siglit.runtime.matmul import matmul_precision
 from siglit.runtime.provenance import processor
 from siglit.runtime.text import plural
@@ -74,7 +76,8 @@ def measure_throughput(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with torch.random.fork_rng(), matmul_precision(experiment.train.matmul_precision):
+    reuse = contextlib.nullcontext() if experiment.mode == "locked" else reusing_freed_memory()  # as in `siglit.train`
+    with torch.random.fork_rng(), matmul_precision(experiment.train.matmul_precision), reuse:
         trainer.fit(SigLiT(planned, _SCHEDULED_STEPS), datamodule=data)
     # A batch of one micro-batch was not recomputed in backward, as a full batch will be.
     recomputation = 4 / 3 if micro is not None and stopwatch.pairs <= micro else 1.0

@@ -132,7 +132,12 @@ def ending_with_first_process(is_first: bool) -> Iterator[None]:
 
 
 def _without_signal_reports(hook: _Hook) -> _Hook:
-    return lambda dropped: None if issubclass(dropped.exc_type, KeyboardInterrupt) else hook(dropped)
+    def report(dropped: Any) -> object:
+        # Torch raises in its handler of SIGCHLD too, when a worker of a loader was killed. The loader says so again.
+        of_worker = str(dropped.exc_value).startswith("DataLoader worker (pid")
+        return None if of_worker or issubclass(dropped.exc_type, KeyboardInterrupt) else hook(dropped)
+
+    return report
 
 
 def _end_after_grace(source: int, block_ended: threading.Event, signals: Signals) -> None:

@@ -131,3 +131,18 @@ def test_another_c_library_is_left_alone(monkeypatch, error):
     monkeypatch.setattr(ctypes, "CDLL", library)
     with reusing_freed_memory():
         pass
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("locked", False), ("unlocked", True)])
+def test_training_keeps_memory_where_images_pass_through_a_tower(cached, project, monkeypatch, calls, mode, kept):
+    class BegunError(Exception):
+        pass
+
+    def run(*_):
+        raise BegunError
+
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("siglit.commands.train._run", run)
+    with pytest.raises(BegunError):
+        siglit.train(parse("train", "--mode", mode))
+    assert calls[:2] == (ON if kept else [])

@@ -146,6 +146,24 @@ def test_a_signal_that_meets_a_destructor_is_not_lost(number, kind, monkeypatch)
     assert (signal.getsignal(number), sys.unraisablehook) == before
 
 
+def test_what_torch_raises_for_a_killed_worker_where_python_drops_it_is_not_printed(monkeypatch):
+    """Its handler of SIGCHLD may run in a fork hook or a destructor too; the loader raises again for the next batch."""
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: dropped.append(str(report.exc_value)))
+
+    class Forking:
+        def __init__(self, text):
+            self.text = text
+
+        def __del__(self):
+            raise RuntimeError(self.text)
+
+    with stopping_at_signals():
+        Forking("DataLoader worker (pid 19470) is killed by signal: Killed. ")
+        Forking("another error")
+    assert dropped == ["another error"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_killed_alone_ends_the_run(slow, rank):
