@@ -53,8 +53,8 @@ def ensure_tokenizer(folder: Path, config: TokenizerConfig, pretrained: str | No
         for name, expected in settings.items():
             if saved.get(name) != expected:
                 raise UserError(
-                    f"{path} was trained with tokenizer.{name} {saved.get(name)}, but the experiment has {expected}; "
-                    "remove the file, or choose another --output_dir"
+                    f"{note} says that {path.name} was trained with tokenizer.{name} {saved.get(name)}, but the "
+                    f"experiment has {expected}; remove both files, or choose another --output_dir"
                 )
         return str(path)
     model = train_sentencepiece(captions, config)

@@ -18,6 +18,8 @@ def explain_bus_errors(explanation: Callable[[], str]) -> None:
     At a bus error the first explanation is written to stderr and the process ends with status 1. Each call installs the
     handler again: Lightning, which cannot see it, sets the system's own when a training ends.
     """
+    if not hasattr(signal, "SIGBUS"):  # Windows
+        return
     ctypes.CDLL(None).signal(signal.SIGBUS, _handler)
     if explanation not in _explanations:
         _explanations.append(explanation)

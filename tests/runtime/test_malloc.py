@@ -45,6 +45,9 @@ def calls(monkeypatch):
         def malloc_trim(self, pad):
             self.calls.append("trim")
 
+        def signal(self, number, handler):
+            """Of the handler of bus errors."""
+
     library = Library()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     return library.calls
