@@ -4,6 +4,7 @@ Knows how errors are reported, and no command by name: `siglit.commands` lists t
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -84,9 +85,16 @@ def _run(words: list[str], debug: bool) -> int:
             text = "another process of this run has ended, so this one ends too; if it printed why, that is the error"
             return _report(error, text, 1, debug) if _is_local_rank_zero() else 1
         hint = "" if debug else " (add --debug for the traceback)"
-        # Some of torch's messages go on with a stack of C++ frames.
-        text = (str(error).strip().splitlines() or [""])[0]
-        return _report(error, f"{type(error).__name__}: {text}{hint}", 1, debug)
+        return _report(error, f"{type(error).__name__}: {_cause(str(error))}{hint}", 1, debug)
+
+
+def _cause(message: str) -> str:
+    """The line of torch's message that says what happened: others are C++ frames, or a worker's traceback."""
+    lines = message.strip().splitlines() or [""]
+    if lines[0].startswith("Caught "):  # of a DataLoader worker, whose own error is the last line
+        return lines[-1]
+    of_nccl = [after for line, after in itertools.pairwise(lines) if line.strip() == "Last error:"]
+    return "; ".join([lines[0], *of_nccl])
 
 
 def _call(name: str, words: list[str]) -> Any:

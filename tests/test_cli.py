@@ -204,3 +204,24 @@ def test_the_launchers_are_the_same_command(tmp_path):
     by_module = run_siglit("--version", cwd=tmp_path, check=0).stdout
     by_file = subprocess.run([sys.executable, ROOT / "cli.py", "--version"], capture_output=True, text=True, check=True)
     assert by_file.stdout == by_module
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("one\nCUDA frame", "one"),
+        (
+            "Caught OSError in DataLoader worker process 0.\nTraceback …\nOSError: stale file handle",
+            "OSError: stale file",
+        ),
+        (
+            "NCCL error in: x.cpp\nncclSystemError: …\nLast error:\nno route to host",
+            "NCCL error in: x.cpp; no route to host",
+        ),
+        ("", ""),
+    ],
+)
+def test_the_line_of_a_long_message_that_says_what_happened(message, line):
+    from siglit import cli
+
+    assert cli._cause(message).startswith(line)

@@ -76,8 +76,8 @@ class EmbeddingCache:
         offsets = (shard.datasets[name][0] for shard in self._shards for name in DATASETS)
         if any(offset is not None and offset % ALIGNMENT for offset in offsets):
             raise CacheError(
-                f"{self.path} has a dataset that does not begin on a multiple of {ALIGNMENT} bytes, so siglit did not "
-                f"write it; {REMAKE_INDEX}"
+                f"{self.path / INDEX_NAME} is damaged, or not siglit's (a dataset does not begin on a multiple of "
+                f"{ALIGNMENT} bytes); {REMAKE_INDEX}"
             )
 
     def _set_shards(self, shards: list[ShardRecord], dim: int, fingerprint: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class EmbeddingCache:
         if not isinstance(fingerprint, dict):
             raise TypeError("its fingerprint is not an object")
         for shard in shards:
-            if not shard.datasets.keys() >= DATASETS.keys() or not all(shard.datasets.values()):
+            if not shard.datasets.keys() >= DATASETS.keys() or not all(map(_is_place, shard.datasets.values())):
                 raise KeyError(f"datasets of {shard.file}")
         self._maps = ShardMaps(self.path, self._folder, shards, dim, self._starts)
 
@@ -233,7 +233,7 @@ class EmbeddingCache:
         differences = differing_fields(actual, expected)
         if len(differences) > 0:
             raise CacheError(
-                f"{self.path} was made with other settings: {'; '.join(differences)}. "
+                f"{self.path} was made with other settings, as its {INDEX_NAME} says: {'; '.join(differences)}. "
                 f"Change the configuration back, or run `siglit precompute` into another folder"
             )
 
@@ -245,13 +245,14 @@ class EmbeddingCache:
         Raises:
             CacheError: a shard was damaged or overwritten while it was in use.
         """
-        for number in self._maps.written_since():
+        for number, status in self._maps.written_since().items():
             shard = self._shards[number]
             problems = shard_problems(self._folder / shard.file, number, shard, self.fingerprint, None)
             if len(problems) > 0:
                 raise CacheError(
                     f"{self.path / shard.file} was written to while it was in use: {problems[0]}; {REMAKE_SHARD}"
                 )
+            self._maps.accept(number, status)
 
     def verify(self) -> list[str]:
         """Read the whole cache and check it: checksums, counts, offsets, settings, keys, texts, finite values.
@@ -330,6 +331,13 @@ def _read_index(path: Path) -> dict[str, Any]:
             f"{path} has format version {index['version']}, this siglit reads up to {FORMAT_VERSION}; update siglit"
         )
     return index
+
+
+def _is_place(place: object) -> bool:
+    """Whether an index says where a dataset is: [offset or None, *shape]."""
+    if not isinstance(place, list) or not 2 <= len(place) <= 3:
+        return False
+    return all(type(n) is int and n >= 0 for n in (place[1:] if place[0] is None else place))
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:

@@ -70,19 +70,24 @@ class ShardMaps:
         window, first, stride = self._window
         return window[first[self._shards_of(rows)] + rows * stride].view(DATASETS["embedding"]).reshape(-1, self._dim)
 
-    def written_since(self) -> list[int]:
-        """Numbers of the shards whose files were written to since they were mapped: these maps show other bytes now.
+    def written_since(self) -> dict[int, os.stat_result]:
+        """{number: status} of the shards whose files were written to since they were mapped or accepted.
 
-        A file that was replaced or deleted is not one of them, as its map shows the bytes that were mapped.
+        Their maps show other bytes now. A file that was replaced or deleted is not one of them, as its map shows the
+        bytes that were mapped.
         """
-        return [shard for shard, before in self._mapped.items() if self._is_written(shard, before)]
+        now = {shard: self._status(shard) for shard in self._mapped}
+        return {s: status for s, status in now.items() if status and _is_written(self._mapped[s], status)}
 
-    def _is_written(self, shard: int, before: os.stat_result) -> bool:
+    def accept(self, shard: int, status: os.stat_result) -> None:
+        """Take a shard that `written_since` has returned for unchanged, as where only its times were set."""
+        self._mapped[shard] = status
+
+    def _status(self, shard: int) -> os.stat_result | None:
         try:
-            now = os.stat(self._folder / self._shards[shard].file)
+            return os.stat(self._folder / self._shards[shard].file)
         except OSError:
-            return False
-        return os.path.samestat(now, before) and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
+            return None
 
     def _shards_of(self, rows: np.ndarray) -> np.ndarray:
         """(k,) shard of each row: looked up for the row's bucket, then corrected by up to `_MAX_STEPS` shards.
@@ -160,7 +165,8 @@ class ShardMaps:
                 f"{self._path / record.file} has {len(mapped)} bytes, but had {record.size} when the cache was "
                 f"completed; {REMAKE_SHARD}"
             )
-        for name, (offset, *shape) in record.datasets.items():
+        for name in DATASETS:
+            offset, *shape = record.datasets[name]
             end = 0 if offset is None else offset + math.prod(shape) * DATASETS[name].itemsize
             if not 0 <= end <= record.size:
                 raise CacheError(
@@ -206,3 +212,7 @@ def _allow_open_files(count: int) -> None:
 
 def _cut_off() -> str:
     return next(filter(None, (maps.cut_off() for maps in _in_use)), "")
+
+
+def _is_written(before: os.stat_result, now: os.stat_result) -> bool:
+    return os.path.samestat(now, before) and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)

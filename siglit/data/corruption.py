@@ -22,8 +22,9 @@ import numpy as np
 
 from siglit.config import DataConfig
 from siglit.data.random_hash import below, draw
+from siglit.data.saved_array import load_saved
 from siglit.models.tokenizer import Tokenizer
-from siglit.runtime.files import append_checksum, has_checksum, write_bytes
+from siglit.runtime.files import append_checksum, write_bytes
 
 _logger = logging.getLogger(__name__)
 _KINDS = ("image", "text", "alignment")
@@ -162,8 +163,8 @@ def noise_pool(
     """
     identity = json.dumps([dict(image_tower), image_size, seed, count], sort_keys=True)
     path = Path(folder) / f"noise-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}.npy"
-    saved = _read_pool(path)
-    if saved is not None and saved.shape == (count, dim) and saved.dtype == np.float16:
+    saved = load_saved(path, (count, dim), np.float16)
+    if saved is not None:
         return saved
     parts = [range(first, min(first + _EMBED_AT_ONCE, count)) for first in range(0, count, _EMBED_AT_ONCE)]
     pool = np.concatenate(
@@ -175,15 +176,4 @@ def noise_pool(
     append_checksum(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data.getvalue())
-    return pool
-
-
-def _read_pool(path: Path) -> np.ndarray | None:
-    """The file's array, or None where there is no file or a damaged one."""
-    if not path.exists():
-        return None
-    if not has_checksum(path):
-        _logger.warning(f"{path} is damaged, or of an earlier siglit; the noise is embedded again")
-        return None
-    pool: np.ndarray = np.load(path, allow_pickle=False)
     return pool

@@ -4,7 +4,6 @@ Knows caches and the tokenizer's interface, not towers. The file is named after 
 cache's digest, so that a change of either makes another file. Shapes: M captions, L tokens.
 """
 
-import contextlib
 import itertools
 import logging
 import os
@@ -15,8 +14,9 @@ from typing import BinaryIO
 import numpy as np
 
 from siglit.cache import EmbeddingCache
+from siglit.data.saved_array import load_saved
 from siglit.models.tokenizer import Tokenizer
-from siglit.runtime.files import append_checksum, atomic_write, has_checksum, remove_leftovers
+from siglit.runtime.files import append_checksum, atomic_write, remove_leftovers
 from siglit.runtime.progress import Meter
 
 _logger = logging.getLogger(__name__)
@@ -32,14 +32,11 @@ def token_ids(cache: EmbeddingCache, tokenizer: Tokenizer) -> np.ndarray:
     path = Path(cache.path) / f"tokens-{tokenizer.fingerprint}-{cache.digest[:16]}.npy"
     dtype: type = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     shape = (cache.num_captions, tokenizer.length)
-    if path.exists():
-        with contextlib.suppress(ValueError, EOFError):
-            saved = np.load(path, mmap_mode="r") if has_checksum(path) else None
-            if isinstance(saved, np.ndarray) and (saved.shape, saved.dtype) == (shape, dtype):
-                return saved
-        _logger.warning(f"{path} is damaged, or of an earlier siglit; the token ids are computed again")
     if shape[0] == 0:
         return np.empty(shape, dtype)
+    saved = load_saved(path, shape, dtype)
+    if saved is not None:
+        return saved
     # Of every tokenizer: the file of another one may never be opened again.
     remove_leftovers(path.parent, "tokens-*.npy")
     try:

@@ -124,9 +124,10 @@ def is_index_of(path: Path, zimg: np.ndarray) -> bool:
         return False
     if type(index) is not faiss.IndexFlatIP or (index.ntotal, index.d) != zimg.shape:
         return False
-    # faiss checks no sums: a changed bit would be searched like any other.
+    # faiss checks no sums: a changed bit would be searched like any other. Another processor rounds the last digits of
+    # the rows otherwise.
     blocks = ((start, zimg[start : start + _ROWS_AT_ONCE]) for start in range(0, len(zimg), _ROWS_AT_ONCE))
-    return all(np.array_equal(index.reconstruct_n(start, len(rows)), rows) for start, rows in blocks)
+    return all(np.allclose(index.reconstruct_n(start, len(rows)), rows, rtol=0, atol=1e-6) for start, rows in blocks)
 
 
 def nearest_images(path: Path, ztxt: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -100,9 +100,7 @@ class TrainedRun:
         """File of the exact faiss index over `zimg`, written if it is missing or damaged."""
         if not is_index_of(self.index_file, self.zimg):
             if self.index_file.exists():
-                _logger.warning(
-                    f"{self.index_file} is damaged, or its rows were rounded differently; it is written again"
-                )
+                _logger.warning(f"{self.index_file} is damaged, or of other rows; it is written again")
             save_index(self.zimg, self.index_file)
         return self.index_file
 

@@ -6,6 +6,7 @@ rewrites it in place when a column is added: a kill then loses all rows.
 
 import csv
 import io
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing_extensions import override
 
 from siglit.errors import UserError
 from siglit.runtime.files import atomic_write
+
+_logger = logging.getLogger(__name__)
 
 
 class MetricsTable(Logger):
@@ -83,12 +86,24 @@ class MetricsTable(Logger):
         rows, self._pending = self._pending, []
         new = [name for row in rows for name in row if name not in self._columns]
         if new or (rows and not self._path.exists()):
-            earlier = _read(self._path) if self._path.exists() else []
+            earlier = self._earlier_rows()
             self._columns = ["step", *sorted({*self._columns, *new} - {"step"})]
             self._replace([*earlier, *rows])
         elif rows:
             with self._path.open("a", newline="", encoding="utf-8") as file:
                 file.write(self._lines(rows))
+
+    def _earlier_rows(self) -> list[dict[str, str]]:
+        """The file's rows; a file that was damaged meanwhile is set aside, because the run itself is sound."""
+        if not self._path.exists():
+            return []
+        try:
+            return _read(self._path)
+        except UserError as error:
+            aside = self._path.with_suffix(".damaged.csv")
+            self._path.replace(aside)
+            _logger.warning(f"{error}; it is now {aside.name}, and a new table begins")
+            return []
 
     @override
     def finalize(self, status: str) -> None:
@@ -114,8 +129,8 @@ def _read(path: Path) -> list[dict[str, str]]:
     """
     content = path.read_bytes().rpartition(b"\n")[0]
     try:
-        lines = list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True)) or [["none"]]
-        head, *rows = lines
+        lines = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        head, *rows = [line for line in lines if line] or [["step"]]
         if head[0] != "step" or len(set(head)) < len(head):
             raise ValueError(f"its columns are {','.join(head)[:60]}")
         for row in rows:

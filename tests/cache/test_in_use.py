@@ -2,11 +2,12 @@
 
 import os
 import re
+import signal
 
 import numpy as np
 import pytest
 
-from siglit.cache import CacheError, EmbeddingCache, finish, write_shard
+from siglit.cache import CacheError, EmbeddingCache, finish, reader, write_shard
 
 ROWS = 600
 
@@ -74,3 +75,22 @@ def test_a_shard_that_is_replaced_deleted_or_touched_does_no_harm(cache):
     first.unlink()
     cache.check_unchanged()
     assert np.array_equal(cache.gather(np.arange(len(cache))), before)
+
+
+def test_a_touched_shard_is_read_again_once(cache, monkeypatch):
+    """Not at each checkpoint of the rest of a run."""
+    read = []
+    real = reader.shard_problems
+    monkeypatch.setattr(reader, "shard_problems", lambda path, *rest: (read.append(path.name), real(path, *rest))[1])
+    os.utime(cache.shard_paths[0])
+    cache.check_unchanged()
+    cache.check_unchanged()
+    assert read == ["shard-000000.h5"]
+
+
+def test_a_bus_error_that_no_shard_explains_ends_the_process_as_ever(cache):
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGBUS)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGBUS

@@ -89,17 +89,27 @@ def test_the_file_is_used_again(cache):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:], lambda b: b[:-16], lambda b: b[:9], lambda _: b""]
+    "damage", [lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:], lambda b: b[:-17], lambda b: b[:9], lambda _: b""]
 )
 def test_a_damaged_file_is_named_and_made_again(cache, damage, capsys):
-    """One wrong bit would be trained on like any other id; an earlier siglit wrote no checksum."""
+    """One wrong bit would be trained on like any other id."""
     expected = np.array(token_ids(cache, WordLengths()))
     path = cache.path / token_files(cache)[0]
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert np.array_equal(token_ids(cache, WordLengths()), expected)
-    assert f"{path} is damaged, or of an earlier siglit; the token ids are computed again" in capsys.readouterr().err
+    assert f"{path} is damaged; what it holds is computed again" in capsys.readouterr().err
     assert path.read_bytes() == whole
+
+
+def test_a_file_of_an_earlier_siglit_has_no_checksum_and_is_used(cache, capsys):
+    expected = np.array(token_ids(cache, WordLengths()))
+    path = cache.path / token_files(cache)[0]
+    path.write_bytes(path.read_bytes()[:-16])
+    tokenizer = WordLengths()
+    assert np.array_equal(token_ids(cache, tokenizer), expected)
+    assert tokenizer.calls == 0
+    assert "damaged" not in capsys.readouterr().err
 
 
 def test_another_tokenizer_is_another_file(cache):

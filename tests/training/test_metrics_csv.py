@@ -62,6 +62,35 @@ def test_a_damaged_table_is_named_before_training_goes_on(tmp_path, before, afte
     assert rows(path) == []
 
 
+@pytest.mark.parametrize("saved_by", [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\r\n", b"\r\n\r\n")])
+def test_a_table_that_a_spreadsheet_has_saved_is_read(tmp_path, saved_by):
+    path = tmp_path / "metrics.csv"
+    log(MetricsTable(path), 0, 1, 2)
+    path.write_bytes(saved_by(path.read_bytes()))
+    MetricsTable(path).keep_first(2)
+    assert [row["step"] for row in rows(path)] == ["0", "1"]
+
+
+def test_an_empty_table_holds_no_rows(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"")
+    table = MetricsTable(path)
+    table.keep_first(2)
+    log(table, 2)
+    assert [row["step"] for row in rows(path)] == ["2"]
+
+
+def test_a_table_that_is_damaged_while_a_sound_run_goes_on_is_set_aside(tmp_path, caplog):
+    path = tmp_path / "metrics.csv"
+    table = MetricsTable(path)
+    log(table, 0, 1)
+    path.write_bytes(b"stdp,loss\r\n0,1\r\n")
+    log(table, 2, val=1)
+    assert [row["step"] for row in rows(path)] == ["2"]
+    assert (tmp_path / "metrics.damaged.csv").exists()
+    assert "it is now metrics.damaged.csv" in caplog.text
+
+
 @pytest.mark.parametrize("write", [lambda t: t.keep_first(2), lambda t: log(t, 2, val=1)])
 def test_a_kill_while_the_table_is_rewritten_loses_no_row(tmp_path, monkeypatch, write):
     path = tmp_path / "metrics.csv"
