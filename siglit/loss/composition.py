@@ -15,6 +15,7 @@ Ambiguous = Literal["drop", "positive"]
 Keep = Literal["random", "hardest", "easiest"]
 
 _BINS = 2**16
+_SPARE_BINS = 2**10
 STRIP = {"cpu": 2**18, "cuda": 2**21}
 """Pairs per strip of a tile by device: on a CPU they stay in the caches; on CUDA they are enough for all cores."""
 
@@ -172,8 +173,10 @@ def count_digits(
     Returns:
         (2^16,) int64 histogram.
     """
-    # What does not count falls into one bin more: to pick what counts, the host would wait to know how much that is.
-    histogram = torch.zeros(_BINS + 1, dtype=torch.int64, device=priority.device)
+    # What does not count falls into further bins: to pick what counts, the host would wait to know how much that is.
+    # Into many, because additions to one place are made one after the other on CUDA.
+    histogram = torch.zeros(_BINS + _SPARE_BINS, dtype=torch.int64, device=priority.device)
+    spare = torch.arange(priority.shape[1], dtype=torch.int32, device=priority.device) % _SPARE_BINS + _BINS
     one = torch.ones((), dtype=torch.int64, device=priority.device)
     for strip in _strips(priority):
         digit = (priority[strip] >> shift).bitwise_and_(_BINS - 1)
@@ -182,7 +185,7 @@ def count_digits(
         ignored = ~counted[strip]
         if prefix is not None:
             ignored |= priority[strip] >> (shift + 16) != prefix
-        digit.masked_fill_(ignored, _BINS)
+        digit = torch.where(ignored, spare.to(digit.dtype), digit)
         histogram.index_add_(0, digit.flatten(), one.expand(digit.numel()))
     return histogram[:_BINS]
 

@@ -28,8 +28,9 @@ def blocks_held(exchange: Exchange | None, ranks: int) -> tuple[int, int]:
     if exchange is None or ranks == 1:
         return 0, 1
     if exchange == "gather":
-        return ranks, ranks
-    return (4 if exchange == "bidir" else 2), 3
+        return ranks, ranks + 1
+    # Round the ring: the sum, the one being sent, the one being received, and from the third rank on the current one.
+    return (4 if exchange == "bidir" else 2), 3 if exchange == "reduce" or ranks == 2 else 4
 
 
 def world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:

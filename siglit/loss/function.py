@@ -71,6 +71,8 @@ def check(
 ) -> None:
     """Check that all ranks have batches of the same shape and the same options, before any rank waits for another.
 
+    With an `agreement`, that holds for the first call alone.
+
     Args:
         zimg: (B, D).
         ztxt: (B, D).

@@ -38,7 +38,7 @@ def memory_bytes(
 ) -> LossMemory:
     """Compute the most bytes that `sigmoid_loss` holds, with gradients for its texts.
 
-    `softmax_loss` takes W · B scalars more.
+    `softmax_loss` takes 2 · W · B scalars more.
 
     Args:
         pairs: B.
@@ -66,7 +66,7 @@ def memory_bytes(
     fixed = 0
     if selected and compiled:
         # Beside the cosines, either priorities or grad_logits, and three masks; and hashes of a part of the tile.
-        per_pair = accumulator.itemsize + max(torch.int32.itemsize, product.itemsize) + 3
+        per_pair = accumulator.itemsize + max(accumulator.itemsize, product.itemsize) + 3
         fixed = 4 * torch.int64.itemsize * min(tile, STRIP.get(torch.device(device).type, STRIP["cuda"]))
     elif selected:
         # The signs of the logits and two masks more.

@@ -70,14 +70,16 @@ def sigmoid_loss(
         ambiguous: leave ambiguous pairs out ("drop") or count them as positives ("positive").
         statistics: a dict to fill with scalars of the global batch: "positives" and "negatives" (pairs that counted),
             "positive_logit" and "negative_logit" (mean logits), "positive_share" (of the loss).
-        agreement: for calls in a loop, the same object in each; None: the ranks compare shapes and options, and wait.
+        agreement: for calls in a loop, the same object in each: from the second call on, ranks that differ raise one
+            call later, unless they differ in B, D, type or exchange or one of them has failed, which leaves the others
+            waiting. None: the ranks compare shapes and options, and wait.
 
     Returns:
         Scalar loss of this rank, float32 or wider.
 
     Raises:
         ValueError: images and texts differ in shape or type, the batch is empty, an option is not valid, or the ranks'
-            batches or options differ; raised on all ranks.
+            batches or options differ; raised on all ranks (see `agreement`).
     """
     ids = [i.to(zimg.device, torch.int64) for i in (image_ids, text_ids) if i is not None]
     grad = torch.is_grad_enabled()

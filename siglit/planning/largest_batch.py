@@ -79,7 +79,7 @@ def _last_true(fits: Callable[[int], bool], most: int) -> int:
     """Return the largest number up to `most` that fits; 0 if none does.
 
     One micro-batch alone may not fit where two do, as all activations of both towers are kept then; from two on, more
-    pairs always take more memory.
+    pairs take more memory, but for a tile that is smaller once the loss is compiled.
     """
     if not fits(2):
         return 1 if fits(1) else 0

@@ -14,7 +14,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
-from siglit.loss.agreement import LateGather
+from siglit.cache import CacheError
+from siglit.loss.agreement import LateGather, disagreement
 from siglit.runs.checkpoints import PREVIOUS
 from siglit.runtime.files import atomic_write
 from siglit.runtime.signals import Signals
@@ -62,7 +63,7 @@ class CheckpointSaver(Checkpoint):
     """Saves every so many steps, at the end, and after a signal; all ranks together.
 
     A step ends without waiting for the other ranks: where there are several, they learn of a signal at the end of the
-    next step, and save and stop there.
+    next step or of a validation before it, and save and stop there.
 
     For Lightning a step is over once its row is logged and its validation done. Only the hooks around validation run
     after the row is logged, so every save happens there: a resumed run has all rows up to its step, and logs all later
@@ -91,11 +92,7 @@ class CheckpointSaver(Checkpoint):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Stop if a signal came: to this process, or where there are several, to any of them by the step before."""
-        signalled = len(self._signals.received) > 0
-        if trainer.world_size > 1:
-            before = self._signals_of_ranks([signalled], pl_module.device)
-            signalled = before is not None and [1] in before
-        self._stopping = self._stopping or signalled
+        self._note_signals(trainer, pl_module)
         if self._stopping or trainer.global_step == self._total:
             validate_after_this_step(trainer)
 
@@ -103,13 +100,14 @@ class CheckpointSaver(Checkpoint):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save and stop before a validation that was started for this alone."""
         if self._stopping and trainer.global_step % self._every and trainer.global_step != self._total:
-            self._save(trainer)
+            self._save(trainer, pl_module)
             raise Stopped
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; then stop if a signal came and steps are left."""
-        self._save(trainer)
+        self._save(trainer, pl_module)
+        self._note_signals(trainer, pl_module, wait=True)  # saving has waited for the other ranks already
         if self._stopping and trainer.global_step != self._total:
             raise Stopped
 
@@ -119,9 +117,28 @@ class CheckpointSaver(Checkpoint):
     ) -> None:
         mark_step_as_validated(checkpoint)
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        # What was learned from bytes that are not the cache's must not be kept.
-        trainer.datamodule.check_unchanged()  # type: ignore[attr-defined]
+    def _note_signals(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, wait: bool = False) -> None:
+        received = len(self._signals.received) > 0
+        if trainer.world_size == 1:
+            self._stopping |= received
+            return
+        of_ranks = [self._signals_of_ranks([received], pl_module.device)]
+        if wait:
+            of_ranks.append(self._signals_of_ranks.last())
+        self._stopping |= any([1] in rows for rows in of_ranks if rows is not None)
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        problem = None
+        try:
+            # What was learned from bytes that are not the cache's must not be kept.
+            trainer.datamodule.check_unchanged()  # type: ignore[attr-defined]
+        except CacheError as error:
+            problem = error
+        # One rank may have seen what the others have not, and all of them take part in saving.
+        text = str(problem or "its data is unchanged")
+        of_ranks = disagreement(text, problem is not None, None, pl_module.device) if trainer.world_size > 1 else None
+        if problem is not None or of_ranks is not None:
+            raise problem or CacheError(str(of_ranks))
         for logger in trainer.loggers:
             logger.save()
         trainer.save_checkpoint(self._path)
