@@ -128,6 +128,7 @@ def test_predicted_peak_is_within_15_percent_of_the_measured_one(small, words):
     )
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_the_real_module(small):
     """Parameters, and the state after a real optimizer step, of a module with numbers."""
     from siglit.planning.memory import RandomDataModule, estimate_memory
@@ -161,6 +162,7 @@ def test_the_proposed_micro_batch_fits_and_twice_as_many_pairs_do_not(small):
     assert counted.largest_micro_batch(1000) is None
 
 
+@pytest.mark.slow
 def test_command_measures_here_and_leaves_plan_json(small, tmp_path):
     """Without data, weights or tokenizer; the time follows from the measured rate, and devices share it."""
     done = run_siglit("plan", "-c", small, "--devices", 2, "--rows", 5000, cwd=tmp_path, check=0)
