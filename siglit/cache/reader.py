@@ -92,7 +92,7 @@ class EmbeddingCache:
         if not isinstance(fingerprint, dict):
             raise TypeError("its fingerprint is not an object")
         for shard in shards:
-            if not shard.datasets.keys() >= DATASETS.keys() or not all(map(_is_place, shard.datasets.values())):
+            if not all(_is_place(shard.datasets.get(name)) for name in DATASETS):
                 raise KeyError(f"datasets of {shard.file}")
         self._maps = ShardMaps(self.path, self._folder, shards, dim, self._starts)
 

@@ -12,7 +12,6 @@ would leave out. Unlike there, they are not a fixed part of the batch: every pai
 import hashlib
 import io
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from siglit.data.saved_array import load_saved
 from siglit.models.tokenizer import Tokenizer
 from siglit.runtime.files import append_checksum, write_bytes
 
-_logger = logging.getLogger(__name__)
 _KINDS = ("image", "text", "alignment")
 # Words of the hash, one for each use; the hits of the kinds have the first ones.
 _NUMBER, _LENGTH, _PIECE, _PLACE, _PIXEL = range(len(_KINDS), len(_KINDS) + 5)

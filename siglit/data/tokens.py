@@ -5,7 +5,6 @@ cache's digest, so that a change of either makes another file. Shapes: M caption
 """
 
 import itertools
-import logging
 import os
 import warnings
 from pathlib import Path
@@ -19,7 +18,6 @@ from siglit.models.tokenizer import Tokenizer
 from siglit.runtime.files import append_checksum, atomic_write, remove_leftovers
 from siglit.runtime.progress import Meter
 
-_logger = logging.getLogger(__name__)
 _BLOCK = 65_536
 
 

@@ -16,8 +16,8 @@ def explain_bus_errors(explanation: Callable[[], str]) -> None:
     """Add a function that names a damaged file that this process has mapped, or returns "".
 
     At a bus error the first explanation is written to stderr and the process ends with status 1. One that nobody
-    explains ends it as the system does. Each call installs the
-    handler again: Lightning, which cannot see it, sets the system's own when a training ends.
+    explains ends it as the system does. Each call installs the handler again: Lightning, which cannot see it, sets the
+    system's own when a training ends.
     """
     if not hasattr(signal, "SIGBUS"):  # Windows
         return

@@ -3,14 +3,16 @@
 import os
 import random
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from siglit.cache import CacheError
 from siglit.errors import UserError
 from siglit.runs import checkpoints
 from siglit.runs.checkpoints import newest, prepare, steps_taken
-from siglit.training.checkpointing import AtomicCheckpointIO
+from siglit.training.checkpointing import AtomicCheckpointIO, CheckpointSaver
 
 
 def write(folder, step):
@@ -132,3 +134,50 @@ def test_a_full_disk_is_named_and_leaves_the_files_as_they_were(tmp_path, weight
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+class Module:
+    device = torch.device("cpu")
+
+
+def saver_of(rank, size, signals, checks):
+    """A CheckpointSaver on one of `size` ranks, its trainer, and the list of what is saved."""
+    saved = []
+    data = SimpleNamespace(check_unchanged=checks)
+    trainer = SimpleNamespace(world_size=size, global_step=3, loggers=[], datamodule=data, save_checkpoint=saved.append)
+    return CheckpointSaver("last.ckpt", 3, 9, SimpleNamespace(received=signals)), trainer, saved
+
+
+def save_with_one_changed_cache(rank, size):
+    def check():
+        if rank == 1:
+            raise CacheError("shard-000000.h5 was written to")
+
+    saver, trainer, saved = saver_of(rank, size, [], check)
+    try:
+        saver._save(trainer, Module)
+    except CacheError as error:
+        return str(error), saved
+    return None, saved
+
+
+def test_where_one_rank_finds_its_cache_changed_none_saves(ranks):
+    (first, saved), (second, saved_too) = ranks.run(save_with_one_changed_cache, 2, timeout=30)
+    assert "rank 1: shard-000000.h5 was written to" in first
+    assert second == "shard-000000.h5 was written to"
+    assert saved == saved_too == []
+
+
+def stop_at(rank, size, wait):
+    """Whether each of three steps ends with a stop, where rank 1 has a signal from the first one on."""
+    saver, trainer, _ = saver_of(rank, size, [15] if rank == 1 else [], lambda: None)
+    stopping = []
+    for _ in range(3):
+        saver._note_signals(trainer, Module, wait=wait)
+        stopping.append(saver._stopping)
+    return stopping
+
+
+def test_all_ranks_learn_of_a_signal_a_step_late_and_at_once_where_they_wait_anyway(ranks):
+    assert ranks.run(stop_at, 2, False) == [[False, True, True]] * 2
+    assert ranks.run(stop_at, 2, True) == [[True, True, True]] * 2
