@@ -1,4 +1,4 @@
-"""The paper's tables in configs/studies/paper: complete, without repeated rows, in range, and equal to what configs cite."""
+"""The tables in configs/studies/paper are complete, without repeated rows, in range, and equal to what configs cite."""
 
 import csv
 import re
