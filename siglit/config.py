@@ -44,6 +44,7 @@ _WORKERS = _bound("from 0 to 1,024", lambda v: 0 <= v <= 1024)
 _SEED = _bound("from 0 to 4,294,967,295", lambda v: 0 <= v < 2**32)
 _UP_TO_A_MILLION = _bound("between -1,000,000 and 1,000,000", lambda v: abs(v) <= 1e6)
 _POSITIVE_UP_TO_A_MILLION = _bound("greater than 0 and at most 1,000,000", lambda v: 0 < v <= 1e6)
+_BIAS = _bound("between -1,000,000 and 1,000,000, or auto", lambda v: v == "auto" or abs(v) <= 1e6)
 _FINITE_ZERO_OR_MORE = _bound("a finite number, 0 or greater", lambda v: 0 <= v < math.inf)
 _POSITIVE = _bound("a finite number greater than 0", lambda v: 0 < v < math.inf)
 _SHARE = _bound("between 0 and 1", lambda v: 0 <= v <= 1)
@@ -233,8 +234,9 @@ class LossConfig:
     """sigmoid (arXiv:2303.15343, eq. 1), or softmax, the InfoNCE that the paper compares it with."""
     logit_scale: float = field(default=10.0, metadata=_POSITIVE_UP_TO_A_MILLION)
     """Initial t, which multiplies the cosine; t' = log t is learned."""
-    logit_bias: float = field(default=-10.0, metadata=_UP_TO_A_MILLION)
-    """Initial b, which is added to every logit; the softmax loss has none."""
+    logit_bias: float | Literal["auto"] | None = field(default=-10.0, metadata=_BIAS)
+    """Initial b, which is added to every logit: a number (-10 in the paper); auto: -log of the negatives per positive of
+    the global batch; null: no b at all, as for the softmax loss."""
     exchange: Literal["bidir", "shift", "reduce", "gather"] = "bidir"
     """How image embeddings are exchanged between devices; the loss value does not depend on it."""
     chunk_size: int | None = field(default=None, metadata=_ONE_OR_MORE)
@@ -445,6 +447,22 @@ class Experiment:
                 ) from error
         _check_augmentation(self.data, self.mode)
         _check_loss(self.loss)
+
+    @property
+    def initial_bias(self) -> float | None:
+        """The initial b, a number also where loss.logit_bias is auto; None: the loss has no b.
+
+        With b = −log N, N negatives per positive, σ(b) is the share of positives among all pairs, N ≫ 1: the loss starts
+        at the prior. The paper's −10 (section 3.2) is −log of 22 thousand negatives.
+        """
+        loss = self.loss
+        if loss.name == "softmax" or loss.logit_bias is None:
+            return None
+        if loss.logit_bias != "auto":
+            return float(loss.logit_bias)
+        all_negatives = self.train.batch_size - 1
+        kept = all_negatives if loss.negatives_per_positive is None else loss.negatives_per_positive
+        return -math.log(max(1.0, min(all_negatives, kept)))
 
     @property
     def folder(self) -> Path:

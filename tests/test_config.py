@@ -1,6 +1,7 @@
 """Values out of bounds are refused by name before any work; so are contradictions between fields or files."""
 
 import json
+import math
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -84,6 +85,37 @@ def test_corruption_without_a_share_is_refused(experiment, words):
     with pytest.raises(UserError, match=r"^data.corrupt is .* and data.corrupt_share .*: name what"):
         parse("train", *words)
     assert parse("train", "--data.corrupt", "[text]", "--data.corrupt_share", "0.2").data.corrupt == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--loss.logit_bias", "-10"), -10.0),
+        (("--loss.logit_bias", "auto"), -math.log(511)),
+        (("--loss.logit_bias", "auto", "--train.batch_size", "1"), 0.0),
+        (
+            ("--loss.logit_bias", "auto", "--loss.negatives", "hardest", "--loss.negatives_per_positive", "4"),
+            -math.log(4),
+        ),
+        (("--loss.logit_bias", "auto", "--loss.negatives", "random", "--loss.negatives_per_positive", "0"), 0.0),
+        # More than there are: all of them are kept.
+        (
+            ("--loss.logit_bias", "auto", "--loss.negatives", "random", "--loss.negatives_per_positive", "1e9"),
+            -math.log(511),
+        ),
+        (("--loss.logit_bias", "null"), None),
+        (("--loss.name", "softmax"), None),
+    ],
+)
+def test_the_initial_bias_is_the_logarithm_of_the_prior_odds(experiment, words, expected):
+    actual = parse("train", "--train.batch_size", "512", *words).initial_bias
+    assert actual == expected or math.isclose(actual, expected)
+
+
+@pytest.mark.parametrize("value", ["automatic", ".nan", "[1]"])
+def test_a_bias_that_is_neither_number_nor_auto_is_refused(experiment, value):
+    with pytest.raises(UserError, match=r"^loss.logit_bias is .*, but it must be .* or auto"):
+        parse("train", "--loss.logit_bias", value)
 
 
 @pytest.mark.parametrize("words", [("--data.random_crop", "0.5"), ("--data.random_flip", "true")])

@@ -51,6 +51,7 @@ _SAME_CURVE = {
         "train.nodes",
         "train.strategy",
     ),
+    "is an initial value, of which the checkpoint holds the learned one": ("loss.logit_scale",),
     "says how many processes decode, and when to give up on unusable images": ("data.max_skipped", "data.workers"),
 }
 """{reason: fields and whole sections that do not change the training curve}. All others are assumed to change it."""
@@ -72,6 +73,8 @@ class Difference(NamedTuple):
         """Whether training with this value leads to other weights than with the earlier one."""
         if self.field in _PLACES and self.mode != "locked":
             return True
+        if self.field == "loss.logit_bias":  # the checkpoint holds the learned b, if there is one
+            return (self.before is None) != (self.now is None)
         parts = self.field.split(".")
         names = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
         return not any(names & set(kept) for kept in _SAME_CURVE.values())
@@ -135,11 +138,11 @@ def experiment_yaml(experiment: Experiment) -> str:
     """The experiment as YAML, without unset fields and default folders; train.resume and .resume_changed are false."""
 
     def values(section: Any) -> dict[str, Any]:
-        pairs = ((field.name, getattr(section, field.name)) for field in fields(section))
+        pairs = ((field, getattr(section, field.name)) for field in fields(section))
         return {
-            name: values(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-            for name, value in pairs
-            if value is not None
+            field.name: values(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+            for field, value in pairs
+            if value is not None or field.default not in (None, MISSING)  # such as loss.logit_bias: null
         }
 
     experiment = experiment.with_default_folders()

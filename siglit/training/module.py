@@ -55,8 +55,8 @@ class SigLiT(pl.LightningModule):
         self.step_timer = StepTimer()
         # t' and b stay float32 and outside weight decay: bare parameters are never decayed (siglit.training.optim).
         self.log_scale = nn.Parameter(torch.tensor(math.log(experiment.loss.logit_scale)))
-        with_bias = experiment.loss.name == "sigmoid"
-        self.logit_bias = nn.Parameter(torch.tensor(float(experiment.loss.logit_bias)), requires_grad=with_bias)
+        bias = experiment.initial_bias
+        self.logit_bias = nn.Parameter(torch.tensor(bias or 0.0), requires_grad=bias is not None)
         self._description: dict[str, Any] = {}
         self._val: ValidationSample | None = None
         self._agreement = Agreement()

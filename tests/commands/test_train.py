@@ -202,6 +202,16 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(project, monkeypatc
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
+def test_without_a_bias_nothing_is_added_and_nothing_is_learned(project, monkeypatch, batch):
+    monkeypatch.chdir(project)
+    zero = gradients(parse("train", "--loss.logit_bias", "0"), batch)
+    none = gradients(parse("train", "--loss.logit_bias", "null"), batch)
+    assert none.pop("logit_bias") is None
+    assert zero.pop("logit_bias") is not None
+    for name in zero:
+        torch.testing.assert_close(none[name], zero[name], rtol=0, atol=0, msg=name)
+
+
 def test_a_shared_caption_is_a_negative_unless_it_is_to_be_left_out(project, monkeypatch, batch, device):
     """Rows 2 and 5 have the same text; `drop` removes just their two pairs from the gradient of the bias."""
     monkeypatch.chdir(project)

@@ -234,6 +234,23 @@ def test_a_field_that_was_unset_is_compared():
     }
 
 
+def test_an_initial_value_does_not_change_the_curve_but_learning_no_bias_does():
+    """The checkpoint holds the learned t and b."""
+    for before, now in ((-10.0, "auto"), ("auto", -5.0)):
+        assert not resume.Difference("loss.logit_bias", before, now).changes_curve
+    for before, now in ((-10.0, None), (None, "auto")):
+        assert resume.Difference("loss.logit_bias", before, now).changes_curve
+    assert not resume.Difference("loss.logit_scale", 10.0, 5.0).changes_curve
+
+
+def test_no_bias_is_recorded_as_no_bias(experiment):
+    """Unset fields are left out of the record, but null is not this one's default."""
+    assert (
+        yaml.safe_load(resume.experiment_yaml(parse("train", "--loss.logit_bias", "null")))["loss"]["logit_bias"]
+        is None
+    )
+
+
 def test_every_exception_is_a_field():
     """A field that was renamed would change the curve in silence; so would one that is taken for another's section."""
 
