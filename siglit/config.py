@@ -42,7 +42,6 @@ _ZERO_OR_MORE = _bound("0 or more, at most 2,147,483,647", lambda v: 0 <= v <= _
 _UP_TO_1024 = _bound("from 1 to 1,024", lambda v: 1 <= v <= 1024)
 _WORKERS = _bound("from 0 to 1,024", lambda v: 0 <= v <= 1024)
 _SEED = _bound("from 0 to 4,294,967,295", lambda v: 0 <= v < 2**32)
-_UP_TO_A_MILLION = _bound("between -1,000,000 and 1,000,000", lambda v: abs(v) <= 1e6)
 _POSITIVE_UP_TO_A_MILLION = _bound("greater than 0 and at most 1,000,000", lambda v: 0 < v <= 1e6)
 _BIAS = _bound("between -1,000,000 and 1,000,000, or auto", lambda v: v == "auto" or abs(v) <= 1e6)
 _FINITE_ZERO_OR_MORE = _bound("a finite number, 0 or greater", lambda v: 0 <= v < math.inf)
@@ -157,6 +156,9 @@ class ImageTowerConfig:
     head: int | None = field(default=None, metadata=_ONE_OR_MORE)
     """Width of a trained linear projection after the tower (or after its cached embeddings); default: none, texts are
     embedded at the tower's width."""
+    center: bool = False
+    """Mode locked: subtract the mean of the training images' rows from every row, before the head; for towers whose
+    embeddings are all alike, such as those of a classifier."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass; auto: bf16 on CUDA, fp32 elsewhere. Embeddings are always stored as float16."""
 
@@ -235,8 +237,8 @@ class LossConfig:
     logit_scale: float = field(default=10.0, metadata=_POSITIVE_UP_TO_A_MILLION)
     """Initial t, which multiplies the cosine; t' = log t is learned."""
     logit_bias: float | Literal["auto"] | None = field(default=-10.0, metadata=_BIAS)
-    """Initial b, which is added to every logit: a number (-10 in the paper); auto: -log of the negatives per positive of
-    the global batch; null: no b at all, as for the softmax loss."""
+    """Initial b, which is added to every logit: a number (-10 in the paper); auto: -log of the negatives per positive
+    of the global batch; null: no b at all, as for the softmax loss."""
     exchange: Literal["bidir", "shift", "reduce", "gather"] = "bidir"
     """How image embeddings are exchanged between devices; the loss value does not depend on it."""
     chunk_size: int | None = field(default=None, metadata=_ONE_OR_MORE)
@@ -446,14 +448,19 @@ class Experiment:
                     f"{name} is {value}, but it must be a number of examples, such as 450M or 12800"
                 ) from error
         _check_augmentation(self.data, self.mode)
+        if self.image_tower.center and self.mode != "locked":
+            raise UserError(
+                f"image_tower.center subtracts the mean of cached rows, but mode is {self.mode}, whose tower changes; "
+                "leave it out, or set mode: locked"
+            )
         _check_loss(self.loss)
 
     @property
     def initial_bias(self) -> float | None:
         """The initial b, a number also where loss.logit_bias is auto; None: the loss has no b.
 
-        With b = −log N, N negatives per positive, σ(b) is the share of positives among all pairs, N ≫ 1: the loss starts
-        at the prior. The paper's −10 (section 3.2) is −log of 22 thousand negatives.
+        With N negatives per positive, σ(−log N) = 1 / (N + 1) is the share of positives among the pairs: the loss
+        starts at the prior. The paper's −10 (section 3.2) is −log of 22 thousand negatives.
         """
         loss = self.loss
         if loss.name == "softmax" or loss.logit_bias is None:

@@ -125,6 +125,12 @@ def test_augmentation_with_a_locked_tower_is_refused(experiment, words):
     assert parse("train", *words, "--mode", "unlocked").mode == "unlocked"
 
 
+@pytest.mark.parametrize("mode", ["unlocked", "scratch"])
+def test_a_trained_tower_is_not_centered(experiment, mode):
+    with pytest.raises(UserError, match=r"^image_tower.center .*, but mode is .*; leave it out, or set mode: locked"):
+        parse("train", "--mode", mode, "--image_tower.center", "true")
+
+
 def write(path, text):
     path.write_text(path.read_text() + text)
 

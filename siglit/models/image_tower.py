@@ -181,16 +181,21 @@ class ImageEncoder(nn.Module):
         unused: names of the parameters that the tower never uses; they are frozen.
     """
 
-    def __init__(self, tower: ImageTower | None, *, width: int, head: int | None):
+    def __init__(self, tower: ImageTower | None, *, width: int, head: int | None, center: torch.Tensor | None = None):
         """Put a head of random weights on a tower or on cached rows.
 
         Args:
             tower: trainable; None: the inputs are rows of the cache.
             width: of the tower's embeddings or of the rows.
             head: width of a linear head without a bias; None: no head.
+            center: (width,) what is subtracted from each row, the mean of the training rows; None: nothing. The mean
+                of the rows as the tower made them, not of unit rows, so that a head sees the same directions scaled
+                as before. Source: the mean removal of "All-but-the-Top" (arXiv:1702.01417).
         """
         super().__init__()
         self.tower = tower
+        # A frozen parameter rather than a buffer: DDP would send a buffer to all ranks at every step.
+        self.center = None if center is None else nn.Parameter(center, requires_grad=False)
         self.head = nn.Linear(width, head, bias=False) if head else None
         self.dim = head or width
         self.pretrained = (
@@ -202,6 +207,8 @@ class ImageEncoder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed (N, 3, H, W) uint8 pixels, or (N, width) rows of the cache, as (N, dim), not normalized."""
         rows = images.float() if self.tower is None else self.tower(images)
+        if self.center is not None:
+            rows = rows - self.center
         return rows if self.head is None else self.head(rows)
 
 

@@ -54,6 +54,8 @@ class TrainedRun:
     """Outputs of the image tower, not normalized, with keys and captions."""
     image_head: torch.Tensor | None
     """(D, W) weight of the linear map behind the image tower; None where there is none and D is W."""
+    image_center: torch.Tensor | None
+    """(W,) mean of the training images' rows, which is subtracted before the head; None: nothing is."""
     tower: TextTower
     """The text tower in evaluation mode, on the device of the last call that encoded texts, at first the CPU."""
     tokenizer: Tokenizer
@@ -78,9 +80,12 @@ class TrainedRun:
 
     def encode_image(self, rows: np.ndarray) -> np.ndarray:
         """Map (N, W) float16 outputs of the image tower, as caches hold them, to (N, D) float32 unit rows."""
-        if self.image_head is None:
+        if self.image_center is None and self.image_head is None:
             return unit_rows(rows)
-        return F.normalize(torch.from_numpy(rows).float() @ self.image_head.T, dim=1).numpy()
+        zimg = torch.from_numpy(rows).float()
+        if self.image_center is not None:
+            zimg -= self.image_center
+        return F.normalize(zimg if self.image_head is None else zimg @ self.image_head.T, dim=1).numpy()
 
     def encode_text(self, texts: Sequence[str], *, device: torch.device = _CPU, quiet: bool = False) -> np.ndarray:
         """Embed M texts as (M, D) float32 unit rows.
@@ -140,16 +145,18 @@ def open_trained(experiment: Experiment, split: Literal["train", "val"] | None =
     if cache is None:
         cache = _embed(experiment, split, encoder)
     head = None if encoder.head is None else encoder.head.weight.detach()
+    center = None if encoder.center is None else encoder.center.detach()
     return TrainedRun(
         cache=cache,
         image_head=head,
+        image_center=center,
         tower=_text_tower(path, description, _part(weights, "text_tower.")),
         tokenizer=tokenizer,
         logit_scale=math.exp(weights["log_scale"].item()),
         logit_bias=weights["logit_bias"].item(),
         step=int(state["global_step"]),
         checkpoint=path,
-        index_file=_index_file(ensure_folder(experiment.folder), split, cache, head),
+        index_file=_index_file(ensure_folder(experiment.folder), split, cache, [head, center]),
         batch_size=experiment.eval.batch_size,
     )
 
@@ -242,6 +249,12 @@ def _image_encoder(
             f"{path} was trained with image_tower.head {description['image_head']}, but the experiment has "
             f"{experiment.image_tower.head}; change it back"
         )
+    centered = description.get("image_center") is not None
+    if centered != experiment.image_tower.center:
+        raise UserError(
+            f"{path} was trained with image_tower.center {str(centered).lower()}, but the experiment has "
+            f"{str(not centered).lower()}; change it back"
+        )
     if cache is not None:
         expected, actual = description["image_tower"], cache.fingerprint["image_tower"]
         if expected != actual:
@@ -249,7 +262,8 @@ def _image_encoder(
                 f"{path} was trained on embeddings of {_describe_tower(expected)}, but {cache.path} holds those of "
                 f"{_describe_tower(actual)}; train again, or set cache.path"
             )
-        encoder = ImageEncoder(None, width=cache.dim, head=experiment.image_tower.head)
+        center = torch.zeros(cache.dim) if centered else None  # the weights have the training images' mean
+        encoder = ImageEncoder(None, width=cache.dim, head=experiment.image_tower.head, center=center)
     else:
         tower = ImageTower(replace(experiment.image_tower, pretrained=False, weights=None))
         encoder = ImageEncoder(tower, width=tower.embedding_width, head=experiment.image_tower.head)
@@ -292,11 +306,12 @@ def _embed(experiment: Experiment, split: str, encoder: ImageEncoder) -> Embeddi
     return embedded.cache
 
 
-def _index_file(folder: Path, split: str, cache: EmbeddingCache, head: torch.Tensor | None) -> Path:
-    """File of the index over the cache's images, named after what it is computed from: rows and head."""
+def _index_file(folder: Path, split: str, cache: EmbeddingCache, applied: Sequence[torch.Tensor | None]) -> Path:
+    """File of the index over the cache's images, named after what it is computed from: rows, head and center."""
     name = cache.digest[:16]
-    if head is not None:
-        name += "-" + hashlib.blake2b(head.numpy().tobytes(), digest_size=8).hexdigest()
+    for tensor in applied:
+        if tensor is not None:
+            name += "-" + hashlib.blake2b(tensor.numpy().tobytes(), digest_size=8).hexdigest()
     return folder / f"images-{split}-{name}.faiss"
 
 

@@ -21,6 +21,7 @@ from siglit.data.cache_loader import CacheLoader
 from siglit.data.corruption import corruption_of, noise_pool
 from siglit.data.decode_workers import Decoder, UnitPixels, pixel_batches
 from siglit.data.image_loader import ImageLoader
+from siglit.data.mean_row import mean_row
 from siglit.data.shuffle import choose_image_shuffle, choose_shuffle
 from siglit.data.sources import open_source
 from siglit.data.tokens import token_ids
@@ -155,13 +156,17 @@ class CacheDataModule(TrainDataModule):
     @override
     def image_encoder(self) -> tuple[ImageEncoder, dict[str, Any]]:
         """An encoder of the cached rows, with a head if image_tower.head is set."""
-        encoder = ImageEncoder(None, width=self.train.dim, head=self._experiment.image_tower.head)
+        config = self._experiment.image_tower
+        center = torch.from_numpy(mean_row(self.train)) if config.center else None
+        encoder = ImageEncoder(None, width=self.train.dim, head=config.head, center=center)
         return encoder, self.train.fingerprint["image_tower"]
 
     @override
     def prepare_data(self) -> None:
-        """Also write the token ids beside the cache, and the noise for data.corrupt."""
+        """Also write token ids and mean row beside the cache, and the noise for data.corrupt."""
         super().prepare_data()
+        if self._experiment.image_tower.center:
+            mean_row(self.train)
         token_ids(self.train, self._load_tokenizer())
         self._noise()
 

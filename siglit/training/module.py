@@ -101,6 +101,8 @@ class SigLiT(pl.LightningModule):
             "tokenizer": data.tokenizer.fingerprint,
             "image_tower": identity,
             "image_head": self._experiment.image_tower.head,
+            # A checkpoint of an earlier siglit lacks the entry, which equals None; its rows were not centered.
+            "image_center": self._experiment.image_tower.center or None,
             "optimizer": self._experiment.optim.name,
             "batch_size": self._experiment.train.batch_size,
             "seed": self._experiment.seed,
@@ -287,8 +289,8 @@ class SigLiT(pl.LightningModule):
         if saved.get("learning") != self._trainable_names():
             raise UserError(
                 "cannot resume: the checkpoint's optimizer has its parameters in other groups; set loss.name, "
-                "optim.decay_pretrained, optim.image_lr_multiplier and optim.text_lr_multiplier back, or choose "
-                "another --output_dir"
+                "loss.logit_bias, optim.decay_pretrained, optim.image_lr_multiplier and optim.text_lr_multiplier back, "
+                "or choose another --output_dir"
             )
 
     @override

@@ -3,13 +3,15 @@
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 import siglit
+from siglit.cache import EmbeddingCache
 from siglit.errors import UserError
 from siglit.runs.trained import open_trained
-from tests.conftest import parse
+from tests.conftest import parse, run_siglit
 
 
 @pytest.fixture
@@ -58,3 +60,41 @@ def test_probabilities_of_a_large_scale_raise_no_warning(state):
     for score, probability in zip(result.scores, result.probabilities, strict=True):
         assert probability == pytest.approx(1 / (1 + math.exp(-min(700, 2000 * score - 1000))) if score > 0.2 else 0.0)
     assert min(result.probabilities) < 1e-30
+
+
+CENTER = ("--image_tower.center", "true")
+
+
+@pytest.mark.parametrize("head", [(), ("--image_tower.head", "8")])
+def test_held_out_images_are_centered_by_the_mean_of_the_training_images(cached, head):
+    siglit.train(parse("train", *CENTER, *head, "--train.steps", "2"))
+    run = open_trained(parse("eval-retrieval", *CENTER, *head))
+    train, val = (EmbeddingCache(cached.cache_folder / split) for split in ("train", "val"))
+    rows = [cache.gather(np.arange(len(cache))).astype(np.float64) for cache in (train, val)]
+    expected = rows[1] - rows[0].mean(axis=0)
+    if head:
+        assert run.image_head is not None
+        expected = expected @ run.image_head.numpy().astype(np.float64).T
+    np.testing.assert_allclose(run.zimg, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+
+
+def test_a_run_is_not_evaluated_or_resumed_with_another_center(cached):
+    siglit.train(parse("train", *CENTER, "--train.steps", "2"))
+    with pytest.raises(UserError, match=r"was trained with image_tower.center true, but the experiment has false"):
+        open_trained(parse("eval-retrieval"))
+    again = ("--train.resume", "true", "--train.resume_changed", "true", "--train.steps", "3")
+    with pytest.raises(UserError, match="cannot resume: the checkpoint was made with image_center True"):
+        siglit.train(parse("train", *again))
+    assert siglit.train(parse("train", *CENTER, *again)).steps == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_center_like_one(cached, strategy):
+    siglit.train(parse("train", *CENTER, "--train.steps", "2"))
+    one = open_trained(parse("eval-retrieval", *CENTER))
+    words = (*CENTER, "--train.steps", "2", "--output_dir", f"runs/{strategy}", "--train.strategy", strategy)
+    run_siglit("train", "-c", "experiment.yaml", *words, "--train.devices", "2", cwd=".", check=0)
+    two = open_trained(parse("eval-retrieval", *words))
+    np.testing.assert_array_equal(two.zimg, one.zimg)
+    assert two.logit_bias == pytest.approx(one.logit_bias, rel=1e-5)
