@@ -3,6 +3,8 @@
 Knows the names of the fields; types and bounds are checked later.
 """
 
+from typing import Any
+
 import yaml
 
 from siglit.errors import UserError
@@ -24,19 +26,44 @@ def check_file(path: str) -> set[str]:
     Raises:
         UserError: the file cannot be read, is not YAML, sets an unknown name, or holds more than plain data.
     """
+    node = compose_file(path, "experiment file")
+    if node is None:
+        raise UserError(f"{path} is empty; it needs at least data.train")
+    return _check_names(node, "", path)
+
+
+def read_mapping(path: str, kind: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping with plain data.
+
+    Args:
+        path: the file.
+        kind: what the file is, such as "study file", for messages.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, is not a mapping, or holds more than plain data.
+    """
+    node = compose_file(path, kind)
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path} is not a mapping of names to values, so it is no {kind}; check the path")
+    values: dict[str, Any] = yaml.SafeLoader("").construct_document(node)
+    return values
+
+
+def compose_file(path: str, kind: str) -> yaml.Node | None:
+    """The nodes of a YAML file of plain data; None if it is empty. Arguments and errors as of `read_mapping`."""
     try:
         text = read_regular(path, _MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 at byte {error.start}, so it is no experiment file in YAML; convert it (iconv -t "
-            "utf-8), or check the path"
+            f"{path} is not UTF-8 at byte {error.start}, so it is no {kind} in YAML; convert it (iconv -t utf-8), or "
+            "check the path"
         ) from error
     except FileNotFoundError as error:
-        raise UserError(f"there is no experiment file {path or repr(path)}") from error
+        raise UserError(f"there is no {kind} {path or repr(path)}") from error
     except OSError as error:
-        raise UserError(f"cannot read the experiment file {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError as error:
         raise UserError(f"{path} is nested too deeply; write sections, fields, and lists of values") from error
     except yaml.YAMLError as error:
@@ -48,10 +75,9 @@ def check_file(path: str) -> set[str]:
         if position is not None:
             place = f", line {text.count(chr(10), 0, position) + 1}"
         raise UserError(f"{path}{place} is not YAML: {problem}{hint}") from error
-    if node is None:
-        raise UserError(f"{path} is empty; it needs at least data.train")
-    _check_plain(node, path)
-    return _check_names(node, "", path)
+    if node is not None:
+        _check_plain(node, path)
+    return node
 
 
 def check_section_option(section: str, value: str) -> None:

@@ -1,0 +1,352 @@
+"""A study file: what is compared, over which seeds and learning rates, and how its claim is decided.
+
+Reads and checks the file; knows the names of an experiment's fields, but neither runs nor results.
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from siglit.errors import UserError
+from siglit.parsing.fields import did_you_mean, is_field
+from siglit.parsing.yaml_checks import read_mapping
+
+Arm = dict[str, str]
+"""{axis: point}."""
+
+EVALUATIONS = ("eval-retrieval", "eval-zeroshot", "eval-fewshot", "eval-logits")
+_RESERVED = ("base", "test")
+_REQUIRED = ("name", "title", "claim", "source", "base", "axes", "measures", "expect")
+_OPTIONAL = (
+    "set",
+    "test",
+    "exclude",
+    "seeds",
+    "learning_rates",
+    "evaluate",
+    "kept",
+    "curves",
+    "paper",
+    "notes",
+    "full",
+)
+_SET_BY_STUDY = ("name", "output_dir", "seed", "train.resume", "eval.checkpoint")
+"""Fields that differ from run to run; an axis cannot set them."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the claim predicts of a contrast between arms, which the paired seeds decide."""
+
+    say: str
+    """The prediction in words, such as "ahead of softmax at a batch of 64"."""
+    plus: tuple[Arm, ...]
+    """Selectors; each stands for the mean over the arms that have all of its points."""
+    minus: tuple[Arm, ...]
+    """Selectors that are subtracted."""
+    measure: str
+    """Name of one of the study's measures."""
+    margin: float = 0.0
+    """The contrast, sum of plus minus sum of minus, is predicted to be greater than this."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The paper's numbers that the page shows."""
+
+    table: Path | None = None
+    """CSV in long form; its last columns are `metric` and `value`."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked."""
+
+    path: Path
+    name: str
+    title: str
+    claim: str
+    """What the paper (or the project) says, in one sentence."""
+    source: str
+    """Where it says so: paper, figure, table, section."""
+    base: Path
+    """The experiment file that the runs start from."""
+    axes: dict[str, dict[str, dict[str, Any]]]
+    """{axis: {point: {dotted field: value}}}; a point may also have `base`, another experiment file, and `test`."""
+    measures: dict[str, tuple[str, ...]]
+    """{name: paths of results, of which it is the mean}; of the first one, more is better, and it chooses the learning
+    rate."""
+    expect: tuple[Expectation, ...]
+    set: dict[str, Any] = field(default_factory=dict)
+    """Fields of all runs, over the base's."""
+    test: dict[str, Any] = field(default_factory=dict)
+    """Fields of the evaluation that reads the test split, over those of the run; empty: final runs are evaluated on
+    data.val."""
+    exclude: tuple[Arm, ...] = ()
+    """Selectors of the arms that are left out."""
+    seeds: int = 5
+    learning_rates: tuple[float, ...] = ()
+    """optim.lr of the grid, from which each arm's is chosen on data.val; empty: that of the experiment."""
+    evaluate: tuple[str, ...] = ("eval-retrieval",)
+    kept: tuple[str, ...] = ()
+    """Evaluations of each checkpoint that train.keep_every keeps."""
+    curves: tuple[str, ...] = ()
+    """Columns of metrics.csv that the records keep."""
+    paper: Paper = Paper()
+    notes: str = ""
+    """Prose for the page."""
+    full: dict[str, Any] = field(default_factory=dict)
+    """Fields of --full, over all others."""
+
+    def arms(self) -> list[Arm]:
+        """All combinations of the axes' points, in the file's order, without those that are excluded."""
+        crossed = itertools.product(*(points for points in self.axes.values()))
+        arms = [dict(zip(self.axes, points, strict=True)) for points in crossed]
+        return [arm for arm in arms if not any(matches(arm, selector) for selector in self.exclude)]
+
+    def base_of(self, arm: Arm) -> Path:
+        """The experiment file of an arm's runs."""
+        bases = [point["base"] for point in self._points(arm) if "base" in point]
+        return self.path.parent / bases[-1] if len(bases) > 0 else self.base
+
+    def fields_of(self, arm: Arm) -> dict[str, Any]:
+        """{dotted field: value} of an arm's runs, over its base's."""
+        points = [
+            {name: value for name, value in point.items() if name not in _RESERVED} for point in self._points(arm)
+        ]
+        return _merged(self.set, *points, self.full)
+
+    def test_of(self, arm: Arm) -> dict[str, Any]:
+        """{dotted field: value} of the evaluation of an arm's final runs, over `fields_of`."""
+        return _merged(self.test, *(point.get("test", {}) for point in self._points(arm)))
+
+    def _points(self, arm: Arm) -> list[dict[str, Any]]:
+        return [self.axes[axis][point] for axis, point in arm.items()]
+
+
+def matches(arm: Arm, selector: Mapping[str, str]) -> bool:
+    """Whether the arm has all of the selector's points."""
+    return all(arm.get(axis) == point for axis, point in selector.items())
+
+
+def slug(arm: Arm) -> str:
+    """The arm as a part of a file's name: letters, digits and `.+_%-` alone."""
+    parts = (f"{axis}-{point}" for axis, point in arm.items())
+    return ".".join(re.sub(r"[^A-Za-z0-9.+_%-]+", "-", part).strip("-") for part in parts) or "all"
+
+
+def read_study(path: str | os.PathLike[str], *, full: bool = False) -> Study:
+    """Read a study file.
+
+    Args:
+        path: the file.
+        full: apply its `full`, a longer form for GPUs; the study is then called NAME-full. Without it, `full` is
+            ignored.
+
+    Raises:
+        UserError: the file cannot be read, or a name or a value in it is wrong; the text names it.
+    """
+    path = Path(path)
+    values = read_mapping(str(path), "study file")
+    _check_names(path, "the study file", values, (*_REQUIRED, *_OPTIONAL))
+    for name in _REQUIRED:
+        if values.get(name) in (None, "", {}, []):
+            raise _wrong(path, f"{name} is missing; a study has {', '.join(_REQUIRED)}")
+    if full and not values.get("full"):
+        raise _wrong(path, "it has no `full`, the fields of a longer form for GPUs; run it without --full")
+    texts = {name: _text(path, name, values[name]) for name in ("name", "title", "claim", "source", "base")}
+    if not texts["name"].replace("_", "").replace("-", "").isalnum():
+        raise _wrong(
+            path, f"name is {texts['name']!r}, but it must be letters, digits, _ and -: files are named after it"
+        )
+    study = Study(
+        path=path,
+        **{name: text for name, text in texts.items() if name not in ("base", "name")},  # type: ignore[arg-type]
+        name=texts["name"] + ("-full" if full else ""),
+        base=path.parent / texts["base"],
+        axes=_axes(path, values["axes"]),
+        measures={
+            name: tuple(_texts(path, f"measures.{name}", paths))
+            for name, paths in _mapping(path, "measures", values["measures"]).items()
+        },
+        expect=tuple(_expectation(path, entry) for entry in _list(path, "expect", values["expect"])),
+        set=_fields(path, "set", values.get("set") or {}),
+        test=_fields(path, "test", values.get("test") or {}),
+        exclude=tuple(
+            _selector(path, "exclude", entry) for entry in _list(path, "exclude", values.get("exclude") or [])
+        ),
+        seeds=_seeds(path, values.get("seeds", 5)),
+        learning_rates=_learning_rates(path, values.get("learning_rates") or []),
+        evaluate=_evaluations(path, "evaluate", values.get("evaluate", ["eval-retrieval"])),
+        kept=_evaluations(path, "kept", values.get("kept") or []),
+        curves=tuple(_texts(path, "curves", values.get("curves") or [])),
+        paper=_paper(path, values.get("paper") or {}),
+        notes=_text(path, "notes", values.get("notes") or ""),
+        full=_fields(path, "full", values["full"]) if full else {},
+    )
+    _check_selectors(study)
+    return study
+
+
+def _wrong(path: Path, text: str) -> UserError:
+    return UserError(f"{path}: {text}")
+
+
+def _check_names(path: Path, where: str, values: Mapping[str, Any], known: Collection[str]) -> None:
+    for name in values:
+        if name not in known:
+            hint = did_you_mean(str(name), known) or f"; {where} has {', '.join(known)}"
+            raise _wrong(path, f"{name} is not a part of {where}{hint}")
+
+
+def _mapping(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(path, f"{name} is {value!r:.80}, but it must be a mapping of names to values")
+    return {str(key): inner for key, inner in value.items()}
+
+
+def _list(path: Path, name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise _wrong(path, f"{name} is {value!r:.80}, but it must be a list")
+    return value
+
+
+def _text(path: Path, name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong(path, f"{name} is {value!r:.80}, but it must be a text")
+    return value.strip()
+
+
+def _texts(path: Path, name: str, value: Any) -> list[str]:
+    return [_text(path, name, entry) for entry in _list(path, name, value)]
+
+
+def _fields(path: Path, where: str, value: Any) -> dict[str, Any]:
+    """{dotted field: value}, with names that an experiment has."""
+    fields = _mapping(path, where, value)
+    for name in fields:
+        if not is_field(name):
+            from siglit.parsing.fields import FIELDS
+
+            raise _wrong(
+                path, f"{where} sets {name}, which is not a field of an experiment{did_you_mean(name, FIELDS)}"
+            )
+        if name in _SET_BY_STUDY:
+            raise _wrong(path, f"{where} sets {name}, which the study sets itself for each run; leave it out")
+    return fields
+
+
+def _axes(path: Path, value: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    axes: dict[str, dict[str, dict[str, Any]]] = {}
+    for axis, points in _mapping(path, "axes", value).items():
+        axes[axis] = {}
+        for point, fields in _mapping(path, f"axes.{axis}", points).items():
+            where = f"axes.{axis}.{point}"
+            values = _mapping(path, where, fields)
+            reserved: dict[str, Any] = {}
+            if "base" in values:
+                reserved["base"] = _text(path, f"{where}.base", values.pop("base"))
+            if "test" in values:
+                reserved["test"] = _fields(path, f"{where}.test", values.pop("test"))
+            axes[axis][point] = {**_fields(path, where, values), **reserved}
+        if len(axes[axis]) == 0:
+            raise _wrong(path, f"axes.{axis} has no points")
+    return axes
+
+
+def _selectors(path: Path, where: str, value: Any) -> tuple[Arm, ...]:
+    selectors = [_mapping(path, where, entry) for entry in _list(path, where, value)]
+    return tuple({axis: str(point) for axis, point in selector.items()} for selector in selectors)
+
+
+def _expectation(path: Path, value: Any) -> Expectation:
+    values = _mapping(path, "expect", value)
+    _check_names(path, "an expectation", values, ("say", "plus", "minus", "measure", "margin"))
+    for name in ("say", "plus", "minus", "measure"):
+        if name not in values:
+            raise _wrong(path, f"an expectation has no {name}: {values!r:.200}")
+    plus, minus = (_selectors(path, name, values[name]) for name in ("plus", "minus"))
+    say, measure = (_text(path, name, values[name]) for name in ("say", "measure"))
+    return Expectation(say, plus, minus, measure, _number(path, "margin", values.get("margin", 0.0)))
+
+
+def _number(path: Path, name: str, value: Any) -> float:
+    try:
+        return float(value)  # YAML reads 1e-3 as a text
+    except (TypeError, ValueError):
+        raise _wrong(path, f"{name} is {value!r:.80}, but it must be a number") from None
+
+
+def _seeds(path: Path, value: Any) -> int:
+    if not isinstance(value, int) or not 5 <= value <= 1000:
+        raise _wrong(path, f"seeds is {value!r:.80}, but it must be a whole number from 5 to 1,000")
+    return value
+
+
+def _learning_rates(path: Path, value: Any) -> tuple[float, ...]:
+    rates = [_number(path, "learning_rates", entry) for entry in _list(path, "learning_rates", value)]
+    if len(set(rates)) < len(rates):
+        raise _wrong(path, f"learning_rates has a value twice: {rates}")
+    return tuple(rates)
+
+
+def _evaluations(path: Path, name: str, value: Any) -> tuple[str, ...]:
+    commands = _texts(path, name, value)
+    for command in commands:
+        if command not in EVALUATIONS:
+            raise _wrong(path, f"{name} has {command!r:.80}, but it must be {', '.join(EVALUATIONS)}")
+    return tuple(commands)
+
+
+def _paper(path: Path, value: Any) -> Paper:
+    values = _mapping(path, "paper", value)
+    _check_names(path, "paper", values, ("table", "note"))
+    table = None if "table" not in values else path.parent / _text(path, "paper.table", values["table"])
+    if table is not None and not table.is_file():
+        raise _wrong(path, f"paper.table is {table}, which is no file")
+    return Paper(table, _text(path, "paper.note", values.get("note", "")))
+
+
+def _check_selectors(study: Study) -> None:
+    arms = study.arms()
+    if len(arms) == 0:
+        raise _wrong(study.path, "exclude leaves out all arms")
+    names = [slug(arm) for arm in arms]
+    if twice := sorted(name for name in set(names) if names.count(name) > 1):
+        raise _wrong(study.path, f"two arms would have records of the same name, {twice[0]}; rename a point")
+    for selector in study.exclude:
+        _check_selector(study, "exclude", selector, _all_arms(study))
+    for expectation in study.expect:
+        where = f"expect {expectation.say!r}"
+        for selector in expectation.plus + expectation.minus:
+            _check_selector(study, where, selector, arms)
+        if expectation.measure not in study.measures:
+            hint = did_you_mean(expectation.measure, study.measures) or f"; they are {', '.join(study.measures)}"
+            raise _wrong(study.path, f"{where}: {expectation.measure} is not one of the measures{hint}")
+    if len(study.learning_rates) > 0 and any("optim.lr" in study.fields_of(arm) for arm in arms):
+        raise _wrong(study.path, "optim.lr is set, but learning_rates choose it; leave one of them out")
+
+
+def _check_selector(study: Study, where: str, selector: Arm, arms: Sequence[Arm]) -> None:
+    if not any(matches(arm, selector) for arm in arms):
+        raise _wrong(study.path, f"{where}: no arm has {selector}; the axes are {_names(study.axes)}")
+
+
+def _all_arms(study: Study) -> list[Arm]:
+    return [dict(zip(study.axes, points, strict=True)) for points in itertools.product(*study.axes.values())]
+
+
+def _names(axes: Mapping[str, Collection[str]]) -> str:
+    return "; ".join(f"{axis}: {', '.join(points)}" for axis, points in axes.items())
+
+
+def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for part in parts:
+        merged |= part
+    return merged

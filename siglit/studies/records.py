@@ -1,0 +1,130 @@
+"""Records of a study's finished runs: one small JSON file each, which travels with the repository.
+
+Knows what a run measured and which experiment it was of; a record holds no path and nothing of the machine but its
+hardware, so that a study grows over several sittings and machines.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from siglit.errors import UserError
+from siglit.runs.folder import read_json_object
+from siglit.runtime.files import write_json
+from siglit.studies.definition import Arm, slug
+
+Stage = Literal["select", "final"]
+"""select: chooses an arm's learning rate on data.val; final: counts for the verdict."""
+SELECTION_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run."""
+
+    study: str
+    arm: Arm
+    stage: Stage
+    seed: int
+    learning_rate: float | None
+    """optim.lr of the grid; None: the experiment's own."""
+    digest: str
+    """Of the experiment and its evaluations, by which a changed study recognizes its old runs."""
+    results: dict[str, float]
+    """{path: finite number}, such as "retrieval/image_to_text/R@10", "train/logit_bias", "zeroshot/top1"."""
+    curves: dict[str, list[float | None]] = field(default_factory=dict)
+    """Columns of metrics.csv with their "step", and evaluations of kept checkpoints with their "kept/step"."""
+    failed: str | None = None
+    """Why the run has no results: training was no longer finite."""
+    seconds: float = 0.0
+    """Of training and evaluation."""
+    examples_per_second: float = 0.0
+    hardware: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+
+    def measure(self, paths: Iterable[str]) -> float | None:
+        """The mean of the results at these paths; None if one is missing.
+
+        A path "curve/COLUMN/max_over_median" is the largest value of a column of `curves` over its median: how far the
+        largest spike stands out.
+        """
+        values = [self._value(path) for path in paths]
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if 0 < len(known) == len(values) else None
+
+    def _value(self, path: str) -> float | None:
+        if not path.startswith("curve/"):
+            return self.results.get(path)
+        column, _, reduction = path.removeprefix("curve/").rpartition("/")
+        values = [value for value in self.curves.get(column, []) if value is not None]
+        if reduction != "max_over_median" or len(values) == 0:
+            return None
+        return max(values) / statistics.median(values)
+
+
+def record_path(folder: Path, arm: Arm, stage: Stage, learning_rate: float | None, seed: int) -> Path:
+    """File of a record in the folder of a study's records."""
+    rate = "" if learning_rate is None else f".lr{learning_rate:g}"
+    return folder / f"{slug(arm)}.{stage}{rate}.s{seed}.json"
+
+
+def records_folder(out: Path, study: str) -> Path:
+    """Folder of a study's records below the folder of all reports, docs/studies."""
+    return out / "data" / study
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write a record, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = record_path(folder, record.arm, record.stage, record.learning_rate, record.seed)
+    write_json(path, asdict(record))
+
+
+def read_records(folder: Path, study: str) -> list[Record]:
+    """Read all records of a study, in the order of their files' names.
+
+    Raises:
+        UserError: a file is damaged, or is no record.
+    """
+    return [_read(path, study) for path in sorted(folder.glob("*.json"))]
+
+
+def _read(path: Path, study: str) -> Record:
+    advice = "restore it, or remove it and run the study again"
+    values = read_json_object(path, advice)
+    known = {entry.name for entry in fields(Record)}
+    try:
+        record = Record(**{name: value for name, value in values.items() if name in known})
+        whole = record.stage in ("select", "final") and isinstance(record.arm, dict) and isinstance(record.seed, int)
+        whole = whole and all(isinstance(value, (int, float)) for value in record.results.values())
+        whole = whole and all(isinstance(column, list) for column in record.curves.values())
+    except (TypeError, AttributeError):
+        whole = False
+    if not whole or record.study != study:
+        raise UserError(f"{path} is no record of the study {study}; {advice}")
+    return record
+
+
+def flatten(kind: str, value: Mapping[str, Any]) -> dict[str, float]:
+    """Finite numbers of a result's JSON by path: {"retrieval/image_to_text/R@1": 0.2, "fewshot/shots/10/mean": 0.5}.
+
+    Lists, texts and the provenance are left out, and what there is one of for each class.
+    """
+    flat: dict[str, float] = {}
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            if name not in ("provenance", "per_class"):
+                flat |= flatten(f"{kind}/{name}", inner)
+        elif isinstance(inner, (int, float)) and not isinstance(inner, bool) and math.isfinite(inner):
+            flat[f"{kind}/{name}"] = float(f"{inner:.7g}")
+    return flat
+
+
+def canonical(value: Any) -> str:
+    """JSON in which equal values have equal texts."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True)
