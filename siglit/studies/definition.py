@@ -166,7 +166,7 @@ def read_study(path: str | os.PathLike[str], *, full: bool = False) -> Study:
         )
     study = Study(
         path=path,
-        **{name: text for name, text in texts.items() if name not in ("base", "name")},  # type: ignore[arg-type]
+        **{name: text for name, text in texts.items() if name not in ("base", "name")},
         name=texts["name"] + ("-full" if full else ""),
         base=path.parent / texts["base"],
         axes=_axes(path, values["axes"]),
@@ -177,9 +177,7 @@ def read_study(path: str | os.PathLike[str], *, full: bool = False) -> Study:
         expect=tuple(_expectation(path, entry) for entry in _list(path, "expect", values["expect"])),
         set=_fields(path, "set", values.get("set") or {}),
         test=_fields(path, "test", values.get("test") or {}),
-        exclude=tuple(
-            _selector(path, "exclude", entry) for entry in _list(path, "exclude", values.get("exclude") or [])
-        ),
+        exclude=_selectors(path, "exclude", values.get("exclude") or []),
         seeds=_seeds(path, values.get("seeds", 5)),
         learning_rates=_learning_rates(path, values.get("learning_rates") or []),
         evaluate=_evaluations(path, "evaluate", values.get("evaluate", ["eval-retrieval"])),
