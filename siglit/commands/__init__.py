@@ -17,6 +17,10 @@ Flags = Mapping[str, dict[str, Any]]
 _CACHE = {"help": "folder of a cache, such as cache/NAME/train"}
 _CACHES = {"help": "folder of a cache, complete or not, or a folder of caches, such as cache/NAME with train and val"}
 
+_STUDY = {"-c": {"dest": "config", "required": True, "metavar": "STUDY.yaml", "help": "the study file"}}
+_OUT = {"--out": {"default": "docs/studies", "help": "folder of reports and records; default: docs/studies"}}
+_FULL = {"--full": {"action": "store_true", "help": "the longer form of the study, for GPUs"}}
+
 _RUN = ("mode", "name", "output_dir")
 _IMAGES = ("data", "image_tower", "cache")
 _TEXT = ("tokenizer", "text_tower")
@@ -131,6 +135,40 @@ COMMANDS: dict[str, Command] = {
         folders={
             "runs": {"nargs": "+", "help": "output folders of runs, such as runs/NAME"},
             "--out": {"default": "curves.png", "help": "the PNG file to write; default: curves.png"},
+        },
+    ),
+    "study run": Command(
+        "train what is missing of a study, a grid of runs that decides one claim",
+        "study:study_run",
+        folders={
+            **_STUDY,
+            "--part": {
+                "default": "1/1",
+                "help": "such as 2/4: the second of four parts, for other processes or machines",
+            },
+            **_OUT,
+            "--work": {"default": "runs/studies", "help": "folder for the runs; default: runs/studies"},
+            **_FULL,
+            "--smoke": {"action": "store_true", "help": "every arm once, for two steps on drawn images"},
+        },
+    ),
+    "study report": Command(
+        "decide a study's claim from its records: a page, a table and a plot",
+        "study:study_report",
+        folders={**_STUDY, **_OUT, **_FULL},
+    ),
+    "study plan": Command(
+        "count the missing runs of a study and estimate their time",
+        "study:study_plan",
+        folders={
+            **_STUDY,
+            "--devices": {"type": int, "default": 1, "help": "devices that share the runs; default: 1"},
+            "--examples-per-second": {
+                "type": float,
+                "help": "speed of one device; default: that of the records, else measured here in a few steps",
+            },
+            **_OUT,
+            **_FULL,
         },
     ),
     "search": Command(

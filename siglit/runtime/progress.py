@@ -82,7 +82,7 @@ class Meter:
         count = f"{self.done:,}" + (f" of {self._total:,}" if self._total is not None else "")
         parts = [f"{count} {self._unit}", f"{self.rate:,.0f}/s"]
         if self._total is not None and self.rate > 0 and self.done < self._total:
-            parts.append(f"{_duration((self._total - self.done) / self.rate)} left")
+            parts.append(f"{format_duration((self._total - self.done) / self.rate)} left")
         return ", ".join(parts) + (f"  {self._note}" if self._note else "")
 
     def _print_line(self) -> None:
@@ -91,7 +91,7 @@ class Meter:
             print(f"{self._title}: {self._status()}", file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Such as 0:07, 12:30 or 10:10:00."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

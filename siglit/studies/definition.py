@@ -61,6 +61,8 @@ class Paper:
     table: Path | None = None
     """CSV in long form; its last columns are `metric` and `value`."""
     note: str = ""
+    recipe: Path | None = None
+    """Experiment file of the paper's own scale, which `siglit study plan` plans too."""
 
 
 @dataclass(frozen=True)
@@ -303,11 +305,14 @@ def _evaluations(path: Path, name: str, value: Any) -> tuple[str, ...]:
 
 def _paper(path: Path, value: Any) -> Paper:
     values = _mapping(path, "paper", value)
-    _check_names(path, "paper", values, ("table", "note"))
-    table = None if "table" not in values else path.parent / _text(path, "paper.table", values["table"])
-    if table is not None and not table.is_file():
-        raise _wrong(path, f"paper.table is {table}, which is no file")
-    return Paper(table, _text(path, "paper.note", values.get("note", "")))
+    _check_names(path, "paper", values, ("table", "note", "recipe"))
+    files: dict[str, Path | None] = {"table": None, "recipe": None}
+    for name in files.keys() & values.keys():
+        file = path.parent / _text(path, f"paper.{name}", values[name])
+        if not file.is_file():
+            raise _wrong(path, f"paper.{name} is {file}, which is no file")
+        files[name] = file
+    return Paper(note=_text(path, "paper.note", values.get("note", "")), **files)
 
 
 def _check_selectors(study: Study) -> None:

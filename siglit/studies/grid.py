@@ -133,7 +133,7 @@ def _run(study: Study, arm: Arm, stage: Stage, learning_rate: float | None, seed
     test = study.test_of(arm) if stage == "final" else {}
     base = study.base_of(arm)
     content = {
-        "fields": {name: value for name, value in (_base_fields(base) | fields).items() if name not in _NOT_IN_DIGEST},
+        "fields": {name: value for name, value in (base_fields(base) | fields).items() if name not in _NOT_IN_DIGEST},
         "evaluate": study.evaluate,
         "kept": study.kept,
         "curves": study.curves,
@@ -144,7 +144,7 @@ def _run(study: Study, arm: Arm, stage: Stage, learning_rate: float | None, seed
 
 
 @cache
-def _base_fields(path: Path) -> dict[str, Any]:
+def base_fields(path: Path) -> dict[str, Any]:
     """{dotted field: value} of an experiment file as it is written: variables are not expanded."""
     return _flat(read_mapping(str(path), "experiment file"))
 

@@ -75,6 +75,10 @@ class StepTimer:
         return shares
 
 
+class NonFiniteError(RuntimeError):
+    """A loss or the weights of a run are no longer finite."""
+
+
 class TrainingMonitor(pl.Callback):
     """Logs how a run is doing, and stops it when a loss or the weights are no longer finite.
 
@@ -205,7 +209,7 @@ class TrainingMonitor(pl.Callback):
         """Check the losses since the last check, and the weights; all ranks together, because all of them stop.
 
         Raises:
-            RuntimeError: a loss or the weights are not finite; names the step, its batch and the newest checkpoint.
+            NonFiniteError: a loss or the weights are not finite; names the step, its batch and the newest checkpoint.
             SystemExit: the same, on the other ranks.
         """
         weights = _norm([p.detach() for p in trainer.lightning_module.parameters() if p.requires_grad])
@@ -224,7 +228,7 @@ class TrainingMonitor(pl.Callback):
             raise SystemExit(0)
         saved = sorted(self._checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
         newest = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        raise RuntimeError(f"{problem}; lower optim.lr, or check the cache with `siglit cache verify`; {newest}")
+        raise NonFiniteError(f"{problem}; lower optim.lr, or check the cache with `siglit cache verify`; {newest}")
 
 
 def peak_flops(device: torch.device) -> float | None:
