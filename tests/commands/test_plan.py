@@ -240,10 +240,15 @@ def test_recipe_fits_four_devices_of_80_gib_as_it_stands(path, tmp_path, monkeyp
         ("siglip_b16_long", 32 * 1024, 9_000_000_000 // (32 * 1024)),
         ("siglip_batch_sweep", 32 * 1024, 3_000_000_000 // (32 * 1024)),
         ("siglit_batch_sweep", 32 * 1024, 900_000_000 // (32 * 1024)),
+        ("siglip_bias", 8 * 1024, 900_000_000 // (8 * 1024)),
+        ("siglip_negatives", 16 * 1024, 900_000_000 // (16 * 1024)),
+        ("siglip_noise", 16 * 1024, 3_600_000_000 // (16 * 1024)),
+        ("siglip_vocabulary", 8 * 1024, 900_000_000 // (8 * 1024)),  # the paper states no batch
+        ("msiglip", 32 * 1024, 30_000_000_000 // (32 * 1024)),
     ],
 )
 def test_recipe_is_as_long_as_the_papers(name, batch, steps):
-    """arXiv:2303.15343v4, Table 1, sections 4.4 and 4.5, Tables 5 and 8."""
+    """arXiv:2303.15343v4, Table 1, sections 4.3 to 4.5 and 4.7 to 4.9, Tables 5 and 8."""
     from siglit.training.optim import total_steps
 
     train = parse("train", config=str(ROOT / "configs" / "reproductions" / f"{name}.yaml")).train

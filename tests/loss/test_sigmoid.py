@@ -1,11 +1,15 @@
 """The loss and its gradients are those of the paper's formula, in every type and for tiles of any size."""
 
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from siglit.loss import sigmoid_loss
+from tests.conftest import ROOT
 from tests.loss.reference import (
     BIAS,
     MASKS,
@@ -49,6 +53,26 @@ def test_the_value_is_that_of_big_visions_formula():
     assert sigmoid_loss(zimg, ztxt, SCALE, BIAS, chunk_size=4).item() == pytest.approx(
         np.mean(-np.sum(loglik, axis=-1)), rel=1e-13
     )
+
+
+def test_the_gradient_in_b_at_the_start_is_the_one_that_docs_state():
+    """That is n σ(b) − σ(−b) for cosines of 0; the loss itself computes it where a batch takes milliseconds."""
+    section = (ROOT / "docs" / "loss.md").read_text().partition("## The start of b")[2].partition("\n## ")[0]
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in section.replace(",", "").splitlines() if line[:1] == "|"]
+    table = {row[0]: [float(value.replace("−", "-")) for value in row[1:]] for row in rows[2:]}
+    assert list(table) == ["b = −10", "b = −log(B − 1)", "b = 0", "−log(B − 1)"]
+    sizes = [int(size.removeprefix("B = ")) for size in rows[0][1:]]
+    for column, size in enumerate(sizes):
+        prior = -math.log(size - 1)
+        assert table["−log(B − 1)"][column] == round(prior, 3)
+        zimg, ztxt = torch.eye(2, dtype=torch.float64).repeat_interleave(min(size, 512), dim=0).chunk(2)
+        for name, value in (("b = −10", -10.0), ("b = −log(B − 1)", prior), ("b = 0", 0.0)):
+            expected = (size - 1) / (1 + math.exp(-value)) - 1 / (1 + math.exp(value))
+            assert table[name][column] == pytest.approx(expected, abs=6e-5)
+            if size <= 512:
+                bias = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+                sigmoid_loss(zimg, ztxt, SCALE, bias).backward()
+                assert bias.grad.item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
