@@ -283,6 +283,8 @@ def test_every_exception_is_a_field():
     assert set(resume._NOT_COMPARED) <= known
     for name in ("seed", "optim.lr", "train.steps", "train.batch_size", "data.random_crop", "loss.negatives"):
         assert resume.Difference(name, 1, 2).changes_curve, name
+    for name in ("train.keep_every", "train.log_every", "eval.checkpoint"):
+        assert not resume.Difference(name, 1, 2).changes_curve, name
 
 
 LOCK = """
