@@ -326,6 +326,9 @@ class TrainConfig:
     """Steps between rows of metrics.csv."""
     val_every: int = field(default=500, metadata=_ZERO_OR_MORE)
     """Steps between validations and checkpoints; both also happen at the end; 0: only at the end."""
+    keep_every: int = field(default=0, metadata=_ZERO_OR_MORE)
+    """Steps between checkpoints that are kept for evaluation, checkpoints/step-00000040.ckpt, also of the start and the
+    end; they hold the weights alone, so training resumes from the last checkpoint; 0: none."""
     val_rows: int = field(default=5000, metadata=_ONE_OR_MORE)
     """Held-out images that validation during training uses at most; eval-retrieval uses all."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
@@ -343,7 +346,7 @@ class EvalConfig:
     """Evaluation of a trained run."""
 
     checkpoint: str | None = None
-    """Checkpoint to evaluate; default: checkpoints/last.ckpt of the output folder."""
+    """Checkpoint to evaluate, such as one of train.keep_every; default: checkpoints/last.ckpt of the output folder."""
     split: Literal["val", "train"] = "val"
     """Split to evaluate on and to search."""
     batch_size: int = field(default=512, metadata=_ONE_OR_MORE)

@@ -74,6 +74,11 @@ class Plan:
     """Of the embeddings alone, over all shards."""
     embedding_width: int
     checkpoint_bytes: int
+    """Of one file on disk, which holds all weights and optimizer state; a run keeps two."""
+    kept_checkpoints: int | None
+    """Files of train.keep_every; None if the length of the run is not known."""
+    kept_bytes: int | None
+    """Of all of them on disk."""
     largest_batches: list[LargestBatch] | None
     """Of each loss, if they were requested."""
 
@@ -107,6 +112,7 @@ class Plan:
             ("time", self._time()),
             ("cache on disk", self._cache()),
             ("checkpoint", _bytes(self.checkpoint_bytes)),
+            *([] if self.kept_checkpoints == 0 else [("kept checkpoints", self._kept())]),
         ]
 
     def _activations(self) -> str:
@@ -171,6 +177,11 @@ class Plan:
             )
         product = f"{plural(self.rows, 'image')} × {self.embedding_width} × 2 bytes"
         return f"{_bytes(self.cache_bytes)} of embeddings ({product}), and captions"
+
+    def _kept(self) -> str:
+        if self.kept_checkpoints is None or self.kept_bytes is None:
+            return "number not known, because the length is not; set --rows"
+        return f"{_bytes(self.kept_bytes)} for the weights of {plural(self.kept_checkpoints, 'step')}"
 
     def _largest_batches(self) -> list[str]:
         if self.largest_batches is None:
@@ -283,6 +294,7 @@ def _plan(
         )
         rate = measured.examples_per_second(memory.pairs)
     width = RandomDataModule(experiment).width
+    time = _time_fields(experiment.train, rows, devices, rate)
     return Plan(
         mode=experiment.mode,
         devices=devices,
@@ -294,7 +306,8 @@ def _plan(
         micro_batch_size=fitting,
         requested_micro_batch_size=requested,
         memory_gib=device.memory_gib,
-        **_time_fields(experiment.train, rows, devices, rate),
+        **time,
+        **_disk_fields(experiment.train, memory, devices, time["steps"]),
         examples_per_second=rate,
         throughput=measured,
         rows=rows,
@@ -321,7 +334,19 @@ def _memory_fields(memory: MemoryEstimate, pairs: int, usable_bytes: float | Non
         "loss_bytes": memory.loss.tile + memory.loss.rows,
         "peak_bytes": peak,
         "fits": None if usable_bytes is None else peak <= usable_bytes,
-        "checkpoint_bytes": memory.weights + memory.optimizer,
+    }
+
+
+def _disk_fields(train: TrainConfig, memory: MemoryEstimate, devices: int, steps: int | None) -> dict[str, Any]:
+    """Fields of `Plan` on checkpoints, whose files are whole also where each device holds a shard."""
+    shards = devices if train.strategy == "fsdp2" else 1
+    kept: int | None = 0
+    if train.keep_every:  # the start too, and the end if it is no multiple
+        kept = None if steps is None else -(-steps // train.keep_every) + 1
+    return {
+        "checkpoint_bytes": (memory.weights + memory.optimizer) * shards,
+        "kept_checkpoints": kept,
+        "kept_bytes": None if kept is None else kept * memory.weights * shards,
     }
 
 

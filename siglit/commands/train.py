@@ -163,13 +163,14 @@ def _find_resume_checkpoint(experiment: Experiment, folder: Path) -> tuple[bool,
     files and logs.
 
     Raises:
-        UserError: the run has checkpoints but is not to be resumed, all of them are damaged, or resuming would change
-            the training curve.
+        UserError: the run has checkpoints but is not to be resumed, all of them are damaged, the newest is of weights
+            alone, or resuming would change the training curve.
     """
     saved = folder / "checkpoints"
     first = is_first_process()
     requested = experiment.train.resume or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-    if checkpoints.exist(saved) and not requested:
+    # Weights of the start alone are of a run that was stopped before its first step, which can be started again.
+    if not requested and (checkpoints.exist(saved) or checkpoints.kept_after(saved, 0)):
         raise UserError(
             f"{folder} holds the checkpoints of an earlier run; continue it with --resume (or --train.resume true), "
             "or choose another --output_dir"
@@ -180,6 +181,7 @@ def _find_resume_checkpoint(experiment: Experiment, folder: Path) -> tuple[bool,
             _logger.info(f"{saved} holds no checkpoint: training starts at the first step")
         return False, 0
     if first or path.exists():
+        checkpoints.check_resumable(path)
         resume.check_resumed(folder, checkpoints.trained_as(path), experiment, quiet=not first)
     return (True, checkpoints.steps_taken(path)) if first else (requested and checkpoints.exist(saved), 0)
 

@@ -46,7 +46,7 @@ _PANELS = (
     _Panel("held-out R@1", r"val/(image_to_text|text_to_image)/R@1"),
     _Panel("gradient norm (before clipping)", r"train/(?:(\w+)/)?grad_norm", ("linear", "log")),
     _Panel("parameter norm", r"train/(\w+)/param_norm"),
-    _Panel("update norm", r"train/(\w+)/update_norm", ("linear", "log")),
+    _Panel("update norm", r"train/(?:(\w+)/)?update_norm", ("linear", "log")),
     _Panel("examples/s", r"train/examples_per_second"),
     _Panel("MFU (fraction of peak FLOP/s)", r"train/mfu"),
     _Panel("fraction of step time", r"time/(\w+)", ("linear", "log")),

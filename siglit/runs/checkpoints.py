@@ -1,13 +1,15 @@
 """The checkpoints in a run's folder: which one is undamaged, and what it records about its run.
 
-`checkpoints/last.ckpt`, and `previous.ckpt`, the one before. How they are written is `siglit.training.checkpointing`,
-what they hold `SigLiT.on_save_checkpoint` in `siglit.training.module`.
+`checkpoints/last.ckpt`, `previous.ckpt`, the one before, and such as `step-00000040.ckpt`, the kept weights of a step.
+How they are written is `siglit.training.checkpointing`, what they hold `SigLiT.on_save_checkpoint` in
+`siglit.training.module`.
 """
 
 import contextlib
 import errno
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,8 @@ from siglit.runtime.files import remove_leftovers
 _logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+"""The checkpoints that a run resumes from."""
+_KEPT = "step-*.ckpt"
 
 
 def newest(folder: Path) -> Path | None:
@@ -60,7 +64,8 @@ def prepare(folder: Path) -> Path | None:
     Raises:
         UserError: all checkpoints are damaged.
     """
-    remove_leftovers(folder, LAST)
+    for names in (LAST, _KEPT):
+        remove_leftovers(folder, names)
     path = newest(folder)
     if path is not None and path.name == PREVIOUS:
         os.replace(path, folder / LAST)
@@ -71,6 +76,17 @@ def exist(folder: Path) -> bool:
     """Tell whether there is a checkpoint, damaged or not; correct also while another process runs `prepare`."""
     # `prepare` renames previous to last: looking in the other order could miss both.
     return (folder / PREVIOUS).exists() or (folder / LAST).exists()
+
+
+def kept(folder: Path, step: int) -> Path:
+    """File of the weights that are kept of a step, see train.keep_every."""
+    return folder / f"step-{step:08}.ckpt"
+
+
+def kept_after(folder: Path, step: int) -> list[Path]:
+    """Files of the weights that are kept of later steps."""
+    numbers = ((path, re.fullmatch(r"step-([0-9]{8,})", path.stem)) for path in folder.glob(_KEPT))
+    return [path for path, number in numbers if number is not None and int(number[1]) > step]
 
 
 @contextlib.contextmanager
@@ -107,6 +123,23 @@ def trained_as(path: Path) -> dict[str, Any] | None:
     except Exception:  # damage raises errors of many types; `newest` reports it
         return None
     return experiment if isinstance(experiment, dict) else None
+
+
+def check_resumable(path: Path) -> None:
+    """Refuse to continue from kept weights; a damaged checkpoint passes, because `newest` reports it.
+
+    Raises:
+        UserError: the checkpoint has no optimizer state.
+    """
+    try:
+        resumable = "optimizer_states" in torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # damage raises errors of many types
+        return
+    if not resumable:
+        raise UserError(
+            f"{path} holds weights without optimizer state, as the files of train.keep_every do, so no training can "
+            f"resume from it; restore the run's own {LAST} or {PREVIOUS}, or choose another --output_dir"
+        )
 
 
 def is_undamaged(path: Path) -> bool:

@@ -37,6 +37,7 @@ _SAME_CURVE = {
     "changes what is measured and logged, not what is trained": (
         "data.val",
         "eval",
+        "train.keep_every",
         "train.log_every",
         "train.loggers",
         "train.val_every",

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from siglit.runs.checkpoints import LAST, PREVIOUS
 from siglit.training.lightning_internals import call_before_batch_fetch, is_logged_step
 
 _PEAK_FLOPS = {
@@ -33,6 +34,8 @@ _PEAK_FLOPS = {
 }
 """Dense bfloat16 FLOP/s by CUDA's full name of the device: slices (MIG), NVL and laptop variants have other peaks."""
 
+_OWN = ""
+"""Key of the module's own parameters among those of its towers."""
 _KEYS_IN_MESSAGE = 3
 _MAX_UNCHECKED_STEPS = 100
 """Most steps whose loss and rows are kept on the device before they are checked, however rarely a step is logged."""
@@ -84,8 +87,9 @@ class TrainingMonitor(pl.Callback):
 
     Logs on the steps that Lightning logs, and on no other:
 
-    - `train/grad_norm`, and of each tower `train/TOWER/grad_norm` (before clipping, averaged over the ranks),
-      `param_norm` (after the step) and `update_norm` (of the difference the step made), as in the paper's Figure 5;
+    - `train/grad_norm` and `train/update_norm` of all trained parameters, and of each tower `train/TOWER/grad_norm`
+      (before clipping, averaged over the ranks), `param_norm` (after the step) and `update_norm` (of the difference the
+      step made, weight decay included), as in the paper's Figure 5;
     - `train/examples_per_second` since the last logged step, without validation;
     - `time/data` (waiting for the batch), `time/towers` (forward and backward), `time/loss` and `time/optimizer` (with
       clipping): shares of this one step, which waits for the device between them. The losses compute their gradients
@@ -101,7 +105,7 @@ class TrainingMonitor(pl.Callback):
 
         Args:
             batch_size: pairs of the global batch.
-            checkpoints: folder of the checkpoints, of which a message names the newest.
+            checkpoints: folder of the checkpoints, of which a message names the newest to resume from.
         """
         self._batch_size, self._checkpoints = batch_size, checkpoints
         self._logged = False
@@ -161,7 +165,8 @@ class TrainingMonitor(pl.Callback):
             return
         _timer(pl_module).switch_to(None)
         towers = _towers(pl_module)
-        self._before = {name: [p.detach().clone() for p in parameters] for name, parameters in towers.items()}
+        parts = {**towers, _OWN: _own(pl_module)}
+        self._before = {name: [p.detach().clone() for p in parameters] for name, parameters in parts.items()}
         self._norms = {f"train/{name}/grad_norm": _grad_norm(parameters) for name, parameters in towers.items()}
         self._norms["train/grad_norm"] = _grad_norm(pl_module.parameters())
         _timer(pl_module).switch_to("optimizer")
@@ -183,15 +188,22 @@ class TrainingMonitor(pl.Callback):
         metrics: dict[str, Any] = {**self._norms, "train/examples_per_second": rate}
         if self._peak_flops is not None and self._flops_per_pair is not None:
             metrics["train/mfu"] = rate * self._flops_per_pair / (trainer.world_size * self._peak_flops)
+        updates = [self._update_norm(_OWN, _own(pl_module))]
         for name, parameters in _towers(pl_module).items():
-            after = [p.detach() for p in parameters]
-            before = self._before.pop(name)
-            torch._foreach_sub_(before, after)
-            metrics[f"train/{name}/param_norm"] = _norm(after)
-            metrics[f"train/{name}/update_norm"] = _norm(before)
+            updates.append(self._update_norm(name, parameters))
+            metrics[f"train/{name}/param_norm"] = _norm([p.detach() for p in parameters])
+            metrics[f"train/{name}/update_norm"] = updates[-1]
+        metrics["train/update_norm"] = _norm(updates)
         metrics |= {f"time/{part}": share for part, share in _timer(pl_module).shares().items()}
         pl_module.log_dict(metrics)
         self.check(trainer)
+
+    def _update_norm(self, part: str, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Norm of what the step has changed; frees the copies."""
+        difference = self._before.pop(part)
+        if len(difference) > 0:
+            torch._foreach_sub_(difference, [p.detach() for p in parameters])
+        return _norm(difference)
 
     @override
     def on_save_checkpoint(
@@ -209,7 +221,8 @@ class TrainingMonitor(pl.Callback):
         """Check the losses since the last check, and the weights; all ranks together, because all of them stop.
 
         Raises:
-            NonFiniteError: a loss or the weights are not finite; names the step, its batch and the newest checkpoint.
+            NonFiniteError: a loss or the weights are not finite; names the step, its batch and the newest checkpoint to
+                resume from.
             SystemExit: the same, on the other ranks.
         """
         weights = _norm([p.detach() for p in trainer.lightning_module.parameters() if p.requires_grad])
@@ -226,8 +239,8 @@ class TrainingMonitor(pl.Callback):
         if not trainer.is_global_zero:
             # When another rank fails, Lightning kills the first one, perhaps before it has shown the message.
             raise SystemExit(0)
-        saved = sorted(self._checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-        newest = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        saved = [path for name in (LAST, PREVIOUS) if (path := self._checkpoints / name).exists()]
+        newest = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
         raise NonFiniteError(f"{problem}; lower optim.lr, or check the cache with `siglit cache verify`; {newest}")
 
 
@@ -269,6 +282,11 @@ def _towers(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     """{name: trainable parameters} of the children that have any."""
     towers = {name: [p for p in child.parameters() if p.requires_grad] for name, child in module.named_children()}
     return {name: parameters for name, parameters in towers.items() if parameters}
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    """Trainable parameters that are not in a child, such as the loss's t' and b."""
+    return [p for p in module.parameters(recurse=False) if p.requires_grad]
 
 
 def _grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -47,6 +47,7 @@ def build_trainer(
     if SLURMEnvironment.detect():
         # Lightning's own requeueing would resume from a checkpoint of its own.
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    monitor = TrainingMonitor(train.batch_size, folder / "checkpoints")
     return pl.Trainer(
         accelerator=train.accelerator,
         devices=train.devices,
@@ -66,9 +67,16 @@ def build_trainer(
         callbacks=[
             record,
             StepSeed(experiment.seed),
-            TrainingMonitor(train.batch_size, folder / "checkpoints"),
+            monitor,
             TrainProgress(train.batch_size, steps),
-            CheckpointSaver(folder / "checkpoints" / checkpoints.LAST, every, steps, signals),
+            CheckpointSaver(
+                folder / "checkpoints" / checkpoints.LAST,
+                every,
+                steps,
+                signals,
+                keep_every=train.keep_every,
+                check_finite=monitor.check,
+            ),
         ],
         logger=_loggers(experiment.name, train.loggers, folder, steps_taken),
         enable_progress_bar=False,

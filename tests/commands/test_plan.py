@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import siglit
-from siglit.commands.plan import _digits
-from siglit.config import LossConfig
+from siglit.commands.plan import _digits, _disk_fields
+from siglit.config import LossConfig, TrainConfig
 from siglit.errors import UserError
 from siglit.loss import Negatives, sigmoid_loss, softmax_loss
 from siglit.parsing.arguments import parse_command
@@ -389,3 +391,25 @@ def test_a_machine_without_a_gpu_says_that_it_plans_for_its_cpu(small, monkeypat
     monkeypatch.setattr("siglit.commands.plan.measure_throughput", lambda *_, **__: measured)
     siglit.plan(parse("plan", "--train.accelerator", accelerator, config=str(small)))
     assert capsys.readouterr().err.count("--gpu-memory plans for GPUs") == hints
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "kept"), [(10, 0, 0), (None, 0, 0), (10, 4, 4), (10, 5, 3), (10, 40, 2), (None, 4, None)]
+)
+def test_the_disk_that_checkpoints_take_is_counted(steps, every, kept):
+    """Weights of the start, of every so many steps and of the end; whole also where each device holds a half."""
+    for strategy, devices, part in (("ddp", 2, 1), ("fsdp2", 2, 2), ("fsdp2", 1, 1)):
+        memory = SimpleNamespace(weights=100 // part, optimizer=200 // part)
+        train = TrainConfig(keep_every=every, strategy=strategy)
+        fields = _disk_fields(train, memory, devices, steps)
+        assert fields["checkpoint_bytes"] == 300
+        assert fields["kept_checkpoints"] == kept
+        assert fields["kept_bytes"] == (None if kept is None else 100 * kept)
+
+
+def test_the_disk_that_kept_weights_take_is_shown(small):
+    plan = siglit.plan(parse("plan", "--train.keep_every", "4", config=str(small)), examples_per_second=1.0)
+    assert plan.kept_bytes == 4 * plan.weight_bytes
+    assert "for the weights of 4 steps" in str(plan)
+    assert "number not known" in str(replace(plan, kept_checkpoints=None, kept_bytes=None))
+    assert "kept checkpoints" not in str(replace(plan, kept_checkpoints=0, kept_bytes=0))

@@ -161,6 +161,22 @@ def test_an_edited_record_is_compared_with_what_was_trained(run, capsys):
     assert "changed since training: optim.lr: 0.003 → 0.3, which changes the training curve" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_kept_weights_in_the_place_of_the_last_checkpoint_are_refused(run, first, monkeypatch):
+    """By all ranks, before anything is changed."""
+    path = run / "checkpoints/last.ckpt"
+    state = torch.load(path, weights_only=True)
+    for name in ("optimizer_states", "lr_schedulers", "callbacks"):
+        del state[name]
+    torch.save(state, path)
+    before = content(run)
+    monkeypatch.setattr(training, "is_first_process", lambda: first)
+    message = r"^runs/small/checkpoints/last\.ckpt holds weights without optimizer state, as the files of [^\n]*$"
+    with pytest.raises(UserError, match=message):
+        siglit.train(parse("train", "--train.steps", "3", "--train.resume", "true"))
+    assert content(run) == before
+
+
 def test_a_change_is_accepted_once(run):
     """Not by the file that the accepted run wrote."""
     assert command("--resume", "--train.resume_changed", "true", "--train.steps", "5") == 0
@@ -267,6 +283,8 @@ def test_every_exception_is_a_field():
     assert set(resume._NOT_COMPARED) <= known
     for name in ("seed", "optim.lr", "train.steps", "train.batch_size", "data.random_crop", "loss.negatives"):
         assert resume.Difference(name, 1, 2).changes_curve, name
+    for name in ("train.keep_every", "train.log_every", "eval.checkpoint"):
+        assert not resume.Difference(name, 1, 2).changes_curve, name
 
 
 LOCK = """

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +116,28 @@ def test_where_all_are_damaged_nothing_is_changed(tmp_path):
         newest(tmp_path)
 
 
+def test_weights_that_are_kept_replace_no_checkpoint_to_resume_from(tmp_path):
+    """Nor do leftovers of their writers stay, or a file of another name go."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    for step in (2, 2):
+        AtomicCheckpointIO().save_checkpoint({"global_step": step}, checkpoints.kept(tmp_path, step))
+    assert steps(tmp_path) == {"last.ckpt": 2, "previous.ckpt": 1, "step-00000002.ckpt": 2}
+    names = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "step-00000004.ckpt.tmp-0123456789abcdef").touch()
+    prepare(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_kept_weights_of_later_steps_are_found_by_their_number(tmp_path):
+    for name in ("step-00000004.ckpt", "step-00000010.ckpt", "step-123456789.ckpt", "step-5.ckpt", "step-mine.ckpt"):
+        (tmp_path / name).touch()
+    found = sorted(path.name for path in checkpoints.kept_after(tmp_path, 4))
+    assert found == ["step-00000010.ckpt", "step-123456789.ckpt"]
+    assert checkpoints.kept(tmp_path, 123456789).name == "step-123456789.ckpt"
+    assert checkpoints.kept_after(tmp_path / "missing", 0) == []
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert prepare(tmp_path / "missing") is None
     assert not checkpoints.exist(tmp_path / "missing")
@@ -145,24 +168,28 @@ def saver_of(rank, size, signals, checks):
     saved = []
     data = SimpleNamespace(check_unchanged=checks)
     trainer = SimpleNamespace(world_size=size, global_step=3, loggers=[], datamodule=data, save_checkpoint=saved.append)
-    return CheckpointSaver("last.ckpt", 3, 9, SimpleNamespace(received=signals)), trainer, saved
+    saver = CheckpointSaver(
+        Path("last.ckpt"), 3, 9, SimpleNamespace(received=signals), keep_every=3, check_finite=lambda _: None
+    )
+    return saver, trainer, saved
 
 
-def save_with_one_changed_cache(rank, size):
+def save_with_one_changed_cache(rank, size, name):
     def check():
         if rank == 1:
             raise CacheError("shard-000000.h5 was written to")
 
     saver, trainer, saved = saver_of(rank, size, [], check)
     try:
-        saver._save(trainer, Module)
+        getattr(saver, name)(trainer, Module)
     except CacheError as error:
         return str(error), saved
     return None, saved
 
 
-def test_where_one_rank_finds_its_cache_changed_none_saves(ranks):
-    (first, saved), (second, saved_too) = ranks.run(save_with_one_changed_cache, 2, timeout=30)
+@pytest.mark.parametrize("name", ["_save", "_keep"])
+def test_where_one_rank_finds_its_cache_changed_none_saves(ranks, name):
+    (first, saved), (second, saved_too) = ranks.run(save_with_one_changed_cache, 2, name, timeout=30)
     assert "rank 1: shard-000000.h5 was written to" in first
     assert second == "shard-000000.h5 was written to"
     assert saved == saved_too == []

@@ -3,6 +3,8 @@
 import copy
 import csv
 import itertools
+import math
+import os
 
 import h5py
 import lightning.pytorch as pl
@@ -114,6 +116,7 @@ def test_the_norms_are_those_of_a_loop_written_out(batches, tmp_path, device):
     optimizer = other.configure_optimizers()
     for row, batch in zip(rows, batches, strict=True):
         before = other.text_tower.weight.detach().clone()
+        scale_before = other.scale.item()
         optimizer.zero_grad()
         other.training_step(batch).backward()
         tower, scale = other.text_tower.weight.grad.norm().item(), other.scale.grad.item()
@@ -123,7 +126,10 @@ def test_the_norms_are_those_of_a_loop_written_out(batches, tmp_path, device):
         assert row["train/grad_norm"] == pytest.approx((tower**2 + scale**2) ** 0.5, rel=1e-5)
         after = other.text_tower.weight.detach()
         assert row["train/text_tower/param_norm"] == pytest.approx(after.norm().item(), rel=1e-5)
-        assert row["train/text_tower/update_norm"] == pytest.approx((after - before).norm().item(), rel=1e-4)
+        update = (after - before).norm().item()
+        assert row["train/text_tower/update_norm"] == pytest.approx(update, rel=1e-4)
+        whole = math.hypot(update, other.scale.item() - scale_before)
+        assert row["train/update_norm"] == pytest.approx(whole, rel=1e-4)
         assert not any(name.startswith("train/image_tower") for name in row)
 
 
@@ -202,10 +208,15 @@ def test_losses_do_not_pile_up_where_little_is_logged(batches, tmp_path, monkeyp
 
 
 def test_a_loss_that_is_not_finite_is_traced_to_its_step_and_batch(batches, tmp_path):
-    """Found only at the end, four steps later, when all losses since are not finite either."""
+    """Found only at the end, four steps later, when all losses since are not finite either.
+
+    The message names the checkpoint to resume from, not the newer one whose weights alone were kept.
+    """
     batches[2]["ids"][1, 1] = torch.nan
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    for age, name in enumerate(("step-00000002.ckpt", "last.ckpt", "previous.ckpt")):
+        (tmp_path / "checkpoints" / name).touch()
+        os.utime(tmp_path / "checkpoints" / name, (1000 - age, 1000 - age))
     message = (
         r"^the loss is nan at step 3, in the batch of picture 10, picture 11, picture 12 and 2 more; .*last\.ckpt$"
     )
@@ -304,5 +315,6 @@ def test_two_devices_have_the_metrics_of_one_and_stop_together(poisoned):
     assert "13 more" in line, "of both devices"
     (one,), (two,) = rows_of(poisoned / "runs/1"), rows_of(poisoned / "runs/2")
     norms = [name for name in one if name.endswith("_norm")]
-    assert len(norms) == 4
+    assert len(norms) == 5
+    assert "train/update_norm" in norms
     assert {name: two[name] for name in norms} == pytest.approx({name: one[name] for name in norms}, rel=1e-3)

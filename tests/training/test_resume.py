@@ -1,7 +1,9 @@
 """A run that is stopped or killed and resumed equals an undisturbed one, bit for bit: weights and metrics.csv."""
 
 import csv
+import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -18,6 +20,7 @@ from siglit.cache import CacheError
 from siglit.errors import UserError
 from siglit.models.text_tower import TextTower
 from siglit.runs import checkpoints
+from siglit.runs.trained import open_trained
 from siglit.runtime.signals import Terminated
 from siglit.training.data import CacheDataModule
 from siglit.training.module import SigLiT
@@ -28,9 +31,9 @@ MODES = {"locked": [], "unlocked": ["--mode", "unlocked", "--data.random_crop", 
 """What to add to the command line for each mode of training."""
 WORDS = [
     *("--tokenizer.path", "tokenizer.model", "--train.steps", "7"),
-    *("--train.log_every", "2", "--train.val_every", "3"),
+    *("--train.log_every", "2", "--train.val_every", "3", "--train.keep_every", "2"),
 ]
-"""Two steps per epoch; rows, checkpoints and epochs end at different steps."""
+"""Two steps per epoch; rows, checkpoints, kept weights and epochs end at different steps."""
 
 DRIVER = """
 import os, signal, subprocess, time
@@ -111,7 +114,22 @@ def table(folder):
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "train/examples_per"))} for row in rows]
 
 
+def kept(folder):
+    """Files of the weights that a run has kept, in the order of their steps."""
+    return sorted((folder / "checkpoints").glob("step-*.ckpt"))
+
+
+def saved(folder):
+    """{name: step} of the checkpoints to resume from."""
+    files = {path.name: path for path in (folder / "checkpoints").iterdir() if path not in kept(folder)}
+    return {name: checkpoints.steps_taken(path) for name, path in files.items()}
+
+
 def assert_equal(folder, whole):
+    assert [path.name for path in kept(folder)] == [path.name for path in kept(whole)]
+    for one, other in zip(kept(folder), kept(whole), strict=True):
+        weights, expected = (torch.load(path, weights_only=True)["state_dict"] for path in (one, other))
+        assert all(torch.equal(weights[name], weight) for name, weight in expected.items()), one.name
     one, other = (torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (folder, whole))
     assert one["global_step"] == other["global_step"] == 7
     for name, weight in other["state_dict"].items():
@@ -307,7 +325,7 @@ def test_two_damaged_checkpoints_are_reported_in_one_line(place, folder):
 
 @pytest.mark.parametrize("step", [4, 6, 7])
 def test_weights_that_are_not_finite_are_never_saved(step, folder, monkeypatch):
-    """Not at the checkpoint that is due, not at the end, not when a signal comes."""
+    """Not at the checkpoint that is due, not at the end, not when a signal comes, not in a file of its step."""
     real = SigLiT.optimizer_step
 
     def corrupted(self, *given, **options):
@@ -320,8 +338,8 @@ def test_weights_that_are_not_finite_are_never_saved(step, folder, monkeypatch):
     monkeypatch.setattr(SigLiT, "optimizer_step", corrupted)
     with pytest.raises(RuntimeError, match=f"no longer finite after step {step}.*last good checkpoint is .*last.ckpt"):
         siglit.train(experiment("stopped"))
-    saved = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
-    assert saved == ({"last.ckpt": 6, "previous.ckpt": 3} if step == 7 else {"last.ckpt": 3})
+    assert saved(folder) == ({"last.ckpt": 6, "previous.ckpt": 3} if step == 7 else {"last.ckpt": 3})
+    assert [checkpoints.steps_taken(path) for path in kept(folder)] == [n for n in (0, 2, 4, 6) if n < step]
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
@@ -369,8 +387,51 @@ def test_there_need_not_be_a_checkpoint_to_resume_from(folder, whole, capsys):
 
 def test_checkpoints_are_saved_without_held_out_data_too(folder):
     siglit.train(experiment("stopped", "locked", "--data.val", "null"))
-    saved = {path.name: checkpoints.steps_taken(path) for path in (folder / "checkpoints").iterdir()}
-    assert saved == {"last.ckpt": 7, "previous.ckpt": 6}
+    assert saved(folder) == {"last.ckpt": 7, "previous.ckpt": 6}
+    assert [path.name for path in kept(folder)] == [f"step-0000000{step}.ckpt" for step in (0, 2, 4, 6, 7)]
+    assert [checkpoints.steps_taken(path) for path in kept(folder)] == [0, 2, 4, 6, 7]
+
+
+def test_kept_weights_are_those_of_their_step_without_optimizer_state(place, whole):
+    """The first ones are the initial ones, and the last ones those of the last checkpoint."""
+    start, *_, end = (torch.load(path, weights_only=True) for path in kept(whole()))
+    last = torch.load(whole() / "checkpoints/last.ckpt", weights_only=True)
+    assert start["state_dict"]["log_scale"] == torch.tensor(math.log(10))
+    assert start["state_dict"].keys() == end["state_dict"].keys() == last["state_dict"].keys()
+    assert all(torch.equal(end["state_dict"][name], weight) for name, weight in last["state_dict"].items())
+    assert end["siglit"] == last["siglit"]
+    assert not {"optimizer_states", "lr_schedulers", "callbacks"} & (start.keys() | end.keys())
+    rest = {name: value for name, value in end.items() if name != "state_dict"}
+    assert len(pickle.dumps(rest)) < 10_000, "no position of each row"
+    path = str(kept(whole())[1])
+    trained = open_trained(parse("eval-retrieval", *words(whole().name), "--eval.checkpoint", path))
+    assert (trained.checkpoint, trained.step) == (path, 2)
+
+
+def test_a_resumed_run_keeps_each_step_once_and_no_step_of_a_course_it_does_not_take(folder, whole):
+    """Cut off after step 5, resumed from step 3: the weights of step 4 are written again, those before are not."""
+    cut_off_in_step(6)
+    (folder / "checkpoints/step-00000002.ckpt.tmp-0123456789abcdef").touch()
+    assert [checkpoints.steps_taken(path) for path in kept(folder)[:3]] == [0, 2, 4]
+    before = [path.stat().st_mtime_ns for path in kept(folder)[:3]]
+    later = folder / "checkpoints/step-00000005.ckpt"  # of an earlier train.keep_every
+    shutil.copy(folder / "checkpoints/step-00000004.ckpt", later)
+    siglit.train(experiment("stopped", "locked", "--train.resume", "true"))
+    after = [path.stat().st_mtime_ns for path in kept(folder)[:3]]
+    assert after[:2] == before[:2]
+    assert after[2] > before[2]
+    assert_equal(folder, whole())
+
+
+def test_a_new_run_does_not_delete_the_kept_weights_of_another(folder, whole):
+    """Only those of the start, which say nothing: a run that is stopped before its first step can be started again."""
+    cut_off_in_step(3)
+    assert not checkpoints.exist(folder / "checkpoints")
+    with pytest.raises(UserError, match=r"holds the checkpoints of an earlier run; continue it with --resume"):
+        siglit.train(experiment("stopped"))
+    (folder / "checkpoints/step-00000002.ckpt").unlink()
+    siglit.train(experiment("stopped"))
+    assert_equal(folder, whole())
 
 
 def test_epochs_are_counted_through_resumes_at_their_ends(place, folder):
@@ -402,3 +463,4 @@ def test_a_shard_that_is_overwritten_while_it_is_trained_on_ends_the_run_unsaved
     finally:
         overwrite(whole)
     assert checkpoints.steps_taken(folder / "checkpoints/last.ckpt") == 3
+    assert [checkpoints.steps_taken(path) for path in kept(folder)] == [0, 2, 4]

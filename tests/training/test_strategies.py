@@ -17,11 +17,12 @@ from siglit.training import trainer
 from siglit.training.fsdp import FSDP2Strategy
 from tests.commands.test_train import losses, weights
 from tests.conftest import make_project, on, parse, run_siglit
-from tests.training.test_resume import DRIVER, assert_equal, at_step, start
+from tests.training.test_resume import DRIVER, assert_equal, at_step, kept, start
 
 WORDS = [
     *("--tokenizer.path", "tokenizer.model", "--text_tower.depth", "2"),
     *("--train.steps", "7", "--train.log_every", "2", "--train.val_every", "3", "--eval.batch_size", "5"),
+    *("--train.keep_every", "4"),
 ]
 MODES = {
     "locked": ["--image_tower.head", "24", "--optim.name", "lion"],
@@ -111,7 +112,8 @@ def assert_close(folder, other):
         # Attention does not depend on the keys' bias: its gradient is rounding noise, which becomes steps.
         if not name.endswith(("k_proj.bias", "qkv.bias")):
             torch.testing.assert_close(one["state_dict"][name], weight, atol=2e-5, rtol=1e-3, msg=name)
-    shown = ("step", "train/loss", "train/grad_norm", "train/text_tower/update_norm", "train/logit_bias")
+    shown = ("step", "train/loss", "train/grad_norm", "train/update_norm", "train/logit_bias")
+    shown += ("train/text_tower/update_norm",)
     rows = []
     for run in (folder, other):
         with (run / "metrics.csv").open(newline="") as file:
@@ -134,6 +136,25 @@ def test_a_sharded_run_evaluates(plain, sharded):
         for finished_run in (plain, sharded)
     )
     assert two.metrics == pytest.approx(one.metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["locked", "unlocked"])
+def test_the_kept_weights_of_a_sharded_run_are_whole_and_evaluate(mode, plain, sharded):
+    """Those of the start are the same bit for bit, the others but for rounding."""
+    assert [path.name for path in kept(sharded(mode))] == [f"step-0000000{step}.ckpt" for step in (0, 4, 7)]
+    for one, two in zip(kept(sharded(mode)), kept(plain(mode)), strict=True):
+        of_one, of_two = (torch.load(path, weights_only=True) for path in (one, two))
+        assert of_one["state_dict"].keys() == of_two["state_dict"].keys()
+        assert "optimizer_states" not in of_one
+        exactly = {"atol": 0, "rtol": 0} if of_one["global_step"] == 0 else {"atol": 2e-5, "rtol": 1e-3}
+        for name, weight in of_two["state_dict"].items():
+            if not name.endswith(("k_proj.bias", "qkv.bias")):  # see `assert_close`
+                torch.testing.assert_close(of_one["state_dict"][name], weight, msg=f"{one.name} {name}", **exactly)
+    name = sharded(mode).name
+    path = str(kept(sharded(mode))[1])
+    result = siglit.eval_retrieval(parse("eval-retrieval", *words(name, mode), "--eval.checkpoint", path))
+    assert (result.provenance["checkpoint"], result.provenance["step"]) == (path, 4)
 
 
 @pytest.mark.slow
