@@ -88,7 +88,7 @@ def run_study(study: Study, out: Path, work: Path, part: tuple[int, int] = (1, 1
     number, parts = part
     arms = study.arms()[number - 1 :: parts]
     folder = records_folder(out, study.name)
-    runner = _Runner(study, folder, work / study.name)
+    runner = _Runner(study, out, work / study.name)
     runner.expect(arms)
     for arm in arms:
         selected = [runner.ensure(run) for run in selection_runs(study, arm)]
@@ -109,8 +109,15 @@ def load_run(run: Run, folder: Path, *, test: bool = False) -> Experiment:
 class _Runner:
     """Runs one after the other, with what they share."""
 
-    def __init__(self, study: Study, folder: Path, work: Path):
-        self._study, self._folder, self._work = study, folder, work
+    def __init__(self, study: Study, out: Path, work: Path):
+        self._study, self._folder, self._work = study, records_folder(out, study.name), work
+        self._others = {
+            (record.digest, record.seed): record
+            for other in sorted(out.glob("data/*/"))
+            if other != self._folder
+            for record in read_records(other, other.name)
+        }
+        """Records of other studies, some of which have runs of the same experiment."""
         self._prepared = set[str]()
         self._total = 0
         self._done = 0
@@ -130,6 +137,11 @@ class _Runner:
             if record.digest == run.digest and key == (run.arm, run.stage, run.learning_rate, run.seed):
                 return record
         self._done += 1
+        if same := self._others.get((run.digest, run.seed)):
+            _logger.info(f"{self._study.name}: {run}: the study {same.study} has trained the same")
+            record = replace(same, study=self._study.name, arm=run.arm, stage=run.stage)
+            write_record(self._folder, record)
+            return record
         left = ""
         if self.trained > 0:
             runs = self._total - self._done + 1

@@ -19,8 +19,10 @@ from siglit.studies.grid import base_fields
 _IMAGES, _STEPS, _BATCH = {"train": 64, "val": 48}, 2, 16
 _CLASSES = list(shapes.SHAPES[:4])
 _REPLACED = ("data.train.", "data.val.", "cache.", "image_tower.", "tokenizer.", "text_tower.", "eval.")
-_LENGTHS: tuple[str, ...] = ("train.examples", "train.epochs", "train.steps", "train.micro_batch_size", "optim.warmup_examples")
-_LENGTHS += ("optim.warmup_steps", "optim.cooldown_examples", "optim.cooldown_steps", "train.devices", "train.nodes")
+_LENGTHS = (
+    *("train.examples", "train.epochs", "train.steps", "train.micro_batch_size", "train.devices", "train.nodes"),
+    *("optim.warmup_examples", "optim.warmup_steps", "optim.cooldown_examples", "optim.cooldown_steps"),
+)
 _KEPT = ("image_tower.center", "image_tower.head", "text_tower.embedding_width")
 _OF_THE_STUDY = ("name", "output_dir", "seed")
 
