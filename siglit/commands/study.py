@@ -17,6 +17,7 @@ from siglit.runtime.text import plural
 from siglit.studies.definition import Study, read_study
 from siglit.studies.grid import Run, final_runs, progress, selection_runs
 from siglit.studies.records import read_records, records_folder
+from siglit.studies.report import StudyReport, report_study
 from siglit.studies.running import StudyRunResult, load_run, run_study
 from siglit.studies.smoke import smoke_study
 
@@ -52,6 +53,20 @@ def study_run(
         study = smoke_study(study, folder / "data")
         out = str(folder)
     return run_study(study, Path(out), folder, (int(parts[1]), int(parts[2])))
+
+
+def study_report(config: str, out: str = "docs/studies", full: bool = False) -> StudyReport:
+    """Decide a study's claim from its records; write its page, its plot and the summary of all studies.
+
+    Args:
+        config: the study file.
+        out: folder of the pages; the records are in its `data/NAME`.
+        full: the longer form, for GPUs.
+
+    Raises:
+        UserError: the study file or a record is wrong, or matplotlib is missing.
+    """
+    return report_study(config, out, full=full)
 
 
 @dataclass(frozen=True)
