@@ -37,6 +37,9 @@ if TYPE_CHECKING:  # `X as X` exports X to type checkers
     from siglit.commands.quickstart import quickstart as quickstart
     from siglit.commands.report import report as report
     from siglit.commands.search import search as search
+    from siglit.commands.study import study_plan as study_plan
+    from siglit.commands.study import study_report as study_report
+    from siglit.commands.study import study_run as study_run
     from siglit.commands.tokenizer_train import tokenizer_train as tokenizer_train
     from siglit.commands.train import train as train
     from siglit.config import Experiment as Experiment
@@ -72,6 +75,9 @@ _MODULES = {
     "report": "siglit.commands.report",
     "search": "siglit.commands.search",
     "sigmoid_loss": "siglit.loss",
+    "study_plan": "siglit.commands.study",
+    "study_report": "siglit.commands.study",
+    "study_run": "siglit.commands.study",
     "tokenizer_train": "siglit.commands.tokenizer_train",
     "train": "siglit.commands.train",
 }

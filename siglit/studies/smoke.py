@@ -59,7 +59,7 @@ def _data(folder: Path) -> dict[str, Any]:
     return fields | {
         "cache.path": str(folder / "cache"),
         "image_tower.weights": str(importlib.resources.files("siglit") / "assets" / "shapes_vit.safetensors"),
-        "tokenizer.vocab_size": 150,
+        "tokenizer.vocab_size": 400,
         "tokenizer.length": 16,
         "text_tower.depth": 1,
         "optim.warmup_steps": 0,
