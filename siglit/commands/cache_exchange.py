@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from siglit.cache import CacheWriter, EmbeddingCache, PlainHdf5
 from siglit.commands.cache import WrittenRows
+from siglit.data.mean_row import mean_row
 from siglit.data.sources.columns import Columns, parse_label, string_list
 from siglit.errors import UserError
 from siglit.runtime.files import atomic_write, check_regular
@@ -30,7 +31,9 @@ _HDF5 = (".h5", ".hdf5")
 def cache_export(path: str, out: str) -> WrittenRows:
     """Write a cache in clip-retrieval's layout: float16 .npy, and parquet with key, caption (the first), captions.
 
-    The parquet files also have `langs` and `label` if the cache does. A file gets its final name once it is complete.
+    The parquet files also have `langs` and `label` if the cache does. `mean.npy` is the mean of all rows, (D,) float32,
+    which image_tower.center subtracts if this is the training images' cache. A file gets its final name once it is
+    complete.
 
     Raises:
         CacheError: `path` is not a complete cache.
@@ -52,6 +55,9 @@ def cache_export(path: str, out: str) -> WrittenRows:
             folder / "metadata" / f"metadata_{number:0{digits}d}.parquet",
             _schema(cache),
         )
+    if len(cache) > 0:
+        with atomic_write(folder / "mean.npy") as file:
+            np.save(file, mean_row(cache))
     return WrittenRows(out, len(cache), cache.dim)
 
 
