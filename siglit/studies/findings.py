@@ -113,8 +113,8 @@ def find(study: Study, records: Sequence[Record]) -> Findings:
     findings.missing = [line for arm in arms if (line := _missing(state, arm))]
     findings.stale = [f"{_name(record)}: {_reason(state, record)}" for record in state.stale]
     findings.failed = [f"{_name(record)}: {record.failed}" for record in state.records if record.failed is not None]
-    complete = len(findings.missing) == 0 and len(findings.stale) == 0
-    findings.verdict = statistics.study_verdict([found.verdict for found in findings.contrasts], complete)
+    verdicts = [found.verdict for found in findings.contrasts]
+    findings.verdict = statistics.study_verdict(verdicts, complete=len(findings.missing) == 0)
     return findings
 
 

@@ -179,13 +179,14 @@ def test_runs_of_an_earlier_form_of_the_study_are_named_and_left_out(change):
     assert len(findings.used) == 31
 
 
-def test_a_left_over_record_makes_a_complete_study_incomplete():
-    """Someone has to say whether it counts: run the study again, or remove the file."""
+def test_a_left_over_record_is_named_and_decides_nothing():
+    """Such as that of a seed or a learning rate that the study has no more."""
     study = make_study()
     records = make_records(study)
     findings = find(study, [*records, replace(records[-1], seed=9)])
     assert findings.missing == []
-    assert findings.verdict == "incomplete"
+    assert len(findings.stale) == 1
+    assert findings.verdict == find(study, records).verdict == "reproduced"
 
 
 def test_final_runs_at_another_learning_rate_than_the_chosen_one_do_not_count():
