@@ -48,7 +48,8 @@ def study_run(
         raise UserError(f"--part is {part!r:.40}, but it must be a part's number and their count, such as 2/4")
     study, folder = read_study(config, full=full), Path(work)
     if smoke:
-        folder = folder / f"{study.name}-smoke"
+        # Parts at the same time have folders of their own, since each draws its data anew.
+        folder = folder / f"{study.name}-smoke{'' if part == '1/1' else f'-{int(parts[1])}'}"
         shutil.rmtree(folder, ignore_errors=True)
         study = smoke_study(study, folder / "data")
         out = str(folder)

@@ -4,6 +4,8 @@ Reads and checks the file; knows the names of an experiment's fields, but neithe
 """
 
 import itertools
+import json
+import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -34,6 +36,8 @@ _OPTIONAL = (
     "notes",
     "full",
 )
+_MAX_ARMS, _MAX_SLUG = 1000, 180
+"""A file system takes 255 bytes in a name, and a record's has its stage, learning rate and seed too."""
 _SET_BY_STUDY = ("name", "output_dir", "seed", "train.resume", "eval.checkpoint")
 """Fields that differ from run to run; an axis cannot set them."""
 
@@ -207,7 +211,10 @@ def _check_names(path: Path, where: str, values: Mapping[str, Any], known: Colle
 def _mapping(path: Path, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _wrong(path, f"{name} is {value!r:.80}, but it must be a mapping of names to values")
-    return {str(key): inner for key, inner in value.items()}
+    names = {str(key): inner for key, inner in value.items()}
+    if len(names) < len(value):
+        raise _wrong(path, f"{name} has two names that are the same text: {', '.join(map(repr, value))}; rename one")
+    return names
 
 
 def _list(path: Path, name: str, value: Any) -> list[Any]:
@@ -238,6 +245,10 @@ def _fields(path: Path, where: str, value: Any) -> dict[str, Any]:
             )
         if name in _SET_BY_STUDY:
             raise _wrong(path, f"{where} sets {name}, which the study sets itself for each run; leave it out")
+        try:
+            json.dumps(fields[name], sort_keys=True, default=str)
+        except TypeError:
+            raise _wrong(path, f"{where}.{name} has names of several types; put quotes around them") from None
     return fields
 
 
@@ -277,9 +288,12 @@ def _expectation(path: Path, value: Any) -> Expectation:
 
 def _number(path: Path, name: str, value: Any) -> float:
     try:
-        return float(value)  # YAML reads 1e-3 as a text
-    except (TypeError, ValueError):
-        raise _wrong(path, f"{name} is {value!r:.80}, but it must be a number") from None
+        number = math.nan if isinstance(value, bool) else float(value)  # YAML reads 1e-3 as a text
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise _wrong(path, f"{name} is {value!r:.80}, but it must be a number")
+    return number
 
 
 def _seeds(path: Path, value: Any) -> int:
@@ -290,8 +304,8 @@ def _seeds(path: Path, value: Any) -> int:
 
 def _learning_rates(path: Path, value: Any) -> tuple[float, ...]:
     rates = [_number(path, "learning_rates", entry) for entry in _list(path, "learning_rates", value)]
-    if len(set(rates)) < len(rates):
-        raise _wrong(path, f"learning_rates has a value twice: {rates}")
+    if len({f"{rate:g}" for rate in rates}) < len(rates):  # as in the names of the records
+        raise _wrong(path, f"learning_rates has a value twice, in six digits: {rates}")
     return tuple(rates)
 
 
@@ -316,16 +330,25 @@ def _paper(path: Path, value: Any) -> Paper:
 
 
 def _check_selectors(study: Study) -> None:
+    if (count := math.prod(map(len, study.axes.values()))) > _MAX_ARMS:
+        raise _wrong(study.path, f"the axes cross to {count:,} arms, more than {_MAX_ARMS:,}; use fewer points")
     arms = study.arms()
     if len(arms) == 0:
         raise _wrong(study.path, "exclude leaves out all arms")
     names = [slug(arm) for arm in arms]
     if twice := sorted(name for name in set(names) if names.count(name) > 1):
         raise _wrong(study.path, f"two arms would have records of the same name, {twice[0]}; rename a point")
+    if (longest := max(names, key=len)) and len(longest) > _MAX_SLUG:
+        raise _wrong(study.path, f"{longest:.40}… is too long for the name of a file; shorten axes or points")
+    for name, paths in study.measures.items():
+        if len(paths) == 0:
+            raise _wrong(study.path, f"measures.{name} has no paths of results")
     for selector in study.exclude:
         _check_selector(study, "exclude", selector, _all_arms(study))
     for expectation in study.expect:
         where = f"expect {expectation.say!r}"
+        if len(expectation.plus + expectation.minus) == 0:
+            raise _wrong(study.path, f"{where} has neither arms in plus nor in minus")
         for selector in expectation.plus + expectation.minus:
             _check_selector(study, where, selector, arms)
         if expectation.measure not in study.measures:

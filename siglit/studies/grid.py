@@ -4,6 +4,7 @@ Knows neither how a run is trained nor where.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -143,9 +144,18 @@ def _run(study: Study, arm: Arm, stage: Stage, learning_rate: float | None, seed
     return Run(arm, stage, seed, learning_rate, base, fields, test, digest)
 
 
-@cache
 def base_fields(path: Path) -> dict[str, Any]:
     """{dotted field: value} of an experiment file as it is written: variables are not expanded."""
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return _read_fields(path, None)  # raises
+    return _read_fields(path, (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@cache
+def _read_fields(path: Path, state: tuple[int, ...] | None) -> dict[str, Any]:
+    """Once for each state of the file: every run of a study asks for it."""
     return _flat(read_mapping(str(path), "experiment file"))
 
 

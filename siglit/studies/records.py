@@ -4,6 +4,7 @@ Knows what a run measured and which experiment it was of; a record holds no path
 hardware, so that a study grows over several sittings and machines.
 """
 
+import csv
 import json
 import math
 import statistics
@@ -64,7 +65,8 @@ class Record:
         values = [value for value in self.curves.get(column, []) if value is not None]
         if reduction != "max_over_median" or len(values) == 0:
             return None
-        return max(values) / statistics.median(values)
+        median = statistics.median(values)
+        return None if median == 0 else max(values) / median
 
 
 def record_path(folder: Path, arm: Arm, stage: Stage, learning_rate: float | None, seed: int) -> Path:
@@ -91,23 +93,50 @@ def read_records(folder: Path, study: str) -> list[Record]:
     Raises:
         UserError: a file is damaged, or is no record.
     """
-    return [_read(path, study) for path in sorted(folder.glob("*.json"))]
+    return [read_record(path, study) for path in sorted(folder.glob("*.json"))]
 
 
-def _read(path: Path, study: str) -> Record:
+def read_record(path: Path, study: str) -> Record:
+    """Read one record.
+
+    Raises:
+        UserError: the file is damaged, is no record of the study, or has the name of another record.
+    """
     advice = "restore it, or remove it and run the study again"
     values = read_json_object(path, advice)
     known = {entry.name for entry in fields(Record)}
     try:
         record = Record(**{name: value for name, value in values.items() if name in known})
-        whole = record.stage in ("select", "final") and isinstance(record.arm, dict) and isinstance(record.seed, int)
-        whole = whole and all(isinstance(value, (int, float)) for value in record.results.values())
-        whole = whole and all(isinstance(column, list) for column in record.curves.values())
-    except (TypeError, AttributeError):
-        whole = False
-    if not whole or record.study != study:
+    except TypeError:
+        record = None
+    if record is None or not _is_whole(record) or record.study != study:
         raise UserError(f"{path} is no record of the study {study}; {advice}")
+    name = record_path(path.parent, record.arm, record.stage, record.learning_rate, record.seed).name
+    if path.name != name:
+        raise UserError(f"{path} holds the record {name}; rename it, or remove it")
     return record
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether all values of a file have the types of a record's."""
+    texts = (record.study, record.digest, record.hardware, record.failed or "", record.commit or "")
+    numbers = (record.seconds, record.examples_per_second, record.learning_rate or 0.0)
+    mappings = (record.arm, record.results, record.curves, record.versions)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and record.stage in ("select", "final")
+        and isinstance(record.seed, int)
+        and all(map(_is_finite, numbers))
+        and all(isinstance(mapping, dict) for mapping in mappings)
+        and all(isinstance(text, str) for text in (*record.arm.values(), *record.versions.values()))
+        and all(map(_is_finite, record.results.values()))
+        and all(isinstance(column, list) for column in record.curves.values())
+        and all(value is None or _is_finite(value) for column in record.curves.values() for value in column)
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def flatten(kind: str, value: Mapping[str, Any]) -> dict[str, float]:
@@ -125,6 +154,31 @@ def flatten(kind: str, value: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
+def columns(path: Path, names: tuple[str, ...]) -> dict[str, list[float | None]]:
+    """Columns of metrics.csv in five digits, and the step of each row that has one of them; no file: empty."""
+    if len(names) == 0 or not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if any(row.get(name) for name in names)]
+    values = {name: [_finite(row.get(name)) for row in rows] for name in names}
+    return {"step": [float(row["step"]) for row in rows], **values}
+
+
+def _finite(text: str | None) -> float | None:
+    """A value of metrics.csv in five digits; None where there is none, or where it is not finite."""
+    value = float(text or "nan")
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def last_values(path: Path) -> dict[str, float]:
+    """The last value of each column of metrics.csv that has one; no file: empty."""
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        last = {name: value for row in csv.DictReader(file) for name, value in row.items() if value}
+    return {name: float(value) for name, value in last.items() if name not in ("step", "epoch")}
+
+
 def canonical(value: Any) -> str:
-    """JSON in which equal values have equal texts."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=True)
+    """JSON in which equal values have equal texts; dates, which YAML knows and JSON does not, are texts."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)

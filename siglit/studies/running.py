@@ -5,10 +5,12 @@ tokenizers. Other processes may take other parts of the same study at the same t
 """
 
 import contextlib
-import csv
+import errno
 import hashlib
 import logging
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,8 +39,19 @@ from siglit.runtime.progress import format_duration
 from siglit.runtime.provenance import commit, processor, versions
 from siglit.runtime.text import plural
 from siglit.studies.definition import Arm, Study, slug
-from siglit.studies.grid import Run, choose_learning_rate, final_runs, progress, selection_runs
-from siglit.studies.records import Record, canonical, flatten, read_records, records_folder, write_record
+from siglit.studies.grid import Run, base_fields, choose_learning_rate, final_runs, progress, selection_runs
+from siglit.studies.records import (
+    Record,
+    canonical,
+    columns,
+    flatten,
+    last_values,
+    read_record,
+    read_records,
+    record_path,
+    records_folder,
+    write_record,
+)
 from siglit.training.monitor import NonFiniteError
 
 _logger = logging.getLogger(__name__)
@@ -88,6 +101,7 @@ def run_study(study: Study, out: Path, work: Path, part: tuple[int, int] = (1, 1
     number, parts = part
     arms = study.arms()[number - 1 :: parts]
     folder = records_folder(out, study.name)
+    _check_writable(folder)
     runner = _Runner(study, out, work / study.name)
     runner.expect(arms)
     for arm in arms:
@@ -98,6 +112,20 @@ def run_study(study: Study, out: Path, work: Path, part: tuple[int, int] = (1, 1
             runner.ensure(run)
     done = progress(study, read_records(folder, study.name))
     return StudyRunResult(study.name, runner.trained, len(done.records), done.total, time.monotonic() - start)
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder for the records before hours of training rather than after.
+
+    Raises:
+        UserError: it cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"records cannot be written into {folder}: {error.strerror}; choose another --out") from None
 
 
 def load_run(run: Run, folder: Path, *, test: bool = False) -> Experiment:
@@ -111,13 +139,12 @@ class _Runner:
 
     def __init__(self, study: Study, out: Path, work: Path):
         self._study, self._folder, self._work = study, records_folder(out, study.name), work
-        self._others = {
-            (record.digest, record.seed): record
-            for other in sorted(out.glob("data/*/"))
-            if other != self._folder
-            for record in read_records(other, other.name)
-        }
-        """Records of other studies, some of which have runs of the same experiment."""
+        self._equal: dict[str, Record] = {}
+        """{digest: record} of other arms and studies, some of which have runs of the same experiment."""
+        for other in sorted(out.glob("data/*/")):
+            with contextlib.suppress(UserError):  # whatever is wrong there, this study can train all of its runs itself
+                self._equal |= {record.digest: record for record in read_records(other, other.name)}
+        self._bases = {base: base_fields(base) for base in map(study.base_of, study.arms())}
         self._prepared = set[str]()
         self._total = 0
         self._done = 0
@@ -131,15 +158,28 @@ class _Runner:
         self._total = sum(run.arm in arms for run in state.missing) + choosing * self._study.seeds
 
     def ensure(self, run: Run) -> Record:
-        """The run's record, after training and evaluation if it has none."""
-        for record in read_records(self._folder, self._study.name):
-            key = (record.arm, record.stage, record.learning_rate, record.seed)
-            if record.digest == run.digest and key == (run.arm, run.stage, run.learning_rate, run.seed):
-                return record
+        """The run's record, after training and evaluation if it has none.
+
+        A run that another process is at is waited for.
+        """
+        if record := self._recorded(run):
+            _remove_large_files(self._work / run.folder)  # of a process that was killed before it did
+        else:
+            with _waiting_for(self._work / "locks" / run.folder, f"{run}, which another process trains"):
+                record = self._recorded(run) or self._made(run)
+        return record
+
+    def _recorded(self, run: Run) -> Record | None:
+        path = record_path(self._folder, run.arm, run.stage, run.learning_rate, run.seed)
+        record = read_record(path, self._study.name) if path.exists() else None
+        return None if record is None or record.digest != run.digest else record
+
+    def _made(self, run: Run) -> Record:
         self._done += 1
-        if same := self._others.get((run.digest, run.seed)):
+        own = {"arm": run.arm, "stage": run.stage, "learning_rate": run.learning_rate, "seed": run.seed}
+        if (same := self._equal.get(run.digest)) and self._has_measures(same):
             _logger.info(f"{self._study.name}: {run}: the study {same.study} has trained the same")
-            record = replace(same, study=self._study.name, arm=run.arm, stage=run.stage)
+            record = replace(same, study=self._study.name, **own)
             write_record(self._folder, record)
             return record
         left = ""
@@ -152,14 +192,24 @@ class _Runner:
         self._seconds += time.monotonic() - start
         self.trained += 1
         write_record(self._folder, record)
+        self._equal[run.digest] = record
         _remove_large_files(self._work / run.folder)
         return record
+
+    def _has_measures(self, record: Record) -> bool:
+        """Whether a record of another study has what this one measures, such as a language that only this one names."""
+        return record.failed is not None or all(
+            record.measure(paths) is not None for paths in self._study.measures.values()
+        )
 
     def _run(self, run: Run) -> Record:
         folder = self._work / run.folder
         experiment = load_run(run, folder)
-        evaluated = load_run(run, folder, test=True)
-        with _waiting_for(self._work):
+        evaluated = load_run(run, folder, test=True) if run.test else experiment
+        if base_fields(run.base) != self._bases[run.base]:
+            raise UserError(f"{run.base} has changed since the study was started; run the study again")
+        # Studies have caches in common, therefore the folder of all of them.
+        with _waiting_for(self._work.parent, "another process, which prepares what the runs share"):
             self._precompute(experiment, experiment.cache.splits)
             if run.test:
                 fewshot = "eval-fewshot" in {*self._study.evaluate, *self._study.kept}
@@ -176,13 +226,15 @@ class _Runner:
         try:
             metrics, speed = _train(experiment)
         except NonFiniteError as error:
-            failed = str(error).split(";")[0]
+            failed = re.split(r";|, in the batch", str(error))[0]  # what follows are paths
         else:
+            # A run that was stopped and resumed has logged some of them before.
+            metrics |= last_values(folder / "metrics.csv")
             results |= {name: float(f"{value:.7g}") for name, value in metrics.items() if math.isfinite(value)}
             for command in self._study.evaluate:
                 results |= self._named(_evaluate(command, evaluated))
             curves |= self._kept(evaluated)
-        curves |= _columns(folder / "metrics.csv", self._study.curves)
+        curves |= columns(folder / "metrics.csv", self._study.curves)
         return Record(
             study=self._study.name,
             arm=run.arm,
@@ -204,8 +256,8 @@ class _Runner:
         """Fill the caches of these splits, once for each."""
         if experiment.mode != "locked":
             return
-        described = [str(experiment.cache_folder), splits, asdict(experiment.data), asdict(experiment.image_tower)]
-        key = canonical(described)
+        specs = {split: asdict(spec) for split in splits if (spec := getattr(experiment.data, split)) is not None}
+        key = canonical([str(experiment.cache_folder), specs, asdict(experiment.image_tower)])
         if key in self._prepared:
             return
         folder = str(self._work / "precompute")
@@ -271,19 +323,9 @@ def _evaluate(command: str, experiment: Experiment) -> dict[str, float]:
     return flatten(command.removeprefix("eval-"), COMMANDS[command].load()(experiment).to_json())
 
 
-def _columns(path: Path, names: tuple[str, ...]) -> dict[str, list[float | None]]:
-    """Columns of metrics.csv, and the step of each row that has one of them."""
-    if len(names) == 0 or not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if any(row.get(name) for name in names)]
-    columns = {name: [float(f"{float(row[name]):.5g}") if row.get(name) else None for row in rows] for name in names}
-    return {"step": [float(row["step"]) for row in rows], **columns}
-
-
 @contextlib.contextmanager
-def _waiting_for(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; waits while another part of the study holds it."""
+def _waiting_for(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder's lock; waits while another process holds it."""
     waited = False
     while True:
         with contextlib.ExitStack() as stack:
@@ -291,7 +333,7 @@ def _waiting_for(folder: Path) -> Iterator[None]:
                 stack.enter_context(exclusive(folder))
             except CacheError:
                 if not waited and is_first_process():
-                    _logger.info("waiting for another part of the study, which prepares what the runs share")
+                    _logger.info(f"waiting for {what}")
                 waited = True
                 time.sleep(0.5)
                 continue

@@ -79,8 +79,8 @@ def _reduced(fields: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in fields.items()
         if name in _KEPT or not (name.startswith(_REPLACED) or name in (*_LENGTHS, *_OF_THE_STUDY, "base", "test"))
     }
-    if "train.batch_size" in kept:
-        kept["train.batch_size"] = min(_BATCH, kept["train.batch_size"])
+    if isinstance(batch := kept.get("train.batch_size"), int):
+        kept["train.batch_size"] = min(_BATCH, batch)
     if kept.get("train.keep_every"):
         kept["train.keep_every"] = 1
     return kept
