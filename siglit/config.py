@@ -236,9 +236,9 @@ class LossConfig:
     """sigmoid (arXiv:2303.15343, eq. 1), or softmax, the InfoNCE that the paper compares it with."""
     logit_scale: float = field(default=10.0, metadata=_POSITIVE_UP_TO_A_MILLION)
     """Initial t, which multiplies the cosine; t' = log t is learned."""
-    logit_bias: float | Literal["auto"] | None = field(default=-10.0, metadata=_BIAS)
-    """Initial b, which is added to every logit: a number (-10 in the paper); auto: -log of the negatives per positive
-    of the global batch; null: no b at all, as for the softmax loss."""
+    logit_bias: float | Literal["auto"] | None = field(default="auto", metadata=_BIAS)
+    """Initial b, which is added to every logit. auto: -log of the negatives per positive of the global batch; or a
+    number, -10 in the paper; null: no b at all, as for the softmax loss."""
     exchange: Literal["bidir", "shift", "reduce", "gather"] = "bidir"
     """How image embeddings are exchanged between devices; the loss value does not depend on it."""
     chunk_size: int | None = field(default=None, metadata=_ONE_OR_MORE)

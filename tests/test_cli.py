@@ -107,7 +107,7 @@ def test_print_config_shows_overrides_and_defaults(project, capsys, monkeypatch)
     shown = capsys.readouterr().out
     assert "lr: 0.5" in shown
     assert "warmup_steps: 2" in shown
-    assert "logit_bias: -10.0" in shown
+    assert "logit_bias: auto" in shown
 
 
 @pytest.mark.parametrize(
