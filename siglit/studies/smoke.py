@@ -5,7 +5,7 @@ Keeps what a study is about, such as losses, optimizers and corruptions, and rep
 
 import importlib.resources
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,10 @@ def smoke_study(study: Study, folder: Path) -> Study:
     for split, count in _IMAGES.items():
         _draw(folder / f"{split}.jsonl", count)
     (folder / "classes.json").write_text(json.dumps(_CLASSES), encoding="utf-8")
+    # The fields of a point's own base are below those of all axes.
+    own = {*study.set, *(name for points in study.axes.values() for fields in points.values() for name in fields)}
     axes = {
-        axis: {
-            point: _reduced({**(base_fields(study.path.parent / fields["base"]) if "base" in fields else {}), **fields})
-            for point, fields in points.items()
-        }
+        axis: {point: _reduced({**_base_of(study, fields, own), **fields}) for point, fields in points.items()}
         for axis, points in study.axes.items()
     }
     return replace(
@@ -70,6 +69,12 @@ def _data(folder: Path) -> dict[str, Any]:
         "eval.shots": [1, 5, 10],
         "eval.seeds": 1,
     }
+
+
+def _base_of(study: Study, point: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """Fields of a point's own base that the study leaves as they are; empty if the point has none."""
+    fields = base_fields(study.path.parent / point["base"]) if "base" in point else {}
+    return {name: value for name, value in fields.items() if name not in own}
 
 
 def _reduced(fields: Mapping[str, Any]) -> dict[str, Any]:
