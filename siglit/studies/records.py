@@ -4,6 +4,7 @@ Knows what a run measured and which experiment it was of; a record holds no path
 hardware, so that a study grows over several sittings and machines.
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -105,10 +106,9 @@ def read_record(path: Path, study: str) -> Record:
     advice = "restore it, or remove it and run the study again"
     values = read_json_object(path, advice)
     known = {entry.name for entry in fields(Record)}
-    try:
+    record: Record | None = None
+    with contextlib.suppress(TypeError):  # a part is missing
         record = Record(**{name: value for name, value in values.items() if name in known})
-    except TypeError:
-        record = None
     if record is None or not _is_whole(record) or record.study != study:
         raise UserError(f"{path} is no record of the study {study}; {advice}")
     name = record_path(path.parent, record.arm, record.stage, record.learning_rate, record.seed).name

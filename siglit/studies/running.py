@@ -176,15 +176,11 @@ class _Runner:
 
     def _made(self, run: Run) -> Record:
         self._done += 1
-        own: dict[str, Any] = {
-            "arm": run.arm,
-            "stage": run.stage,
-            "learning_rate": run.learning_rate,
-            "seed": run.seed,
-        }
         if (same := self._equal.get(run.digest)) and self._has_measures(same):
             _logger.info(f"{self._study.name}: {run}: the study {same.study} has trained the same")
-            record = replace(same, study=self._study.name, **own)
+            record = replace(
+                same, study=self._study.name, arm=run.arm, stage=run.stage, learning_rate=run.learning_rate
+            )
             write_record(self._folder, record)
             return record
         left = ""
