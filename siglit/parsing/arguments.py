@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from jsonargparse import (  # type: ignore[attr-defined]
@@ -58,9 +59,11 @@ def parse_command(name: str, words: Sequence[str]) -> tuple[Experiment, dict[str
     words = [part for word in words for part in command.shorthands.get(word, (word,))]
     if command.default_config and not _names_config(words):
         words = ["-c", packaged_config(command.default_config), *words]
-    parser = _parser(f"siglit {name}", command)
     if any(word in _HELP for word in words):
+        parser = _parser(f"siglit {name}", command)
         _hide_unread(parser, command)
+    else:
+        parser = _shared_parser(name)
     try:
         checked = _check_words(words, parser.prog, [flag.lstrip("-") for flag in command.flags])
         parsed = parser.parse_args(checked)
@@ -113,6 +116,12 @@ def packaged_config(name: str) -> str:
         if os.path.exists(path):
             return path
     raise AssertionError(f"{name} is missing from the installation")
+
+
+@cache
+def _shared_parser(name: str) -> ArgumentParser:
+    """A command's parser, made once: that takes longer than to parse, and a study parses for each of its runs."""
+    return _parser(f"siglit {name}", COMMANDS[name])
 
 
 def _parser(prog: str, command: Command) -> ArgumentParser:
