@@ -44,7 +44,7 @@ def test_training_lowers_the_loss_and_writes_its_files(cached, project, device):
     result = siglit.train(parse("train", "--train.steps", "60", "--train.val_every", "30", *on(device)))
     folder = project / "runs/small"
     curve = losses(folder)
-    assert curve[59] < 0.5 * curve[1]
+    assert curve[59] < 0.7 * curve[1]
     assert result.steps == 60
     assert result.examples_seen == 960
     assert {"train/loss", "val/text_to_image/R@1", "val/image_to_text/R@10"} <= set(result.metrics)

@@ -35,5 +35,5 @@ def test_training_skips_what_overflows_and_a_resumed_run_continues_with_its_scal
     assert resumed == whole
     curve, other = losses(project / "runs/whole"), losses(project / "runs/stopped")
     assert other == (curve if device == "cpu" else pytest.approx(curve, rel=1e-2))
-    assert curve[5] < 0.7 * curve[0]
+    assert curve[5] < 0.9 * curve[0]
     assert {w.dtype for w in weights(project / "runs/whole").values() if w.is_floating_point()} == {torch.float32}

@@ -29,7 +29,7 @@ def test_a_trained_image_tower_is_what_is_evaluated(experiment, project, mode, d
     result = siglit.train(experiment)
     folder = project / "runs/small"
     curve = losses(folder)
-    assert curve[39] < 0.7 * curve[1]
+    assert curve[39] < 0.85 * curve[1]
     assert result.metrics["val/text_to_image/R@1"] > 0
     evaluated = siglit.eval_retrieval(experiment)
     assert json.loads((folder / "retrieval.json").read_text())["images"] == 12
