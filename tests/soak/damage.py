@@ -104,11 +104,15 @@ KINDS = [
 ALIKE = (
     "cache/small/train/index.json",
     "cache/small/val/shard-*.h5",
+    "cache/small/val/mean-*.npy",  # written and read as token ids are; damaged in tests/data/test_mean_row.py
     "runs/unlocked/checkpoints/*.ckpt",
     *(f"runs/unlocked/{name}" for name in ("*.json", "*.model", "*.csv", "*.yaml", "*.faiss")),
 )
 """Files of a kind that is damaged elsewhere."""
-FOR_PEOPLE = ("runs/small/plan.json", "runs/small/report.html", "runs/small/zeroshot.npy", "runs/small/zeroshot.png")
+FOR_PEOPLE = (
+    *(f"runs/small/{name}" for name in ("plan.json", "report.html", "zeroshot.npy", "zeroshot.png")),
+    "export/mean.npy",
+)
 """Files that no command reads; neither is the picture of `siglit plot`."""
 DAMAGES = ("bit flipped", "cut in half", "emptied")
 
