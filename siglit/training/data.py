@@ -285,8 +285,9 @@ class ImageDataModule(TrainDataModule):
         count = self._experiment.train.val_rows
         pixels, captions = [], []
         for batch in pixel_batches(self._val_pixels(), self._workers(), pin_memory=False):
-            pixels.append(batch.pixels.numpy())
-            captions += [sample.captions for sample in batch.samples]
+            if len(batch.samples) > 0:  # a unit outside data.val.fold has none
+                pixels.append(batch.pixels.numpy())
+                captions += [sample.captions for sample in batch.samples]
             if len(captions) >= count:
                 break
         if not captions:

@@ -139,6 +139,13 @@ def test_held_out_data_without_a_usable_pair_is_refused(experiment, project, mod
         siglit.train(parse("train", "--mode", mode))
 
 
+def test_held_out_data_may_have_a_batch_without_a_usable_image(experiment, project):
+    for number in (44, 45, 46, 47):
+        (project / f"images/00{number}.png").write_text("not an image")
+    result = siglit.train(parse("train", "--mode", "scratch", "--cache.batch_size", "4"))
+    assert 0 <= result.metrics["val/text_to_image/R@1"] <= 1
+
+
 def test_a_run_is_not_resumed_with_a_changed_listing(experiment, project):
     words = ["--mode", "unlocked", "--train.val_every", "3"]
     siglit.train(parse("train", *words))
