@@ -19,7 +19,11 @@ from siglit.commands import COMMANDS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 the work failed, 2 the input or the configuration is wrong."""
+    """Run the command line and exit.
+
+    0: done. 1: the work failed. 2: the input or the configuration is wrong. 3: the loss or the weights of a training
+    are no longer finite. 130, 143: stopped by a signal.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     show_messages()
     debug = "--debug" in words
@@ -85,7 +89,8 @@ def _run(words: list[str], debug: bool) -> int:
             text = "another process of this run has ended, so this one ends too; if it printed why, that is the error"
             return _report(error, text, 1, debug) if _is_local_rank_zero() else 1
         hint = "" if debug else " (add --debug for the traceback)"
-        return _report(error, f"{type(error).__name__}: {_cause(str(error))}{hint}", 1, debug)
+        text = f"{type(error).__name__}: {_cause(str(error))}{hint}"
+        return _report(error, text, getattr(error, "exit_code", 1), debug)
 
 
 def _cause(message: str) -> str:

@@ -14,12 +14,13 @@ from siglit.errors import UserError
 from siglit.parsing.arguments import load_experiment
 from siglit.runtime.progress import format_duration
 from siglit.runtime.text import plural
-from siglit.studies.definition import Study, read_study
+from siglit.studies.definition import Study
 from siglit.studies.grid import Run, final_runs, progress, selection_runs
 from siglit.studies.records import read_records, records_folder
 from siglit.studies.report import StudyReport, report_study
 from siglit.studies.running import StudyRunResult, load_run, run_study
 from siglit.studies.smoke import smoke_study
+from siglit.studies.study_file import read_study
 
 
 def study_run(

@@ -12,10 +12,11 @@ from typing import Any
 
 from siglit.runtime.files import write_bytes, write_json
 from siglit.studies import markdown, paper, plots, statistics, summary
-from siglit.studies.definition import Study, read_study
+from siglit.studies.definition import Study
 from siglit.studies.findings import Arm, Contrast, Findings, Measure, find
 from siglit.studies.markdown import text
 from siglit.studies.records import Record, read_records, records_folder
+from siglit.studies.study_file import read_study
 
 _MAX_NAMED = 6
 """More arms are counted in a sentence instead of named."""

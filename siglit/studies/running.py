@@ -6,7 +6,6 @@ tokenizers. Other processes may take other parts of the same study at the same t
 
 import contextlib
 import errno
-import hashlib
 import logging
 import math
 import os
@@ -15,23 +14,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from siglit.cache import CacheError, exclusive
 from siglit.commands import COMMANDS
-from siglit.commands.precompute import precompute
-from siglit.commands.tokenizer_train import tokenizer_train
 from siglit.commands.train import train
 from siglit.config import Experiment
 from siglit.errors import UserError
 from siglit.parsing.arguments import load_experiment
 from siglit.runs.folder import read_run_summary
-from siglit.runs.launch import is_first_process, quiet_lightning
+from siglit.runs.launch import quiet_lightning
 from siglit.runs.resume import RECORD, experiment_yaml
 from siglit.runtime.files import write_bytes
 from siglit.runtime.machine import cores
@@ -42,7 +37,6 @@ from siglit.studies.definition import Arm, Study, slug
 from siglit.studies.grid import Run, base_fields, choose_learning_rate, final_runs, progress, selection_runs
 from siglit.studies.records import (
     Record,
-    canonical,
     columns,
     flatten,
     last_values,
@@ -52,6 +46,7 @@ from siglit.studies.records import (
     records_folder,
     write_record,
 )
+from siglit.studies.shared_files import SharedFiles, waiting_for
 from siglit.training.monitor import NonFiniteError
 
 _logger = logging.getLogger(__name__)
@@ -145,7 +140,7 @@ class _Runner:
             with contextlib.suppress(UserError):  # whatever is wrong there, this study can train all of its runs itself
                 self._equal |= {record.digest: record for record in read_records(other, other.name)}
         self._bases = {base: base_fields(base) for base in map(study.base_of, study.arms())}
-        self._prepared = set[str]()
+        self._shared = SharedFiles(self._work)
         self._total = 0
         self._done = 0
         self.trained = 0
@@ -165,7 +160,7 @@ class _Runner:
         if record := self._recorded(run):
             _remove_large_files(self._work / run.folder)  # of a process that was killed before it did
         else:
-            with _waiting_for(self._work / "locks" / run.folder, f"{run}, which another process trains"):
+            with waiting_for(self._work / "locks" / run.folder, f"{run}, which another process trains"):
                 record = self._recorded(run) or self._made(run)
         return record
 
@@ -206,16 +201,21 @@ class _Runner:
     def _run(self, run: Run) -> Record:
         folder = self._work / run.folder
         experiment = load_run(run, folder)
+        if len(self._study.kept) > 0 and experiment.train.keep_every == 0:
+            raise UserError(
+                f"{self._study.path} evaluates kept checkpoints, but train.keep_every is 0 and none is kept; set it, "
+                "or leave `kept` out"
+            )
         evaluated = load_run(run, folder, test=True) if run.test else experiment
         if base_fields(run.base) != self._bases[run.base]:
             raise UserError(f"{run.base} has changed since the study was started; run the study again")
         # Studies have caches in common, therefore the folder of all of them.
-        with _waiting_for(self._work.parent, "another process, which prepares what the runs share"):
-            self._precompute(experiment, experiment.cache.splits)
+        with waiting_for(self._work.parent, "another process, which prepares what the runs share"):
+            self._shared.precompute(experiment, experiment.cache.splits)
             if run.test:
                 fewshot = "eval-fewshot" in {*self._study.evaluate, *self._study.kept}
-                self._precompute(evaluated, ["train", "val"] if fewshot else ["val"])
-            tokenizer = self._tokenizer(experiment)
+                self._shared.precompute(evaluated, ["train", "val"] if fewshot else ["val"])
+            tokenizer = self._shared.tokenizer(experiment)
         if tokenizer is not None:
             experiment, evaluated = (
                 replace(e, tokenizer=replace(e.tokenizer, path=tokenizer)) for e in (experiment, evaluated)
@@ -234,7 +234,8 @@ class _Runner:
             results |= {name: float(f"{value:.7g}") for name, value in metrics.items() if math.isfinite(value)}
             for command in self._study.evaluate:
                 results |= self._named(_evaluate(command, evaluated))
-            curves |= self._kept(evaluated)
+            if run.stage == "final":
+                curves |= self._kept(evaluated)
         curves |= columns(folder / "metrics.csv", self._study.curves)
         return Record(
             study=self._study.name,
@@ -252,32 +253,6 @@ class _Runner:
             versions=versions(_PACKAGES),
             commit=commit(),
         )
-
-    def _precompute(self, experiment: Experiment, splits: list[Any]) -> None:
-        """Fill the caches of these splits, once for each."""
-        if experiment.mode != "locked":
-            return
-        specs = {split: asdict(spec) for split in splits if (spec := getattr(experiment.data, split)) is not None}
-        key = canonical([str(experiment.cache_folder), specs, asdict(experiment.image_tower)])
-        if key in self._prepared:
-            return
-        folder = str(self._work / "precompute")
-        cache = replace(experiment.cache, splits=splits)
-        precompute(replace(experiment, output_dir=folder, cache=cache))
-        self._prepared.add(key)
-
-    def _tokenizer(self, experiment: Experiment) -> str | None:
-        """The tokenizer that all runs with the same captions and settings share; None if the experiment has one."""
-        if experiment.tokenizer.path is not None or experiment.text_tower.pretrained is not None:
-            return None
-        settings = asdict(experiment.tokenizer)
-        del settings["length"]
-        described = canonical([asdict(experiment.data.train), settings]).encode()
-        folder = self._work / "tokenizers" / hashlib.blake2b(described, digest_size=8).hexdigest()
-        path = folder / "tokenizer.model"
-        if not path.exists():
-            tokenizer_train(replace(experiment, output_dir=str(folder)))
-        return str(path)
 
     def _named(self, results: Mapping[str, float]) -> dict[str, float]:
         """The results without those of single languages, unless a measure names them."""
@@ -314,6 +289,8 @@ def _train(experiment: Experiment) -> tuple[dict[str, float], float]:
     done = subprocess.run([sys.executable, "-m", "siglit", "train", "-c", str(path), "--resume"], check=False)
     if done.returncode in (130, 143):
         raise KeyboardInterrupt(f"stopped in {experiment.folder}; the same command goes on from there")
+    if done.returncode == NonFiniteError.exit_code:
+        raise NonFiniteError("the loss or the weights are no longer finite")
     if done.returncode != 0:
         raise UserError(f"training in {experiment.folder} ended with exit code {done.returncode}; its error is above")
     summary = read_run_summary(experiment.folder)["train"]
@@ -322,24 +299,6 @@ def _train(experiment: Experiment) -> tuple[dict[str, float], float]:
 
 def _evaluate(command: str, experiment: Experiment) -> dict[str, float]:
     return flatten(command.removeprefix("eval-"), COMMANDS[command].load()(experiment).to_json())
-
-
-@contextlib.contextmanager
-def _waiting_for(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder's lock; waits while another process holds it."""
-    waited = False
-    while True:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(exclusive(folder))
-            except CacheError:
-                if not waited and is_first_process():
-                    _logger.info(f"waiting for {what}")
-                waited = True
-                time.sleep(0.5)
-                continue
-            yield
-            return
 
 
 def _remove_large_files(folder: Path) -> None:

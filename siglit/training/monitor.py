@@ -81,6 +81,9 @@ class StepTimer:
 class NonFiniteError(RuntimeError):
     """A loss or the weights of a run are no longer finite."""
 
+    exit_code = 3
+    """Of the command line."""
+
 
 class TrainingMonitor(pl.Callback):
     """Logs how a run is doing, and stops it when a loss or the weights are no longer finite.

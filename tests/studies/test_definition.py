@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from siglit.errors import UserError
-from siglit.studies.definition import EVALUATIONS, matches, read_study, slug
+from siglit.studies.definition import matches, slug
 from siglit.studies.grid import final_runs, selection_runs
 from siglit.studies.running import load_run
+from siglit.studies.study_file import EVALUATIONS, read_study
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))

@@ -11,10 +11,11 @@ pytest.importorskip("matplotlib")
 
 from siglit.errors import UserError
 from siglit.studies import markdown, paper, plots, report, summary
-from siglit.studies.definition import Expectation, Paper, Study, read_study
+from siglit.studies.definition import Expectation, Paper, Study
 from siglit.studies.findings import find, is_fraction
 from siglit.studies.grid import final_runs, selection_runs
 from siglit.studies.records import Record, records_folder, write_record
+from siglit.studies.study_file import read_study
 from tests.conftest import ROOT
 
 NOISE = [0.0, 0.01, -0.01, 0.005, -0.005]

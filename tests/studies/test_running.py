@@ -14,10 +14,10 @@ import yaml
 import siglit
 from siglit.errors import UserError
 from siglit.studies import running
-from siglit.studies.definition import read_study
 from siglit.studies.grid import final_runs, progress
 from siglit.studies.records import columns, flatten, last_values, read_records
 from siglit.studies.running import load_run
+from siglit.studies.study_file import read_study
 from tests.conftest import ROOT, copy, parse, run_siglit
 from tests.studies.test_definition import make_values
 
@@ -182,10 +182,12 @@ def test_damaged_records_of_another_study_do_no_harm(complete):
         run("small.yaml")
 
 
-def test_a_run_that_is_not_finite_is_a_record(folder):
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_is_not_finite_is_a_record(folder, devices):
     """Its record says so, names no path, and is not trained again; curves have gaps there."""
     axes = {"lr": {"huge": {"optim.lr": 1e30, "optim.warmup_steps": 0}, "small": {}}}
     fields = {"train.steps": 4, "train.log_every": 1, "train.val_every": 0, "tokenizer.path": "tokenizer.model"}
+    fields["train.devices"] = devices
     path = write(axes=axes, set=fields, expect=[expectation("lr", "small", "huge")], curves=["train/loss"])
     assert run(path, part="1/2").complete == 2
     failed = [record for record in read_records(folder / "out/data/small", "small") if record.failed is not None]
@@ -193,6 +195,22 @@ def test_a_run_that_is_not_finite_is_a_record(folder):
     assert all(record.results == {} and re.search("finite|nan", record.failed) for record in failed)
     assert not any(re.search(r"/|\.png|batch of", record.failed) for record in failed)
     assert run(path, part="1/2").trained == 0
+
+
+def test_kept_checkpoints_of_final_runs_are_evaluated(folder):
+    """Those of the runs that only choose a learning rate are not."""
+    fields = {"train.steps": 2, "train.val_every": 0, "tokenizer.path": "tokenizer.model"}
+    changes = {"kept": ["eval-retrieval"], "learning_rates": [1e-3, 2e-3, 3e-3]}
+    with pytest.raises(UserError, match="small.yaml evaluates kept checkpoints, but train.keep_every is 0"):
+        run(write(set=fields, **changes), part="1/2")
+    run(write(set=fields | {"train.keep_every": 1}, **changes), part="1/2")
+    records = read_records(folder / "out/data/small", "small")
+    assert [record.stage for record in records] == ["final"] * 2 + ["select"] * 3
+    for record in records[:2]:
+        assert record.curves["kept/step"] == [0, 1, 2]
+        recall = "retrieval/image_to_text/R@10"
+        assert record.curves[f"kept/{recall}"][2] == record.results[recall]
+    assert all(record.curves == {} for record in records[2:])
 
 
 def test_the_test_split_has_a_cache_of_its_own(folder):

@@ -3,9 +3,9 @@
 import pytest
 
 import siglit
-from siglit.studies.definition import read_study
 from siglit.studies.records import read_records
 from siglit.studies.smoke import smoke_study
+from siglit.studies.study_file import read_study
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))

@@ -297,7 +297,7 @@ def test_a_bad_cache_ends_the_command_with_one_line_and_no_bad_checkpoint(poison
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(["train", "-c", "experiment.yaml", "--train.log_every", "50"])
-    assert stop.value.code == 1
+    assert stop.value.code == 3
     line = error_line(capsys.readouterr().err)
     assert "the loss is nan at step 2, in the batch of" in line
     assert "13 more" in line
@@ -310,7 +310,7 @@ def test_two_devices_have_the_metrics_of_one_and_stop_together(poisoned):
     with pytest.raises(RuntimeError, match="the loss is nan at step 2, .* and 13 more; "):
         siglit.train(parse("train", *words, "--output_dir", "runs/1"))
     words += ["--tokenizer.path", "runs/1/tokenizer.model", "--train.devices", "2", "--output_dir", "runs/2"]
-    line = error_line(run_siglit("train", "-c", "experiment.yaml", *words, cwd=poisoned, check=1).stderr)
+    line = error_line(run_siglit("train", "-c", "experiment.yaml", *words, cwd=poisoned, check=3).stderr)
     assert "the loss is nan at step 2, in the batch of" in line
     assert "13 more" in line, "of both devices"
     (one,), (two,) = rows_of(poisoned / "runs/1"), rows_of(poisoned / "runs/2")
