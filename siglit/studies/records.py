@@ -22,6 +22,8 @@ from siglit.studies.definition import Arm, slug
 Stage = Literal["select", "final"]
 """select: chooses an arm's learning rate on data.val; final: counts for the verdict."""
 SELECTION_SEED = 1000
+_AROUND = 10
+"""Steps on either side that a spike is compared with."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Record:
     def measure(self, paths: Iterable[str]) -> float | None:
         """The mean of the results at these paths; None if one is missing.
 
-        A path "curve/COLUMN/max_over_median" is the largest value of a column of `curves` over its median: how far the
-        largest spike stands out.
+        A path "curve/COLUMN/spikes" is the number of values of that column of `curves` that are more than twice the
+        median of the 21 around them, which follows the learning rate; None for a curve that is shorter.
         """
         values = [self._value(path) for path in paths]
         known = [value for value in values if value is not None]
@@ -64,10 +66,10 @@ class Record:
             return self.results.get(path)
         column, _, reduction = path.removeprefix("curve/").rpartition("/")
         values = [value for value in self.curves.get(column, []) if value is not None]
-        if reduction != "max_over_median" or len(values) == 0:
+        places = range(_AROUND, len(values) - _AROUND)
+        if reduction != "spikes" or len(places) == 0:
             return None
-        median = statistics.median(values)
-        return None if median == 0 else max(values) / median
+        return float(sum(values[at] > 2 * statistics.median(values[at - _AROUND : at + _AROUND + 1]) for at in places))
 
 
 def record_path(folder: Path, arm: Arm, stage: Stage, learning_rate: float | None, seed: int) -> Path:

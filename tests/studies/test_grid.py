@@ -266,11 +266,14 @@ def test_a_copy_of_a_record_under_another_name_is_refused(tmp_path):
         read_records(path.parent, "small")
 
 
-def test_how_far_a_spike_stands_out(tmp_path):
-    """A median of 0 has no multiple; gaps of a curve are left out."""
+def test_spikes_are_counted(tmp_path):
+    """From its neighbours, whatever the schedule does meanwhile; gaps of a curve are left out."""
     run = final_runs(make_study(tmp_path), {"loss": "sigmoid"}, 0.001)[0]
-    made = replace(record(run), curves={"train/norm": [1.0, None, 2.0, 8.0], "flat": [0.0, 0.0, 1.0]})
-    assert made.measure(["curve/train/norm/max_over_median"]) == 4.0
-    assert made.measure(["curve/flat/max_over_median"]) is None
-    assert made.measure(["curve/none/max_over_median"]) is None
+    ramp = [float(step) for step in range(100)]
+    spiked = [*ramp[:40], 2.1 * 41, *ramp[41:50], 1.9 * 50, *ramp[51:70], 500.0, *ramp[71:]]
+    made = replace(record(run), curves={"train/norm": [*ramp, None], "spiked": spiked, "short": [1.0] * 20})
+    assert made.measure(["curve/train/norm/spikes"]) == 0
+    assert made.measure(["curve/spiked/spikes"]) == 2
+    assert made.measure(["curve/short/spikes"]) is None
+    assert made.measure(["curve/none/spikes"]) is None
     assert made.measure(["retrieval/R@10", "retrieval/none"]) is None
