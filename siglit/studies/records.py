@@ -55,7 +55,7 @@ class Record:
         """The mean of the results at these paths; None if one is missing.
 
         A path "curve/COLUMN/spikes" is the number of values of that column of `curves` that are more than twice the
-        median of the 21 around them, which follows the learning rate; None for a curve that is shorter.
+        median of the 21 around them (of fewer at the ends), which follows the learning rate.
         """
         values = [self._value(path) for path in paths]
         known = [value for value in values if value is not None]
@@ -66,10 +66,10 @@ class Record:
             return self.results.get(path)
         column, _, reduction = path.removeprefix("curve/").rpartition("/")
         values = [value for value in self.curves.get(column, []) if value is not None]
-        places = range(_AROUND, len(values) - _AROUND)
-        if reduction != "spikes" or len(places) == 0:
+        if reduction != "spikes" or len(values) == 0:
             return None
-        return float(sum(values[at] > 2 * statistics.median(values[at - _AROUND : at + _AROUND + 1]) for at in places))
+        around = (values[max(0, at - _AROUND) : at + _AROUND + 1] for at in range(len(values)))
+        return float(sum(value > 2 * statistics.median(near) for value, near in zip(values, around, strict=True)))
 
 
 def record_path(folder: Path, arm: Arm, stage: Stage, learning_rate: float | None, seed: int) -> Path:
