@@ -255,7 +255,7 @@ def test_every_arm_of_the_studies_is_an_experiment(path, monkeypatch, tmp_path):
             assert evaluated.cache.path != experiment.cache.path
         assert evaluated.data.val != experiment.data.val
         if len(study.kept) > 0:
-            assert experiment.train.keep_every is not None
+            assert experiment.train.keep_every > 0
 
 
 @pytest.mark.slow
@@ -264,4 +264,5 @@ def test_every_arm_of_the_longer_forms_is_an_experiment(path, monkeypatch, tmp_p
     monkeypatch.setenv("SIGLIT_DATA", str(tmp_path))
     study = read_study(path, full=True)
     for arm in study.arms():
-        load_run(final_runs(study, arm, 1e-3)[0], Path(tmp_path))
+        experiment = load_run(final_runs(study, arm, 1e-3)[0], Path(tmp_path))
+        assert experiment.text_tower.width == 768, "that of `full`"
